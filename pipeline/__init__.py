@@ -1,0 +1,1 @@
+"""pairsift: the graphs, the command line, and what reads and writes files."""

@@ -1,0 +1,381 @@
+"""The recipe: every setting of a run, typed and validated where it is read.
+
+A section that is absent switches its rule off; `{}` takes its defaults. Defaults are the paper's (arXiv 2309.15954)
+where it states a figure, DataComp's where the rule is DataComp's, and our choice elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from apache_beam.io.filesystems import FileSystems
+from pydantic import Field
+
+SINGLE_MODALITY = "single_modality"
+CROSS_MODALITY = "cross_modality"
+DISTRIBUTION_ALIGNMENT = "distribution_alignment"
+STAGES = (SINGLE_MODALITY, CROSS_MODALITY, DISTRIBUTION_ALIGNMENT)
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveShare = Annotated[float, Field(gt=0.0, le=1.0)]
+Cosine = Annotated[float, Field(ge=-1.0, le=1.0)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; `faults` holds one message for each thing wrong with it."""
+
+    def __init__(self, source: str, faults: list[str]) -> None:
+        self.source, self.faults = source, faults
+        super().__init__(f"{source}: " + "; ".join(faults))
+
+
+class _Settings(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class PoolBounds(_Settings):
+    """What is read of a pool at most; whatever exceeds a bound becomes a dead letter."""
+
+    max_image_bytes: int = Field(20 * 2**20, gt=0)
+    max_image_pixels: int = Field(64_000_000, gt=0)
+    max_caption_bytes: int = Field(16_384, gt=0)
+    max_json_bytes: int = Field(2**20, gt=0)
+
+
+# Stage 1 ---------------------------------------------------------------------------------------------------------
+
+
+class NearDuplicate(_Settings):
+    """Near-duplicate images: perceptual hashes within `max_hamming` of 64 bits."""
+
+    max_hamming: int = Field(3, ge=0, le=7)
+
+
+class CaptionLength(_Settings):
+    """Shortest caption kept (DataComp's basic filter: more than 2 words and more than 5 characters)."""
+
+    min_words: int = Field(3, ge=0)
+    min_characters: int = Field(6, ge=0)
+
+
+class Language(_Settings):
+    """Languages kept, as fastText lid.176 labels; `model` is a path to lid.176.bin, else the bundled lid.176.ftz."""
+
+    allowed: list[str] = Field(["en"], min_length=1)
+    model: str | None = None
+
+
+class PosPattern(_Settings):
+    """Part-of-speech patterns, in Penn tags: a caption needs one tag of `any_of`, and goes where all its tags lie in
+    `only_of`. The first `max_words` tokens are tagged."""
+
+    any_of: list[str] = Field(["NN", "NNS"])
+    only_of: list[str] = Field(
+        ["NNP", "NNPS", "CD", "SYM", "LS", "POS", ".", ",", ":", "``", "''", "(", ")", "-LRB-", "-RRB-", "$", "#", "HYPH", "NFP", "FW", "ADD"]
+    )
+    max_words: int = Field(64, ge=1, le=1024)
+
+
+class CaptionFrequency(_Settings):
+    """A normalised caption standing with more than max(`min_images`, `max_pool_share` of the pool) distinct images
+    is high-frequency text."""
+
+    min_images: int = Field(10, ge=1)
+    max_pool_share: Share = 1e-6
+
+
+class AspectRatio(_Settings):
+    """Longest side over shortest side, at most."""
+
+    max_ratio: float = Field(3.0, ge=1.0)
+
+
+class MinSide(_Settings):
+    """Shortest side, at least."""
+
+    min_px: int = Field(200, ge=1)
+
+
+class FaceArea(_Settings):
+    """Union of the face boxes over the image area, at most. Boxes come from the pool's `face_bboxes` where it has
+    them, else from YuNet where `yunet_model` names its ONNX file, else from the bundled cascade."""
+
+    max_share: Share = 0.4
+    yunet_model: str | None = None
+
+
+class SingleModality(_Settings):
+    """Stage 1: rules that look at the caption or the image alone."""
+
+    near_duplicate: NearDuplicate | None = None
+    caption_length: CaptionLength | None = None
+    language: Language | None = None
+    pos_pattern: PosPattern | None = None
+    caption_frequency: CaptionFrequency | None = None
+    aspect_ratio: AspectRatio | None = None
+    min_side: MinSide | None = None
+    face_area: FaceArea | None = None
+
+
+# Stage 2 ---------------------------------------------------------------------------------------------------------
+
+
+class Threshold(_Settings):
+    """A score threshold: keep `>= min`, or the best `keep_fraction` of what reaches the rule (the threshold is then
+    the score at index int(n * keep_fraction) in descending order, as DataComp has it)."""
+
+    min: float | None = None
+    keep_fraction: PositiveShare | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_them(self) -> Threshold:
+        if (self.min is None) == (self.keep_fraction is None):
+            raise ValueError("give exactly one of `min` and `keep_fraction`")
+        return self
+
+
+class DigitRescue(_Settings):
+    """A sample with digit probability >= `min_digit_probability` needs only `min_cosine` (ours; off by default)."""
+
+    min_digit_probability: Share = 0.5
+    min_cosine: Cosine
+
+
+class FlippedClip(Threshold):
+    """Cosine of caption and horizontally flipped image. `model` is an open_clip architecture (with `weights` its
+    tag or file), a folder in open_clip's hub form, or `bundled:clip`."""
+
+    model: str
+    weights: str | None = None
+    batch_size: int = Field(64, ge=1, le=4096)
+    score_unflipped: bool = False
+    digit_rescue: DigitRescue | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _cosines(self) -> FlippedClip:
+        if self.min is not None and not -1.0 <= self.min <= 1.0:
+            raise ValueError("`min` is a cosine: from -1 to 1")
+        if self.digit_rescue:
+            if self.min is None:
+                raise ValueError("`digit_rescue` needs `min`, not `keep_fraction`")
+            if self.digit_rescue.min_cosine > self.min:
+                raise ValueError("`digit_rescue.min_cosine` must not exceed `min`")
+        return self
+
+    @property
+    def cascade_min_cosine(self) -> float | None:
+        """Below this no later model needs to look; None where that is only known once the pool is scored."""
+        return self.digit_rescue.min_cosine if self.digit_rescue else self.min
+
+
+class ImageTextMatching(Threshold):
+    """BLIP's probability that caption and image match. `model` is a hub name (pin its `revision`), a folder, or
+    `bundled:itm`."""
+
+    model: str
+    revision: str | None = None
+    batch_size: int = Field(16, ge=1, le=4096)
+    max_tokens: int = Field(64, ge=8, le=512)
+
+    @pydantic.model_validator(mode="after")
+    def _probability(self) -> ImageTextMatching:
+        if self.min is not None and not 0.0 <= self.min <= 1.0:
+            raise ValueError("`min` is a probability: from 0 to 1")
+        return self
+
+
+class Digit(_Settings):
+    """The question BLIP-2 is asked; the score is p(yes) / (p(yes) + p(no)) of the first answer token, averaged over
+    `prompts`. `model` is a hub name (pin its `revision`), a folder, or `bundled:digit`."""
+
+    model: str
+    revision: str | None = None
+    prompts: list[str] = Field(
+        ["Question: is there any digit or number written in the image? Answer:"], min_length=1
+    )
+    batch_size: int = Field(16, ge=1, le=4096)
+
+
+class CrossModality(_Settings):
+    """Stage 2: models that look at image and caption together."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    flipped_clip: FlippedClip
+    image_text_matching: ImageTextMatching | None = None
+    digit: Digit | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _rescue_needs_digits(self) -> CrossModality:
+        if self.flipped_clip.digit_rescue and not self.digit:
+            raise ValueError("`flipped_clip.digit_rescue` needs the section `digit`")
+        return self
+
+
+# Stage 3 ---------------------------------------------------------------------------------------------------------
+
+
+class Target(_Settings):
+    """The size of the training subset in copies: a count, a share of the pool, or as many as survive."""
+
+    samples: int | None = Field(None, ge=0)
+    pool_share: PositiveShare | None = None
+    survivors: Literal[True] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_them(self) -> Target:
+        if sum(value is not None for value in (self.samples, self.pool_share, self.survivors)) != 1:
+            raise ValueError("give exactly one of `samples`, `pool_share` and `survivors: true`")
+        return self
+
+
+class Clusters(_Settings):
+    """Spherical k-means on a hash-chosen sample; `centroids` names a .npy of float32 (k, d) to use instead."""
+
+    count: int = Field(1000, ge=1)
+    training_samples: int = Field(1_000_000, ge=1)
+    iterations: int = Field(20, ge=1)
+    centroids: str | None = None
+
+
+class SemanticDedup(_Settings):
+    """Within a cluster x goes when a better-ranked y has cosine > 1 - `epsilon`. `after_duplication` counts copies
+    over all samples first and drops after (the order the paper names; the duplicates' mass is then lost)."""
+
+    epsilon: float = Field(0.05, gt=0.0, lt=1.0)
+    after_duplication: bool = False
+
+
+class Cids(_Settings):
+    """Cluster-importance-based data selection. `tasks` names a .npz of float32 (m, d) task centroids, or
+    `bundled:tasks`; `task_weights` default to equal ones."""
+
+    tasks: str
+    task_weights: dict[str, Annotated[float, Field(ge=0.0)]] | None = None
+    estimator: Literal["similarity", "assignment"] = "similarity"
+    prior: Literal["pool", "uniform"] = "pool"
+    temperature: float = Field(0.1, gt=0.0)
+
+
+class QualityDuplication(_Settings):
+    """Weight within a cluster, rising with the rank of the flipped-CLIP score from `w1` (worst) to `w2` (best)."""
+
+    w1: float = Field(1.0, gt=0.0)
+    w2: float = Field(2.0, gt=0.0)
+
+    @pydantic.model_validator(mode="after")
+    def _rising(self) -> QualityDuplication:
+        if self.w2 < self.w1:
+            raise ValueError("`w2` must not be below `w1`")
+        return self
+
+
+class DigitEnhancement(_Settings):
+    """Samples with digit probability >= `min_digit_probability` get at least `floor_copies` expected copies."""
+
+    min_digit_probability: Share = 0.5
+    floor_copies: float = Field(2.0, gt=0.0)
+
+
+class DistributionAlignment(_Settings):
+    """Stage 3: how many copies of each survivor the training subset holds."""
+
+    target: Target
+    max_copies: float = Field(10.0, ge=1.0)
+    clusters: Clusters = Clusters()
+    semantic_dedup: SemanticDedup | None = None
+    cids: Cids | None = None
+    quality_duplication: QualityDuplication | None = None
+    digit_enhancement: DigitEnhancement | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _floor_below_cap(self) -> DistributionAlignment:
+        if self.digit_enhancement and self.digit_enhancement.floor_copies > self.max_copies:
+            raise ValueError("`digit_enhancement.floor_copies` must not exceed `max_copies`")
+        return self
+
+
+class Recipe(_Settings):
+    """Every setting of a run."""
+
+    name: str = Field(min_length=1)
+    seed: int = Field(0, ge=0)
+    pool: PoolBounds = PoolBounds()
+    rule_order: list[str] | None = None
+    single_modality: SingleModality
+    cross_modality: CrossModality
+    distribution_alignment: DistributionAlignment
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.rule_order is not None and sorted(self.rule_order) != sorted(self.active_rules):
+            raise ValueError(f"`rule_order` must name each rule that is on, once: {', '.join(self.active_rules)}")
+        if self.distribution_alignment.digit_enhancement and not self.cross_modality.digit:
+            raise ValueError("`distribution_alignment.digit_enhancement` needs the section `cross_modality.digit`")
+        return self
+
+    @property
+    def active_rules(self) -> list[str]:
+        """Names of the rules that are on, in DESIGN's order."""
+        stages: list[tuple[_Settings, tuple[str, ...]]] = [
+            (self.single_modality, tuple(SingleModality.model_fields)),
+            (self.cross_modality, ("flipped_clip", "image_text_matching")),
+            (self.distribution_alignment, ("semantic_dedup",)),
+        ]
+        return [name for section, names in stages for name in names if getattr(section, name) is not None]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of every setting, defaults included: the identity of the recipe."""
+        return section_sha256(self)
+
+
+def section_sha256(settings: pydantic.BaseModel) -> str:
+    """Hash of a section of the recipe, defaults included."""
+    return hashlib.sha256(json.dumps(settings.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: str) -> Recipe:
+    """The recipe at `path` (local or `gs://`).
+
+    Raises RecipeError with every fault at once: where it is, what was given, what is allowed.
+    """
+    try:
+        with FileSystems.open(path) as file:
+            content = yaml.safe_load(file.read().decode("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(path, [f"cannot be read as YAML: {' '.join(str(error).split())}"]) from error
+    return parse_recipe(content, path)
+
+
+def parse_recipe(content: Any, source: str) -> Recipe:
+    """The recipe in `content`, the mapping that YAML gave. Raises RecipeError with every fault at once."""
+    if not isinstance(content, dict):
+        raise RecipeError(source, [f"got {type(content).__name__}, allowed: a mapping of sections"])
+    try:
+        return Recipe.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise RecipeError(source, [_fault(e) for e in error.errors()]) from error
+
+
+def _fault(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "recipe"
+    if error["type"] == "missing":
+        return f"{where}: missing; it is required"
+    given = json.dumps(error["input"], default=str)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown setting (got {given}); allowed here: {', '.join(_fields_at(error['loc'][:-1]))}"
+    return f"{where}: got {given[:200]}; {error['msg'].removeprefix('Value error, ')}"
+
+
+def _fields_at(path: tuple[int | str, ...]) -> list[str]:
+    """Names of the settings allowed under `path`."""
+    model: type[pydantic.BaseModel] = Recipe
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, pydantic.BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,1 @@
+"""What writes a run's outputs."""

@@ -1,0 +1,1 @@
+"""Stage 2: CLIP on flipped images, image-text matching, the digit question."""

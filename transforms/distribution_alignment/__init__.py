@@ -1,0 +1,1 @@
+"""Stage 3: clusters, semantic deduplication, cluster importance, copies."""

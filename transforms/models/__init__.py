@@ -1,0 +1,1 @@
+"""RunInference handlers that host the models."""
