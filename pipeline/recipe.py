@@ -71,13 +71,13 @@ class Language(_Settings):
 
 class PosPattern(_Settings):
     """Part-of-speech patterns, in Penn tags: a caption needs one tag of `any_of`, and goes where all its tags lie in
-    `only_of`. The first `max_words` tokens are tagged."""
+    `only_of`. The first `max_words` tokens are tagged. `tagger` is NLTK's own, the bundled one, or `auto`: NLTK's own
+    where the machine has it."""
 
-    any_of: list[str] = Field(["NN", "NNS"])
-    only_of: list[str] = Field(
-        ["NNP", "NNPS", "CD", "SYM", "LS", "POS", ".", ",", ":", "``", "''", "(", ")", "-LRB-", "-RRB-", "$", "#", "HYPH", "NFP", "FW", "ADD"]
-    )
+    any_of: list[str] = ["NN", "NNS"]
+    only_of: list[str] = "NNP NNPS CD LS SYM # $ '' ( ) , . : ``".split()
     max_words: int = Field(64, ge=1, le=1024)
+    tagger: Literal["auto", "nltk", "bundled"] = "auto"
 
 
 class CaptionFrequency(_Settings):

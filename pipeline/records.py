@@ -54,7 +54,7 @@ class Annotation:
     original_width_px: int | None = None
     original_height_px: int | None = None
     image_sha256: str | None = None
-    perceptual_hash: int | None = None
+    perceptual_hash: str | None = None
     word_count: int | None = None
     character_count: int | None = None
     language: str | None = None
@@ -62,6 +62,7 @@ class Annotation:
     pos_tags: str | None = None
     face_area_share: float | None = None
     # single modality: over the whole pool
+    pool_samples: int | None = None
     caption_image_count: int | None = None
     duplicate_of: str | None = None
     # cross modality

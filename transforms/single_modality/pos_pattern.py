@@ -18,9 +18,15 @@ import hashlib
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
+import apache_beam as beam
 from nltk.tag.perceptron import PerceptronTagger
 from nltk.tokenize import NLTKWordTokenizer
+
+from pipeline import recipe
+from pipeline.records import Sample
+from transforms.annotate import AnnotateSamples
 
 BUNDLED = Path(__file__).parent / "pos_tagger"
 SOURCES = ("auto", "nltk", "bundled")
@@ -97,3 +103,28 @@ def keeps(
     if any_of and present.isdisjoint(any_of):
         return False
     return not present <= set(only_of)
+
+
+class PosPattern(beam.PTransform):
+    """Adds `pos_tags`."""
+
+    def __init__(self, settings: recipe.PosPattern) -> None:
+        super().__init__()
+        self._settings = settings
+
+    def expand(self, batches: beam.PCollection) -> beam.PCollection:
+        return batches | "Tag caption" >> beam.ParDo(_TagCaption(self._settings))
+
+
+class _TagCaption(AnnotateSamples):
+    stage, reason = recipe.SINGLE_MODALITY, "pos_pattern_failed"
+
+    def __init__(self, settings: recipe.PosPattern) -> None:
+        self._settings = settings
+
+    def setup(self) -> None:
+        self._tagger, _ = load_tagger(self._settings.tagger)
+
+    def columns(self, sample: Sample) -> dict[str, Any]:
+        caption = sample.annotation.caption
+        return {"pos_tags": tag_caption(self._tagger, caption, self._settings.max_words)}

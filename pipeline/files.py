@@ -1,0 +1,133 @@
+"""Whole files through Beam's FileSystems, so that a local path and `gs://` are one code.
+
+A file is written aside, renamed to its final name and verified, so that whoever sees the final name sees all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from apache_beam.io.filesystem import BeamIOError, CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+
+class IncompleteWrite(OSError):
+    """A file that is missing or has another size after it was written."""
+
+
+def join(folder: str, *names: str) -> str:
+    """`folder` and `names` as one path."""
+    return FileSystems.join(folder, *names)
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder stands at `path`."""
+    return FileSystems.exists(path)
+
+
+def open_binary(path: str) -> BinaryIO:
+    """The bytes at `path`, as they are: nothing is decompressed by its name."""
+    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+
+
+def read_bytes(path: str) -> bytes:
+    """All bytes at `path`."""
+    with open_binary(path) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def write_aside(path: str) -> Iterator[BinaryIO]:
+    """Open a file that gets the name `path` only once it is complete.
+
+    Raises IncompleteWrite where the file is not there, or not whole, afterwards.
+    """
+    make_folder(path.rsplit("/", 1)[0])
+    aside = f"{path}.tmp-{uuid.uuid4().hex}"
+    counter = _CountingWriter(
+        FileSystems.create(aside, compression_type=CompressionTypes.UNCOMPRESSED)
+    )
+    try:
+        with counter:
+            yield counter  # type: ignore[misc]
+        FileSystems.rename([aside], [path])
+    except BaseException:
+        with contextlib.suppress(BeamIOError, OSError):
+            FileSystems.delete([aside])
+        raise
+    found = FileSystems.match([path])[0].metadata_list
+    if [metadata.size_in_bytes for metadata in found] != [counter.written_bytes]:
+        raise IncompleteWrite(
+            f"{path}: wrote {counter.written_bytes} bytes, found {found or 'nothing'}; "
+            "check the space and permissions there, then run again"
+        )
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    with write_aside(path) as file:
+        file.write(content)
+
+
+def write_json(path: str, content: Any) -> None:
+    """Write `content` as indented JSON in the order it has."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def delete_if_there(path: str) -> None:
+    """Delete `path` where it exists."""
+    if FileSystems.exists(path):
+        FileSystems.delete([path])
+
+
+def make_folder(path: str) -> None:
+    """Make a local folder; object stores have none."""
+    if path and "://" not in path and not FileSystems.exists(path):
+        # Another worker may make it at the same moment.
+        with contextlib.suppress(BeamIOError, OSError):
+            FileSystems.mkdirs(path)
+
+
+class _CountingWriter:
+    """Counts what passes, because not every filesystem's handle can tell its position."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self.written_bytes = 0
+
+    def write(self, content: Any) -> int:
+        self._handle.write(content)
+        self.written_bytes += memoryview(content).nbytes
+        return memoryview(content).nbytes
+
+    def tell(self) -> int:
+        return self.written_bytes
+
+    def flush(self) -> None:
+        self._handle.flush()
+
+    def close(self) -> None:
+        self._handle.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._handle.closed
+
+    def __enter__(self) -> _CountingWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def readable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False

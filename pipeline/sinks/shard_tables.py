@@ -1,0 +1,79 @@
+"""The end of each per-shard stage: one table and one file of dead letters per shard, written inside the fused stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import apache_beam as beam
+import pyarrow as pa
+
+from pipeline import files, tables
+from pipeline.layout import Layout
+from pipeline.records import DeadLetter, SampleBatch, Shard
+
+
+class UnfusedStage(RuntimeError):
+    """A shard's batches did not reach the writer in order: the runner did not fuse read, annotate and write."""
+
+
+class WriteShardTable(beam.DoFn):
+    """SampleBatch -> Shard, once its table is written.
+
+    Gathers a shard's rows (slim ones, no pixels) and writes them when its last batch has come. That holds because a
+    fused stage hands the batches of one shard through in order; where a runner breaks the fusion, UnfusedStage is
+    raised, and nothing is written.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        stage: str,
+        path_of: Callable[[Layout, str], str],
+        schema: pa.Schema,
+        made_from: Callable[[Shard], str],
+    ) -> None:
+        self._layout, self._stage, self._path_of = layout, stage, path_of
+        self._schema, self._made_from = schema, made_from
+
+    def start_bundle(self) -> None:
+        self._shard: Shard | None = None
+        self._next_index = 0
+        self._rows: list[dict] = []
+        self._letters: list[DeadLetter] = []
+
+    def process(self, batch: SampleBatch) -> Iterator[Shard]:
+        if self._shard is None:
+            self._shard = batch.shard
+        if batch.shard != self._shard or batch.index != self._next_index:
+            raise UnfusedStage(
+                f"batch {batch.index} of shard {batch.shard.name} came where batch {self._next_index} of "
+                f"{self._shard.name} was due; run this stage on a runner that fuses it"
+            )
+        self._next_index += 1
+        self._rows += [tables.annotation_row(sample.annotation) for sample in batch]
+        self._letters += batch.dead_letters
+        self._report_progress()
+        if batch.last:
+            yield self._write()
+
+    def finish_bundle(self) -> None:
+        if self._shard is not None:
+            raise UnfusedStage(f"the bundle ended before shard {self._shard.name} did")
+
+    def _write(self) -> Shard:
+        shard = self._shard
+        assert shard is not None
+        # Dead letters first: the table's presence is what says that the shard is finished.
+        tables.write_dead_letters(self._layout.dead_letters(self._stage, shard.name), self._letters)
+        path = self._path_of(self._layout, shard.name)
+        tables.write_table(path, self._rows, self._schema, self._made_from(shard))
+        self.start_bundle()
+        return shard
+
+    def _report_progress(self) -> None:
+        assert self._shard is not None
+        path = self._layout.progress(self._stage, self._shard.name)
+        if "://" not in path:  # progress is shown by a local run only; elsewhere the runner has counters
+            files.make_folder(path.rsplit("/", 1)[0])
+            with open(path, "w") as file:
+                file.write(str(len(self._rows) + len(self._letters)))

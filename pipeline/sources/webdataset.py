@@ -1,0 +1,180 @@
+"""Webdataset tars, as img2dataset and DataComp write them: `key.{jpg,jpeg,png,webp}`, `key.txt`, `key.json`.
+
+Members are streamed, never extracted to disk; nothing in a tar is trusted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tarfile
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from apache_beam.io.filesystems import FileSystems
+
+from pipeline import files
+from pipeline.recipe import PoolBounds
+from pipeline.records import Annotation, DeadLetter, Sample, Shard, dead_letter, uid_of
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+
+class NoShards(ValueError):
+    """A pool path under which no tar was found."""
+
+
+def list_shards(pool: str) -> list[Shard]:
+    """The tars under the folder `pool` (or those a `*.tar` pattern names), sorted by name.
+
+    A shard is named by its escaped path relative to the pool, so that no name can leave an output folder.
+    Raises NoShards.
+    """
+    folder, pattern = pool, files.join(pool, "**.tar")
+    if pool.endswith(".tar"):
+        folder, pattern = pool.rsplit("/", 1)[0] if "/" in pool else "", pool
+    found = FileSystems.match([pattern])[0].metadata_list
+    if not found:
+        raise NoShards(f"{pool}: no *.tar in it; give a folder of webdataset tars, or a pattern that ends in .tar")
+    return sorted(
+        Shard(
+            name=urllib.parse.quote(_relative(metadata.path, folder).removesuffix(".tar"), safe=""),
+            path=metadata.path,
+            fingerprint=f"{metadata.size_in_bytes}-{metadata.last_updated_in_seconds:.3f}",
+        )
+        for metadata in found
+    )
+
+
+def _relative(path: str, folder: str) -> str:
+    folder = folder.rstrip("/") + "/" if folder else ""
+    if "://" not in path and folder:
+        path, folder = path.replace("\\", "/"), folder.removeprefix("./")
+        path = path.removeprefix("./")
+    return path.removeprefix(folder)
+
+
+@dataclasses.dataclass
+class _Members:
+    """What a tar holds under one key, and the first thing wrong with it."""
+
+    key: str
+    image: bytes | None = None
+    caption: bytes | None = None
+    metadata: bytes | None = None
+    fault: tuple[str, str] | None = None
+
+
+def read_samples(shard: Shard, bounds: PoolBounds, stage: str) -> Iterator[Sample | DeadLetter]:
+    """The samples of a shard in tar order, pixels not yet decoded; a dead letter for each that is not whole.
+
+    Where the tar itself breaks, what came before is yielded and the rest is one dead letter that names the offset.
+    """
+    seen: set[str] = set()
+    try:
+        with files.open_binary(shard.path) as file:
+            for members in _grouped(file, bounds):
+                if members.key in seen:
+                    members.fault = ("duplicate_key", "an earlier sample of this tar has the same key")
+                seen.add(members.key)
+                yield _sample(shard, members, stage)
+    except _BrokenTar as error:
+        yield DeadLetter(shard.name, "", "", stage, "broken_tar", str(error)[:500])
+    except OSError as error:
+        yield DeadLetter(shard.name, "", "", stage, "unreadable_shard", str(error)[:500])
+
+
+def _sample(shard: Shard, members: _Members, stage: str) -> Sample | DeadLetter:
+    nameless = Annotation(uid_of(shard.name, members.key, {}), shard.name, members.key, "")
+    if members.fault:
+        return dead_letter(nameless, stage, *members.fault)
+    metadata: Any = {}
+    if members.metadata is not None:
+        try:
+            metadata = json.loads(members.metadata)
+        except (ValueError, RecursionError) as error:
+            return dead_letter(nameless, stage, "undecodable_json", str(error))
+        if not isinstance(metadata, dict):
+            return dead_letter(nameless, stage, "undecodable_json", f"got {type(metadata).__name__}, not an object")
+    named = dataclasses.replace(nameless, uid=uid_of(shard.name, members.key, metadata))
+    if members.image is None:
+        return dead_letter(named, stage, "missing_image", f"no member {members.key}.{{{','.join(IMAGE_EXTENSIONS)}}}")
+    if members.caption is None:
+        return dead_letter(named, stage, "missing_caption", f"no member {members.key}.txt")
+    try:
+        caption = members.caption.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return dead_letter(named, stage, "undecodable_caption", str(error))
+    return Sample(named.with_columns(caption=caption), metadata, members.image)
+
+
+def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[_Members]:
+    """Consecutive members with one key. A tar that breaks yields what was whole, then raises."""
+    group: _Members | None = None
+    offset = 0
+    try:
+        tar = tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictTarInfo)  # noqa: SIM115 (holds nothing open)
+        for member in tar:
+            tar.members.clear()  # the stream never looks back, and a tar may have millions
+            offset = member.offset
+            if member.isdir():
+                continue
+            key, extension = _split(member.name)
+            if group is not None and group.key != key:
+                yield group
+                group = None
+            # A group is handed on only when the next key shows that it is whole, so a member that
+            # breaks off takes its own sample into the tar's dead letter and no other.
+            group = group or _Members(key)
+            _take(tar, member, extension, group, bounds)
+    except (tarfile.TarError, EOFError) as error:
+        raise _BrokenTar(f"at byte {offset}: {error}; what follows was not read") from error
+    if group is not None:
+        yield group
+
+
+def _split(name: str) -> tuple[str, str]:
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, group: _Members, bounds: PoolBounds) -> None:
+    """Read one member into its group, or note what is wrong with it."""
+    if extension in IMAGE_EXTENSIONS:
+        field, limit_bytes = "image", bounds.max_image_bytes
+    elif extension == "txt":
+        field, limit_bytes = "caption", bounds.max_caption_bytes
+    elif extension == "json":
+        field, limit_bytes = "metadata", bounds.max_json_bytes
+    else:
+        return
+    if not member.isreg():
+        group.fault = group.fault or ("unsupported_member", f"{member.name} is a link or a device, not a file")
+    elif getattr(group, field) is not None:
+        group.fault = group.fault or ("duplicate_member", f"a second {field}: {member.name}")
+    elif member.size > limit_bytes:
+        message = f"{member.name} has {member.size} bytes; the recipe allows {limit_bytes}"
+        group.fault = group.fault or (f"{field}_too_large", message)
+    else:
+        content = tar.extractfile(member)
+        assert content is not None  # a regular member always has content
+        setattr(group, field, content.read())
+
+
+class _BrokenTar(Exception):
+    """Deliberately no tarfile.HeaderError: tarfile takes those, past the first header, for the end of the tar."""
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Headers whose damage is told, instead of silently ending the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictTarInfo:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise _BrokenTar(f"at byte {tarfile_.offset}: {error}; what follows was not read") from error

@@ -1,0 +1,133 @@
+"""The tables that join the three graphs: columns of `Annotation`, one parquet file per shard and step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import files
+from pipeline.layout import Layout
+from pipeline.records import Annotation, DeadLetter
+
+_IDENTITY = [("uid", pa.string()), ("shard", pa.string()), ("key", pa.string()), ("caption", pa.string())]
+
+SINGLE_MODALITY = pa.schema(
+    [
+        *_IDENTITY,
+        ("width_px", pa.int32()),
+        ("height_px", pa.int32()),
+        ("original_width_px", pa.int32()),
+        ("original_height_px", pa.int32()),
+        ("image_sha256", pa.string()),
+        ("perceptual_hash", pa.string()),
+        ("word_count", pa.int32()),
+        ("character_count", pa.int32()),
+        ("language", pa.string()),
+        ("language_probability", pa.float32()),
+        ("pos_tags", pa.string()),
+        ("face_area_share", pa.float32()),
+    ]
+)
+POOL_WIDE = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("key", pa.string()),
+        ("pool_samples", pa.int64()),
+        ("caption_image_count", pa.int64()),
+        ("duplicate_of", pa.string()),
+    ]
+)
+CROSS_MODALITY = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("key", pa.string()),
+        ("flipped_clip_cosine", pa.float32()),
+        ("unflipped_clip_cosine", pa.float32()),
+        ("match_probability", pa.float32()),
+        ("digit_probability", pa.float32()),
+        ("embedding", pa.binary()),
+    ]
+)
+DECISIONS = pa.schema(
+    [
+        *_IDENTITY,
+        ("dropped_by", pa.string()),
+        *[field for field in SINGLE_MODALITY if field.name not in dict(_IDENTITY)],
+        *[field for field in POOL_WIDE if field.name not in ("uid", "key")],
+        *[field for field in CROSS_MODALITY if field.name not in ("uid", "key", "embedding")],
+        ("cluster", pa.int32()),
+        ("semantic_duplicate_of", pa.string()),
+        ("expected_copies", pa.float64()),
+        ("copies", pa.int32()),
+    ]
+)
+
+_MADE_FROM = b"pairsift.made_from"
+
+
+def write_table(path: str, columns: Sequence[dict], schema: pa.Schema, made_from: str = "") -> None:
+    """Write rows (dicts; other keys than the schema's are left out) to `path`, whole or not at all.
+
+    `made_from` names what the rows were computed from; see `is_finished`.
+    """
+    rows = [{name: row.get(name) for name in schema.names} for row in columns]
+    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({_MADE_FROM: made_from.encode()}))
+    with files.write_aside(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def read_table(path: str, columns: list[str] | None = None) -> list[dict]:
+    """The rows at `path`."""
+    with files.open_binary(path) as file:
+        return pq.read_table(file, columns=columns).to_pylist()
+
+
+def is_finished(path: str, made_from: str) -> bool:
+    """Whether a whole table made from the same inputs and settings lies at `path`."""
+    if not files.exists(path):
+        return False
+    with files.open_binary(path) as file:
+        return (pq.read_schema(file).metadata or {}).get(_MADE_FROM) == made_from.encode()
+
+
+def annotation_row(annotation: Annotation) -> dict:
+    """An annotation as a table row."""
+    return dataclasses.asdict(annotation)
+
+
+def read_annotations(layout: Layout, shard: str, *, with_embeddings: bool = False) -> list[Annotation]:
+    """All that stages 1 and 2 know of a shard's samples, in tar order.
+
+    A sample that has no pool-wide row (its uid stands twice in the pool) is left out: it is a dead letter.
+    """
+    pool_wide = {row["key"]: row for row in read_table(layout.pool_wide(shard))}
+    scores: dict[str, dict] = {}
+    if files.exists(layout.cross_modality(shard)):
+        names = [name for name in CROSS_MODALITY.names if with_embeddings or name != "embedding"]
+        scores = {row["key"]: row for row in read_table(layout.cross_modality(shard), names)}
+    rows = read_table(layout.single_modality(shard))
+    return [
+        Annotation(**{**row, **pool_wide[row["key"]], **scores.get(row["key"], {})})
+        for row in rows
+        if row["key"] in pool_wide
+    ]
+
+
+def write_dead_letters(path: str, letters: Iterable[DeadLetter]) -> None:
+    """Write dead letters as JSON lines in the order given; no file where there are none."""
+    lines = [json.dumps(letter._asdict(), ensure_ascii=True) for letter in letters]
+    if lines:
+        files.write_bytes(path, ("\n".join(lines) + "\n").encode())
+    else:
+        files.delete_if_there(path)
+
+
+def read_dead_letters(path: str) -> list[DeadLetter]:
+    """The dead letters at `path`; none where there is no file."""
+    if not files.exists(path):
+        return []
+    return [DeadLetter(**json.loads(line)) for line in files.read_bytes(path).decode().splitlines()]

@@ -1,0 +1,35 @@
+"""The one way in which features are added to the samples of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+
+from pipeline.records import DeadLetter, Sample, SampleBatch, dead_letter
+
+
+class AnnotateSamples(beam.DoFn):
+    """Adds columns to every sample of a batch; a sample for which that fails becomes a dead letter.
+
+    Subclasses name their `stage` and `reason`, load what they need in `setup`, and say in `columns` what they add.
+    """
+
+    stage: str
+    reason: str
+
+    def columns(self, sample: Sample) -> dict[str, Any]:
+        """The annotation columns to add, by name."""
+        raise TypeError(f"{type(self).__name__} does not say which columns it adds")
+
+    def process(self, batch: SampleBatch) -> Iterator[SampleBatch]:
+        samples: list[Sample] = []
+        letters: list[DeadLetter] = []
+        for sample in batch:
+            try:
+                samples.append(sample.annotated(**self.columns(sample)))
+            except Exception as error:  # pool content may break any library; the sample says why, and only it goes
+                message = f"{type(error).__name__}: {error}"
+                letters.append(dead_letter(sample.annotation, self.stage, self.reason, message))
+        yield batch.replace(tuple(samples), tuple(letters))
