@@ -1,0 +1,39 @@
+"""Cheap before dear: which samples the later models need to look at (our choice; it changes no verdict)."""
+
+from __future__ import annotations
+
+from pipeline import recipe
+from pipeline.records import Annotation
+
+
+def wanted(
+    annotation: Annotation, min_cosine: float | None, min_match_probability: float | None = None
+) -> bool:
+    """Whether a later model is asked about a sample: it reaches every floor that is known before the pool is scored.
+
+    `min_cosine` is the lowest flipped-CLIP cosine that can still be kept, so with digit rescue on it is the rescue's:
+    a sample between that and `min` must be asked about digits. None means that no floor is known (`keep_fraction`).
+    """
+    return _reaches(annotation.flipped_clip_cosine, min_cosine) and _reaches(
+        annotation.match_probability, min_match_probability
+    )
+
+
+def match_floor(settings: recipe.CrossModality) -> float | None:
+    """The match probability below which nobody needs to be asked about digits."""
+    return settings.image_text_matching.min if settings.image_text_matching else None
+
+
+def unscored(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
+    """The columns that `settings` need of this sample and that were never computed, in the order of the cascade."""
+    if annotation.flipped_clip_cosine is None:
+        return ["flipped_clip_cosine"]
+    floor = settings.flipped_clip.cascade_min_cosine
+    if settings.image_text_matching and annotation.match_probability is None and wanted(annotation, floor):
+        return ["match_probability"]
+    asked = settings.digit and wanted(annotation, floor, match_floor(settings))
+    return ["digit_probability"] if asked and annotation.digit_probability is None else []
+
+
+def _reaches(score: float | None, floor: float | None) -> bool:
+    return floor is None or (score is not None and score >= floor)

@@ -1,0 +1,33 @@
+"""The digit question: is a number written in the picture? A score, not a rule: it rescues and enhances, never drops."""
+
+from __future__ import annotations
+
+import apache_beam as beam
+from apache_beam.ml.inference.base import RunInference
+
+from pipeline import recipe
+from pipeline.records import Annotation, SampleBatch
+from transforms.models.blip2 import Blip2Handler
+
+
+def has_digits(annotation: Annotation, min_probability: float) -> bool:
+    """Whether the picture shows digits: digit probability >= `min_probability` (the question is arXiv 2309.15954's,
+    the score and its threshold are our choice). A sample nobody was asked about has none."""
+    return annotation.digit_probability is not None and annotation.digit_probability >= min_probability
+
+
+class Digit(beam.PTransform):
+    """Asks the digit question about what can still be kept (floors as in `cascade.wanted`)."""
+
+    def __init__(
+        self,
+        settings: recipe.Digit,
+        device: str,
+        min_cosine: float | None,
+        min_match_probability: float | None = None,
+    ) -> None:
+        super().__init__()
+        self._handler = Blip2Handler(settings, device, min_cosine, min_match_probability)
+
+    def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
+        return batches | "Ask for digits" >> RunInference(self._handler)

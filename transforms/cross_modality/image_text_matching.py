@@ -1,0 +1,36 @@
+"""Image-text matching: BLIP looks at picture and caption together."""
+
+from __future__ import annotations
+
+import apache_beam as beam
+from apache_beam.ml.inference.base import RunInference
+
+from pipeline import recipe
+from pipeline.records import Annotation, SampleBatch
+from transforms.models.blip import BlipHandler
+
+
+def keeps(annotation: Annotation, settings: recipe.ImageTextMatching, min_probability: float) -> bool:
+    """Whether the rule keeps a sample.
+
+        p(match | picture, caption) >= min_probability          (arXiv 2309.15954 uses BLIP's ITM head)
+
+    `min_probability` is the settings' `min`, or what their `keep_fraction` came to over the pool. A sample that the
+    model was not asked about, because it had failed flipped CLIP, is not judged here: it is kept by this rule and
+    dropped by the one it failed, whichever of them comes first. (That none is left unscored for another reason is
+    checked before anything is decided, by `cascade.unscored`.)
+    """
+    return annotation.match_probability is None or annotation.match_probability >= min_probability
+
+
+class ImageTextMatching(beam.PTransform):
+    """Scores how well caption and picture match, for what can still pass flipped CLIP (`min_cosine`; None: all)."""
+
+    def __init__(
+        self, settings: recipe.ImageTextMatching, device: str, min_cosine: float | None
+    ) -> None:
+        super().__init__()
+        self._handler = BlipHandler(settings, device, min_cosine)
+
+    def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
+        return batches | "Score image-text matching" >> RunInference(self._handler)

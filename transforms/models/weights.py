@@ -1,0 +1,186 @@
+"""Where a model's files come from, and what exactly was loaded.
+
+A model is named by `bundled:clip|itm|digit` (the small demo models that this package holds), a local folder, a folder
+of an object store (`gs://…`, copied once to this machine), or a name that the library itself resolves (an open_clip
+architecture with its tag, a hub name with its revision). Only safetensors files are read, or pickles that torch
+confines to tensors (`weights_only`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import open_clip
+import torch
+from apache_beam.io.filesystem import CompressionTypes, FileMetadata
+from apache_beam.io.filesystems import FileSystems
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from pipeline import recipe
+
+_BUNDLED = "bundled:"
+_LOCAL = "local-dir:"  # open_clip's own prefixes
+_HUB = "hf-hub:"
+
+
+class ClipSource(NamedTuple):
+    """The arguments by which open_clip finds a model."""
+
+    name: str
+    pretrained: str | None
+    quick_gelu: bool
+
+
+def clip_source(settings: recipe.FlippedClip) -> ClipSource:
+    """What open_clip is to load. Raises ValueError where it would go on with random weights."""
+    model = local_path(settings.model)
+    if Path(model).is_dir():
+        return ClipSource(_LOCAL + model, None, False)
+    if model.startswith(_HUB):
+        return ClipSource(model, None, False)
+    if settings.weights is None:
+        raise ValueError(
+            f"flipped_clip.model: {settings.model!r} is no folder, so it is an architecture and needs `weights`"
+        )
+    weights = local_path(settings.weights)
+    # open_clip 3 only warns where a tag was trained with QuickGELU and the architecture's name does not say so, as
+    # with ViT-L-14 and `openai`; the scores would be quietly wrong.
+    return ClipSource(model, weights, bool(_tag(model, weights).get("quick_gelu")))
+
+
+def load_pretrained(
+    model_class: Any,
+    processor_class: Any,
+    settings: recipe.ImageTextMatching | recipe.Digit,
+    device: torch.device,
+) -> tuple[Any, Any]:
+    """A transformers model in float32, ready to score on `device`, and its processor.
+
+    The processor works on Pillow: that is what these models were trained with, to the bit; transformers' default,
+    on torchvision, differs from it in the last step of some pixels.
+    """
+    path = local_path(settings.model)
+    model = model_class.from_pretrained(path, revision=settings.revision or "main", dtype=torch.float32, weights_only=True)
+    processor = processor_class.from_pretrained(path, revision=settings.revision or "main", backend="pil")
+    return model.eval().to(device), processor
+
+
+def model_identity(
+    settings: recipe.FlippedClip | recipe.ImageTextMatching | recipe.Digit,
+) -> dict[str, Any]:
+    """What the manifest says of a model: its name, its revision (for open_clip the tag or file; for a hub the commit,
+    where the hub's cache on this machine knows it), and the sha256 of each weight file that lies on this machine."""
+    given = settings.weights if isinstance(settings, recipe.FlippedClip) else settings.revision
+    files, commit = _weight_files(settings)
+    return {
+        "name": settings.model,
+        "revision": commit or given,
+        "sha256": {file.name: _sha256(file) for file in files},
+    }
+
+
+def local_path(name: str) -> str:
+    """`name` where the libraries can open it: bundled and remote files as local paths, anything else as it is."""
+    if name.startswith(_BUNDLED):
+        folder = importlib.resources.files("pipeline") / "demo" / "models" / name.removeprefix(_BUNDLED)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{name}: this installation holds no such model")
+        return str(folder)
+    return _fetched(name) if "://" in name else name
+
+
+def cache_folder() -> Path:
+    """Where copies of remote models lie: `PAIRSIFT_CACHE`, else the user's cache folder."""
+    return Path(os.environ.get("PAIRSIFT_CACHE") or Path.home() / ".cache" / "pairsift")
+
+
+def _fetched(url: str) -> str:
+    """A local copy of the remote folder or file, made once per machine and state of the remote: a copy is complete
+    before it gets its name, and changed files give another name."""
+    url = url.rstrip("/")
+    found = _remote_files(url)
+    if not found:
+        raise FileNotFoundError(f"{url}: nothing there")
+    state = "\n".join(f"{f.path} {f.size_in_bytes} {f.last_updated_in_seconds}" for f in found)
+    copy = cache_folder() / "models" / hashlib.sha256(state.encode()).hexdigest()[:32]
+    if not copy.exists():
+        aside = copy.with_name(f"{copy.name}.tmp-{uuid.uuid4().hex}")
+        try:
+            for file in found:
+                relative = file.path.removeprefix(url).lstrip("/") or url.rsplit("/", 1)[1]
+                target = aside / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with (
+                    FileSystems.open(file.path, compression_type=CompressionTypes.UNCOMPRESSED) as remote,
+                    target.open("wb") as local,
+                ):
+                    shutil.copyfileobj(remote, local, 2**20)
+            try:
+                aside.rename(copy)
+            except OSError:
+                if not copy.exists():  # else another process was quicker: the same files lie there
+                    raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return str(copy / url.rsplit("/", 1)[1] if found[0].path == url else copy)
+
+
+def _remote_files(url: str) -> list[FileMetadata]:
+    """The one file at `url`, or the files under it, by name; object stores may list empty folder markers."""
+    for pattern in (url, f"{url}/**"):
+        files = [f for f in FileSystems.match([pattern])[0].metadata_list if not f.path.endswith("/")]
+        if files:
+            return sorted(files, key=lambda file: file.path)
+    return []
+
+
+def _tag(model: str, tag: str) -> dict[str, Any]:
+    return open_clip.get_pretrained_cfg(model.replace("/", "-"), tag) or {}
+
+
+def _weight_files(
+    settings: recipe.FlippedClip | recipe.ImageTextMatching | recipe.Digit,
+) -> tuple[list[Path], str | None]:
+    """The weight files on this machine, and the commit where they come from a hub's cache."""
+    if not isinstance(settings, recipe.FlippedClip):
+        path = local_path(settings.model)
+        return _in_folder(Path(path)) if Path(path).is_dir() else _in_hub_cache(path, settings.revision)
+    source = clip_source(settings)
+    if source.name.startswith(_LOCAL):
+        return _in_folder(Path(source.name.removeprefix(_LOCAL)))
+    if source.name.startswith(_HUB):
+        return _in_hub_cache(source.name.removeprefix(_HUB), None)
+    assert source.pretrained is not None
+    if os.path.isfile(source.pretrained):
+        return [Path(source.pretrained)], None
+    repository = _tag(source.name, source.pretrained).get("hf_hub", "")
+    return _in_hub_cache(repository.rpartition("/")[0], None) if repository else ([], None)
+
+
+def _in_folder(folder: Path) -> tuple[list[Path], None]:
+    """Every safetensors file, or, where there is none, every pickled one: the order in which the libraries look."""
+    for patterns in (("*.safetensors",), ("*.bin", "*.pt", "*.pth")):
+        files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+        if files:
+            return files, None
+    return [], None
+
+
+def _in_hub_cache(repository: str, revision: str | None) -> tuple[list[Path], str | None]:
+    try:
+        snapshot = Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return [], None
+    return _in_folder(snapshot)[0], snapshot.name
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
