@@ -1,0 +1,255 @@
+"""Copies: how often each sample stands in the training subset.
+
+E(x) = min(cap, λ·p(c)/n_c·w(x)/w̄_c), with the one λ for which Σ E = N. Paper: clusters are resampled to their
+importance, and better samples duplicated more. Ours: the cap, λ, and the hash that turns E into whole copies.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+
+from pipeline.recipe import DistributionAlignment, QualityDuplication, Target
+from transforms.distribution_alignment import quality_duplication
+from transforms.distribution_alignment.digit_enhancement import enhance
+from transforms.distribution_alignment.hashing import draw
+from transforms.distribution_alignment.records import Allocation, Placement, RankedMember
+
+PLACEMENTS = "placements"
+TALLIES = "tallies"
+
+_INFINITY_BITS = 0x7FF0_0000_0000_0000
+_TALLY_BITS = (
+    40  # expected copies are summed in whole units of 2^-40, so that no order of adding shows
+)
+
+
+class UnreachableTargetError(ValueError):
+    """The target asks for more copies than the cap allows."""
+
+
+def target_copies(target: Target, pool_count: int, survivor_count: int) -> float:
+    """N in copies: the count given, the share of the pool's samples, or the number that survived every rule
+    (semantic dedup included). Nobody survived: a share is 0 copies."""
+    if target.samples is not None:
+        return float(target.samples)
+    if target.pool_share is not None:
+        return target.pool_share * pool_count if survivor_count else 0.0
+    return float(survivor_count)
+
+
+def total_expected(
+    scale: float, shares: np.ndarray, sizes: np.ndarray, quality: QualityDuplication, cap: float
+) -> float:
+    """Σ E over all samples for λ = `scale`, from clusters alone: shares float64 (k,) = p(c)/(n_c·w̄_c) > 0, sizes
+    int64 (k,) = n_c >= 1.
+
+    The ranks of a cluster are evenly spaced, so w_i = w1 + i·(w2 - w1)/(n_c - 1): the first m of them, those below the
+    cap, add up in closed form, and the rest are at the cap. Summed exactly over clusters (math.fsum).
+    """
+    single = sizes == 1
+    lowest = np.where(single, quality_duplication.mean_weight(quality), quality.w1)
+    step = np.where(single, 0.0, (quality.w2 - quality.w1) / np.maximum(sizes - 1, 1))
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        each = scale * shares  # E(x) before the cap, for w(x) = 1
+        flat = np.where(each * lowest < cap, sizes, 0)
+        below = np.where(step > 0, np.clip(np.ceil((cap / each - lowest) / step), 0, sizes), flat)
+        uncapped = np.where(
+            below > 0, each * (below * lowest + step * below * (below - 1) / 2), 0.0
+        )
+    return math.fsum((uncapped + cap * (sizes - below)).tolist())
+
+
+def solve_scale(
+    target: float,
+    importance: np.ndarray,
+    sizes: np.ndarray,
+    quality: QualityDuplication,
+    cap: float,
+) -> float:
+    """λ: the smallest float for which Σ E reaches `target`, by bisection to the last bit.
+
+    importance float64 (k,): p(c); sizes int64 (k,): n_c, 0 where p(c) is. Raises UnreachableTargetError where every
+    sample at the cap is still too few.
+    """
+    if target == 0:
+        return 0.0
+    shares = share_of_each(importance, sizes, quality)
+    sizes, shares = sizes[shares > 0], shares[shares > 0]
+    reachable = total_expected(math.inf, shares, sizes, quality, cap)
+    if target > reachable:
+        count = int(sizes.sum())
+        remedy = (
+            f"raise `max_copies` to {target / count:.6g} or more, or lower `target`"
+            if count
+            else "lower `target`"
+        )
+        raise UnreachableTargetError(
+            f"the target of {target:.10g} copies cannot be reached: `max_copies` {cap:g} allows {reachable:.10g} from "
+            f"{count} samples, {target - reachable:.10g} too few; {remedy}"
+        )
+    low, high = 0, _INFINITY_BITS  # the bits of a float >= 0 count in the order of the floats
+    while high - low > 1:
+        middle = (low + high) // 2
+        if total_expected(_float_of(middle), shares, sizes, quality, cap) < target:
+            low = middle
+        else:
+            high = middle
+    return _float_of(high)
+
+
+def _float_of(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
+
+
+def share_of_each(
+    importance: np.ndarray, sizes: np.ndarray, quality: QualityDuplication
+) -> np.ndarray:
+    """p(c)/(n_c·w̄_c), float64 (k,); 0 where n_c = 0."""
+    return (
+        np.where(sizes > 0, importance, 0.0)
+        / np.maximum(sizes, 1)
+        / quality_duplication.mean_weight(quality)
+    )
+
+
+def expected_copies(
+    factor: float, rank: int, size: int, quality: QualityDuplication, cap: float
+) -> float:
+    """E(x) = min(cap, factor·w(x)), with factor = λ·p(c)/(n_c·w̄_c)."""
+    return min(cap, factor * quality_duplication.weight(rank, size, quality))
+
+
+def whole_copies(expected: float, seed: int, uid: str) -> int:
+    """⌊E⌋ + [u(seed, uid) < E - ⌊E⌋], u a hash in [0, 1): on average E, and the same on every run."""
+    whole = math.floor(expected)
+    return whole + (draw("copies", seed, uid) < expected - whole)
+
+
+class Tally(NamedTuple):
+    """Sums over members of a cluster. `expected` and `digit_addition` count in units of 2^-40 copies."""
+
+    members: int = 0
+    semantic_duplicates: int = 0
+    expected: int = 0
+    digit_addition: int = 0
+    copies: int = 0
+
+
+class AssignCopies(beam.PTransform):
+    """Ranked members → `PLACEMENTS`, one for each, and `TALLIES`, which `ClusterTable` sums.
+
+    `allocation` is `ClusterImportance`' output.
+    """
+
+    def __init__(
+        self, settings: DistributionAlignment, seed: int, allocation: beam.PCollection[Allocation]
+    ) -> None:
+        super().__init__()
+        self.settings, self.seed, self.allocation = settings, seed, allocation
+
+    def expand(self, members: beam.PCollection[RankedMember]) -> beam.pvalue.DoOutputsTuple:
+        factors = self.allocation | "Factors" >> beam.Map(_factors)
+        return members | "PlaceMembers" >> beam.ParDo(
+            _Place(self.settings, self.seed), beam.pvalue.AsSingleton(factors)
+        ).with_outputs(TALLIES, main=PLACEMENTS)
+
+
+def _factors(allocation: Allocation) -> np.ndarray:
+    return allocation.factors
+
+
+@beam.typehints.with_output_types(Placement)
+class _Place(beam.DoFn):
+    def __init__(self, settings: DistributionAlignment, seed: int) -> None:
+        self.settings, self.seed = settings, seed
+
+    def process(
+        self, member: RankedMember, factors: np.ndarray
+    ) -> Iterator[Placement | beam.pvalue.TaggedOutput]:
+        dropped = bool(member.semantic_duplicate_of)
+        planned = expected = 0.0
+        if not dropped:
+            planned = expected = self._planned(member, float(factors[member.cluster]))
+            digits = self.settings.digit_enhancement
+            if digits is not None:
+                expected = enhance(
+                    planned, member.digit_probability, digits, self.settings.max_copies
+                )
+        copies = whole_copies(expected, self.seed, member.uid)
+        yield Placement(
+            member.uid, member.shard, member.cluster, member.semantic_duplicate_of, expected, copies
+        )
+        tally = Tally(1, int(dropped), _units(expected), _units(expected - planned), copies)
+        yield beam.pvalue.TaggedOutput(TALLIES, (member.cluster, tuple(tally)))
+
+    def _planned(self, member: RankedMember, factor: float) -> float:
+        quality = self.settings.quality_duplication or quality_duplication.WITHOUT
+        return expected_copies(
+            factor, member.rank, member.cluster_size, quality, self.settings.max_copies
+        )
+
+
+def _units(copies: float) -> int:
+    return round(math.ldexp(copies, _TALLY_BITS))
+
+
+def cluster_rows(allocation: Allocation, tallies: Mapping[int, Tally]) -> list[dict[str, Any]]:
+    """One row a cluster, sorted, the empty ones too: cluster, size (n_c), semantic_duplicates (members dropped),
+    similarity_<task> for every task, importance (p(c)), expected_copies, digit_addition (how much of those digit
+    enhancement added above the target), copies."""
+    rows = []
+    for cluster, (size, importance) in enumerate(
+        zip(allocation.sizes, allocation.importance, strict=True)
+    ):
+        tally = tallies.get(cluster, Tally())
+        rows.append(
+            {
+                "cluster": cluster,
+                "size": int(size),
+                "semantic_duplicates": tally.semantic_duplicates,
+                **{
+                    f"similarity_{task}": float(s[cluster])
+                    for task, s in sorted(allocation.similarities.items())
+                },
+                "importance": float(importance),
+                "expected_copies": math.ldexp(tally.expected, -_TALLY_BITS),
+                "digit_addition": math.ldexp(tally.digit_addition, -_TALLY_BITS),
+                "copies": tally.copies,
+            }
+        )
+    return rows
+
+
+class ClusterTable(beam.PTransform):
+    """`TALLIES` → the rows of clusters.parquet (see `cluster_rows`), in one element."""
+
+    def __init__(self, allocation: beam.PCollection[Allocation]) -> None:
+        super().__init__()
+        self.allocation = allocation
+
+    def expand(
+        self, tallies: beam.PCollection[tuple[int, tuple[int, ...]]]
+    ) -> beam.PCollection[list[dict[str, Any]]]:
+        return (
+            tallies
+            | "SumByCluster" >> beam.CombinePerKey(_add_tallies)
+            | "GatherClusters" >> beam.combiners.ToDict()
+            | "ClusterRows" >> beam.Map(_rows, beam.pvalue.AsSingleton(self.allocation))
+        )
+
+
+def _add_tallies(tallies: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    sums = list(Tally())
+    for tally in tallies:
+        sums = [total + part for total, part in zip(sums, tally, strict=True)]
+    return tuple(sums)
+
+
+def _rows(tallies: Mapping[int, tuple[int, ...]], allocation: Allocation) -> list[dict[str, Any]]:
+    return cluster_rows(allocation, {cluster: Tally(*sums) for cluster, sums in tallies.items()})
