@@ -19,7 +19,8 @@ from transforms.distribution_alignment.semantic_dedup import SemanticDedup
 
 
 def make_candidates(embeddings: np.ndarray, seed: int = 0) -> list[Candidate]:
-    """A candidate for each embedding (n, d); every fifth shows digits, every seventh was never asked."""
+    """A candidate for each embedding (n, d); every fifth shows digits, every seventh was never
+    asked."""
     rng = np.random.default_rng(seed)
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
     stored = (embeddings / np.where(lengths > 0, lengths, 1)).astype("<f2")

@@ -1,7 +1,7 @@
-"""CIDS, cluster-importance-based data selection: clusters count by their likeness to downstream tasks.
+"""CIDS, cluster-importance-based data selection: clusters count by their likeness to tasks.
 
-Paper: clusters are weighted by their similarity to downstream tasks, and the data is resampled to that distribution.
-Ours: the exact estimators, priors, temperature and task weights.
+Paper: clusters are weighted by their similarity to downstream tasks, and the data is resampled to
+that distribution. Ours: the exact estimators, priors, temperature and task weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.recipe import Cids, DistributionAlignment
 from transforms.distribution_alignment import copies, quality_duplication
 from transforms.distribution_alignment.clusters import assign, load_centroids
 from transforms.distribution_alignment.records import Allocation, RankedMember
-from transforms.distribution_alignment.vectors import unit_rows
+from transforms.distribution_alignment.vectors import exact_products_with, unit_rows
 
 _ALLOWED_TASKS = (
     "allowed: a .npz that holds float32 (m, d) centroids, m >= 1, under each task's name"
@@ -28,10 +28,11 @@ _ALLOWED_TASKS = (
 
 
 def load_tasks(path: str) -> dict[str, np.ndarray]:
-    """Task name → its centroids as unit vectors, float32 (m, d), by name, from the .npz at `path` or `bundled:tasks`.
+    """Task name → its centroids as unit vectors, float32 (m, d), by name, from the .npz at `path`
+    or `bundled:tasks`.
 
-    Keys that start with `__` (`__model__`, …) are metadata and left out. Nothing in the file is unpickled. Raises
-    ValueError, naming file, key and what is allowed.
+    Keys that start with `__` (`__model__`, …) are metadata and left out. Nothing in the file is
+    unpickled. Raises ValueError, naming file, key and what is allowed.
     """
     try:
         with np.load(io.BytesIO(_read(path)), allow_pickle=False) as file:
@@ -55,7 +56,8 @@ def load_tasks(path: str) -> dict[str, np.ndarray]:
     for key, other in widths.items():
         if other != width:
             raise ValueError(
-                f"{path}: {key}: {other} dimensions, but {first} has {width}; allowed: one d for all tasks"
+                f"{path}: {key}: {other} dimensions, but {first} has {width}; "
+                "allowed: the same d for every task"
             )
     return arrays
 
@@ -89,17 +91,17 @@ def _task_array(file: np.lib.npyio.NpzFile, key: str, path: str) -> np.ndarray:
 def task_similarity(
     centroids: np.ndarray, tasks: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """s(t, c) = max over task t's centroids of the cosine to the centroid of c: centroids float32 (k, d), tasks float32
-    (m, d), both of length 1 → float64 (k,) by task name.
+    """s(t, c) = max over task t's centroids of the cosine to the centroid of c: centroids float32
+    (k, d), tasks float32 (m, d), both of length 1 → float64 (k,) by task name.
 
-    Added up in float64 by einsum, whose order, unlike a BLAS product's, no number of threads changes. Raises ValueError
+    Added up in float64 in a fixed order, which no number of threads changes. Raises ValueError
     where d differs.
     """
     similarities = {}
     for task, vectors in sorted(tasks.items()):
         best = np.full(len(centroids), -np.inf)
         for vector in _same_width(task, vectors, centroids):
-            np.maximum(best, np.einsum("ij,j->i", centroids, vector, dtype=np.float64), out=best)
+            np.maximum(best, exact_products_with(centroids, vector), out=best)
         similarities[task] = best
     return similarities
 
@@ -107,8 +109,8 @@ def task_similarity(
 def task_shares(
     centroids: np.ndarray, sizes: np.ndarray, tasks: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """p(t, c) of the assignment estimator: the share of task t's vectors whose nearest centroid, of the clusters with
-    n_c > 0, is c. float64 (k,) by task name."""
+    """p(t, c) of the assignment estimator: the share of task t's vectors whose nearest centroid, of
+    the clusters with n_c > 0, is c. float64 (k,) by task name."""
     filled = np.flatnonzero(sizes)
     shares = {}
     for task, vectors in sorted(tasks.items()):
@@ -124,33 +126,34 @@ def task_shares(
 def _same_width(task: str, vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     if len(centroids) and vectors.shape[1] != centroids.shape[1]:
         raise ValueError(
-            f"task {task} has {vectors.shape[1]} dimensions, the clusters {centroids.shape[1]}: other models made them"
+            f"task {task} has {vectors.shape[1]} dimensions, the clusters {centroids.shape[1]}: "
+            "they come from different models"
         )
     return vectors[:0] if len(centroids) == 0 else vectors
 
 
 def likeness_shares(similarity: np.ndarray, sizes: np.ndarray, settings: Cids) -> np.ndarray:
-    """p(t, c) of the similarity estimator: ∝ n_c·exp(s(t, c)/τ) with `prior: pool`, ∝ exp(s(t, c)/τ) with `prior:
-    uniform`, 0 where n_c = 0. similarity float64 (k,), sizes int64 (k,) → float64 (k,), its sum 1."""
+    """p(t, c) of the similarity estimator: ∝ n_c·exp(s(t, c)/τ) with `prior: pool`, ∝ exp(s(t, c)/τ)
+    with `prior: uniform`, 0 where n_c = 0. similarity float64 (k,), sizes int64 (k,) →
+    float64 (k,), its sum 1."""
     filled = sizes > 0
     if not filled.any():
         return np.zeros(len(sizes))
-    heights = np.where(
-        filled, similarity - similarity[filled].max(), 0.0
-    )  # the largest exp is 1: no overflow
-    weights = np.where(filled, np.exp(heights / settings.temperature), 0.0)
+    below_best = np.where(filled, similarity - similarity[filled].max(), 0.0)
+    weights = np.where(filled, np.exp(below_best / settings.temperature), 0.0)  # at most 1
     return _normalised(weights * sizes if settings.prior == "pool" else weights)
 
 
 def task_weights(tasks: Sequence[str], given: Mapping[str, float] | None) -> dict[str, float]:
-    """w_t, Σ_t w_t = 1: as given, 0 for a task not named there; equal where nothing is given. Raises ValueError at a
-    name that is no task, or where all weigh 0."""
+    """w_t, Σ_t w_t = 1: as given, 0 for a task not named there; equal where nothing is given.
+    Raises ValueError at a name that is no task, or where all weigh 0."""
     if given is None:
         return {task: 1 / len(tasks) for task in sorted(tasks)}
     unknown = sorted(set(given) - set(tasks))
     if unknown:
         raise ValueError(
-            f"cids.task_weights: unknown task {', '.join(unknown)}; allowed: {', '.join(sorted(tasks))}"
+            f"cids.task_weights: unknown task {', '.join(unknown)}; "
+            f"allowed: {', '.join(sorted(tasks))}"
         )
     total = math.fsum(given.values())
     if total <= 0:
@@ -183,8 +186,8 @@ def allocate(
     pool_count: int,
     survivor_count: int,
 ) -> Allocation:
-    """How the target is shared among the clusters: centroids float32 (k, d), sizes int64 (k,) = n_c, `tasks` empty
-    without `cids`."""
+    """How the target is shared among the clusters: centroids float32 (k, d), sizes int64 (k,) =
+    n_c, `tasks` empty without `cids`."""
     similarities = task_similarity(centroids, tasks)
     shares, weights = {}, {}
     if settings.cids is not None:
@@ -204,7 +207,8 @@ def allocate(
 
 
 class ReadTasks(beam.PTransform):
-    """A pipeline → the task centroids as one dict in one element: the side input of `ClusterImportance`."""
+    """A pipeline → the task centroids as one dict in one element: the side input of
+    `ClusterImportance`."""
 
     def __init__(self, settings: Cids) -> None:
         super().__init__()
@@ -221,8 +225,8 @@ class ReadTasks(beam.PTransform):
 class ClusterImportance(beam.PTransform):
     """Ranked members → one `Allocation`.
 
-    `centroids_path` (one path), `pool_count` (one int: the samples of the raw pool) and `tasks` (one dict, see
-    `load_tasks`; None without `cids`) are side inputs.
+    `centroids_path` (one path), `pool_count` (one int: the samples of the raw pool) and `tasks`
+    (one dict, see `load_tasks`; None without `cids`) are side inputs.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Clusters: spherical k-means on a hash-chosen sample, then assignment by inner product.
 
-Paper: the data is clustered by k-means over image embeddings. Ours: the sample, the seeds and how ties are judged, so
-that the clusters depend on nothing but the candidates, the seed and the settings.
+Paper: the data is clustered by k-means over image embeddings. Ours: the sample, the seeds and how
+ties are judged, so that the clusters depend on nothing but the candidates, the seed and the
+settings.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ _PAIRS_AT_ONCE = 4096
 def train_centroids(embeddings: np.ndarray, count: int, iterations: int, seed: int) -> np.ndarray:
     """Spherical k-means over unit vectors float32 (n, d) → unit centroids float32 (k, d).
 
-    k = min(count, distinct rows); where every distinct row can have a cluster of its own, the rows themselves are the
-    centroids, in order of appearance. Empty clusters are repaired by faiss, which splits a large one. The result
-    depends on the order of the rows: give them in one that identity decides. n = 0 gives (0, d).
+    k = min(count, distinct rows); where every distinct row can have a cluster of its own, the rows
+    themselves are the centroids, in order of appearance. Empty clusters are repaired by faiss,
+    which splits a large one. The result depends on the order of the rows: give them in one that
+    identity decides. n = 0 gives (0, d).
     """
     first_rows: dict[bytes, int] = {}
     for index, row in enumerate(embeddings):
@@ -63,10 +65,12 @@ def train_centroids(embeddings: np.ndarray, count: int, iterations: int, seed: i
 
 
 def assign(units: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """The centroid with the largest inner product: unit vectors float32 (n, d), centroids float32 (k, d) → int64 (n,).
+    """The centroid with the largest inner product: unit vectors float32 (n, d), centroids float32
+    (k, d) → int64 (n,).
 
-    Centroids within 1e-4 of the best are judged again in float64 in a fixed order, equal ones go to the smaller index;
-    so a row's cluster does not depend on its batch. Raises ValueError where there is no centroid or d differs.
+    Centroids within 1e-4 of the best are judged again in float64 in a fixed order, equal ones go to
+    the smaller index; so a row's cluster does not depend on its batch. Raises ValueError where
+    there is no centroid or d differs.
     """
     if len(units) == 0:
         return np.empty(0, np.int64)
@@ -74,7 +78,8 @@ def assign(units: np.ndarray, centroids: np.ndarray) -> np.ndarray:
         raise ValueError("there are no centroids to assign to")
     if units.shape[1] != centroids.shape[1]:
         raise ValueError(
-            f"embeddings have {units.shape[1]} dimensions, centroids {centroids.shape[1]}: they come from other models"
+            f"embeddings have {units.shape[1]} dimensions, centroids {centroids.shape[1]}: "
+            "they come from different models"
         )
     blocks = range(0, len(units), _BATCH_ROWS)
     return np.concatenate(
@@ -137,8 +142,8 @@ def load_centroids(path: str) -> np.ndarray:
 
 
 def write_centroids(path: str, centroids: np.ndarray) -> str:
-    """Writes the .npy aside, renames it to `path` and reads it back; returns `path`. Raises OSError where what then
-    lies there is something else."""
+    """Writes the .npy aside, renames it to `path` and reads it back; returns `path`. Raises OSError
+    where what then lies there is something else."""
     buffer = io.BytesIO()
     np.save(buffer, centroids, allow_pickle=False)
     aside = f"{path}.tmp-{uuid.uuid4().hex}"
@@ -154,8 +159,9 @@ def write_centroids(path: str, centroids: np.ndarray) -> str:
 class TrainCentroids(beam.PTransform):
     """Candidates → the path of the centroids, in one element.
 
-    Trains on the `training_samples` candidates with the smallest hash(seed, uid), and writes `output_path`; where the
-    settings name centroids, gives that path and trains nothing. Without candidates the file holds an array of (0, 0).
+    Trains on the `training_samples` candidates with the smallest hash(seed, uid), and writes
+    `output_path`; where the settings name centroids, gives that path and trains nothing. Without
+    candidates the file holds an array of (0, 0).
     """
 
     def __init__(self, settings: Clusters, seed: int, output_path: str) -> None:
@@ -187,8 +193,8 @@ def _train(
 
 
 class AssignClusters(beam.PTransform):
-    """Candidates → members of the cluster whose centroid is nearest. `centroids_path` is `TrainCentroids`' output;
-    the centroids are loaded once a process."""
+    """Candidates → members of the cluster whose centroid is nearest. `centroids_path` is
+    `TrainCentroids`' output; the centroids are loaded once a process."""
 
     def __init__(self, centroids_path: beam.PCollection[str]) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """Copies: how often each sample stands in the training subset.
 
-E(x) = min(cap, λ·p(c)/n_c·w(x)/w̄_c), with the one λ for which Σ E = N. Paper: clusters are resampled to their
-importance, and better samples duplicated more. Ours: the cap, λ, and the hash that turns E into whole copies.
+E(x) = min(cap, λ·p(c)/n_c·w(x)/w̄_c), with the one λ for which Σ E = N. Paper: clusters are
+resampled to their importance, and better samples duplicated more. Ours: the cap, λ, and the hash
+that turns E into whole copies.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class UnreachableTargetError(ValueError):
 
 
 def target_copies(target: Target, pool_count: int, survivor_count: int) -> float:
-    """N in copies: the count given, the share of the pool's samples, or the number that survived every rule
-    (semantic dedup included). Nobody survived: a share is 0 copies."""
+    """N in copies: the count given, the share of the pool's samples, or the number that survived
+    every rule (semantic dedup included). Nobody survived: a share is 0 copies."""
     if target.samples is not None:
         return float(target.samples)
     if target.pool_share is not None:
@@ -46,11 +47,12 @@ def target_copies(target: Target, pool_count: int, survivor_count: int) -> float
 def total_expected(
     scale: float, shares: np.ndarray, sizes: np.ndarray, quality: QualityDuplication, cap: float
 ) -> float:
-    """Σ E over all samples for λ = `scale`, from clusters alone: shares float64 (k,) = p(c)/(n_c·w̄_c) > 0, sizes
-    int64 (k,) = n_c >= 1.
+    """Σ E over all samples for λ = `scale`, from clusters alone: shares float64 (k,) =
+    p(c)/(n_c·w̄_c) > 0, sizes int64 (k,) = n_c >= 1.
 
-    The ranks of a cluster are evenly spaced, so w_i = w1 + i·(w2 - w1)/(n_c - 1): the first m of them, those below the
-    cap, add up in closed form, and the rest are at the cap. Summed exactly over clusters (math.fsum).
+    The ranks of a cluster are evenly spaced, so w_i = w1 + i·(w2 - w1)/(n_c - 1): the first m of
+    them, those below the cap, add up in closed form, and the rest are at the cap. Summed exactly
+    over clusters (math.fsum).
     """
     single = sizes == 1
     lowest = np.where(single, quality_duplication.mean_weight(quality), quality.w1)
@@ -74,8 +76,8 @@ def solve_scale(
 ) -> float:
     """λ: the smallest float for which Σ E reaches `target`, by bisection to the last bit.
 
-    importance float64 (k,): p(c); sizes int64 (k,): n_c, 0 where p(c) is. Raises UnreachableTargetError where every
-    sample at the cap is still too few.
+    importance float64 (k,): p(c); sizes int64 (k,): n_c, 0 where p(c) is. Raises
+    UnreachableTargetError where every sample at the cap is still too few.
     """
     if target == 0:
         return 0.0
@@ -84,14 +86,12 @@ def solve_scale(
     reachable = total_expected(math.inf, shares, sizes, quality, cap)
     if target > reachable:
         count = int(sizes.sum())
-        remedy = (
-            f"raise `max_copies` to {target / count:.6g} or more, or lower `target`"
-            if count
-            else "lower `target`"
-        )
+        enough = math.ceil(target / max(count, 1) * 1000) / 1000
         raise UnreachableTargetError(
-            f"the target of {target:.10g} copies cannot be reached: `max_copies` {cap:g} allows {reachable:.10g} from "
-            f"{count} samples, {target - reachable:.10g} too few; {remedy}"
+            f"the target of {target:.10g} copies cannot be reached: `max_copies` {cap:g} allows "
+            f"{reachable:.10g} from {count} samples, {target - reachable:.10g} too few; "
+            + (f"raise `max_copies` to {enough:g} or " if count else "")
+            + "lower `target`"
         )
     low, high = 0, _INFINITY_BITS  # the bits of a float >= 0 count in the order of the floats
     while high - low > 1:
@@ -126,13 +126,15 @@ def expected_copies(
 
 
 def whole_copies(expected: float, seed: int, uid: str) -> int:
-    """⌊E⌋ + [u(seed, uid) < E - ⌊E⌋], u a hash in [0, 1): on average E, and the same on every run."""
+    """⌊E⌋ + [u(seed, uid) < E - ⌊E⌋], u a hash in [0, 1): on average E, and the same on every
+    run."""
     whole = math.floor(expected)
     return whole + (draw("copies", seed, uid) < expected - whole)
 
 
 class Tally(NamedTuple):
-    """Sums over members of a cluster. `expected` and `digit_addition` count in units of 2^-40 copies."""
+    """Sums over members of a cluster. `expected` and `digit_addition` count in units of 2^-40
+    copies."""
 
     members: int = 0
     semantic_duplicates: int = 0
@@ -200,9 +202,9 @@ def _units(copies: float) -> int:
 
 
 def cluster_rows(allocation: Allocation, tallies: Mapping[int, Tally]) -> list[dict[str, Any]]:
-    """One row a cluster, sorted, the empty ones too: cluster, size (n_c), semantic_duplicates (members dropped),
-    similarity_<task> for every task, importance (p(c)), expected_copies, digit_addition (how much of those digit
-    enhancement added above the target), copies."""
+    """One row a cluster, sorted, the empty ones too: cluster, size (n_c), semantic_duplicates
+    (members dropped), similarity_<task> for every task, importance (p(c)), expected_copies,
+    digit_addition (how much of those digit enhancement added above the target), copies."""
     rows = []
     for cluster, (size, importance) in enumerate(
         zip(allocation.sizes, allocation.importance, strict=True)

@@ -6,7 +6,8 @@ import hashlib
 
 
 def draw(purpose: str, seed: int, uid: str) -> float:
-    """u(seed, uid) in [0, 1), a multiple of 2^-53: the first 53 bits of blake2b of purpose, seed and uid.
+    """u(seed, uid) in [0, 1), a multiple of 2^-53: the first 53 bits of blake2b of purpose, seed
+    and uid.
 
     `purpose` keeps the draws for different decisions independent. Our choice.
     """

@@ -12,8 +12,8 @@ from apache_beam import coders
 class Candidate(NamedTuple):
     """A sample that no earlier rule dropped.
 
-    `digit_probability` is -1.0 where the question was never asked; `embedding` holds d L2-normalised fp16 values,
-    little-endian.
+    `digit_probability` is -1.0 where the question was never asked; `embedding` holds d
+    L2-normalised fp16 values, little-endian.
     """
 
     uid: str
@@ -37,8 +37,9 @@ class Member(NamedTuple):
 class RankedMember(NamedTuple):
     """A member with its place in its cluster.
 
-    `semantic_duplicate_of` is the uid of the best-ranked keeper, "" where there is none. `rank` counts from 0 (worst)
-    to `cluster_size` - 1 (best) over the members that copies are shared among; it is -1 for one that is not counted.
+    `semantic_duplicate_of` is the uid of the best-ranked keeper, "" where there is none. `rank`
+    counts from 0 (worst) to `cluster_size` - 1 (best) over the members that copies are shared
+    among; it is -1 for one that is not counted.
     """
 
     uid: str
@@ -51,7 +52,8 @@ class RankedMember(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """What stage 3 decided about a sample: its cluster, whose duplicate it is ("" = nobody's), and its copies."""
+    """What stage 3 decided about a sample: its cluster, whose duplicate it is ("" = nobody's), and
+    its copies."""
 
     uid: str
     shard: str
@@ -65,8 +67,9 @@ class Placement(NamedTuple):
 class Allocation:
     """How the target is shared among k clusters; arrays are indexed by cluster.
 
-    sizes int64 (k,): n_c. similarities float64 (k,) by task: s(t, c). importance float64 (k,): p(c), 0 where n_c = 0.
-    factors float64 (k,): λ·p(c)/(n_c·w̄_c), so that E(x) = min(cap, factors[c]·w(x)). target: N, in copies. scale: λ.
+    sizes int64 (k,): n_c. similarities float64 (k,) by task: s(t, c). importance float64 (k,):
+    p(c), 0 where n_c = 0. factors float64 (k,): λ·p(c)/(n_c·w̄_c), so that E(x) = min(cap,
+    factors[c]·w(x)). target: N, in copies. scale: λ.
     """
 
     sizes: np.ndarray
@@ -77,6 +80,6 @@ class Allocation:
     scale: float
 
 
-# Beam would pickle a NamedTuple; its row coder is three times as fast and encodes deterministically.
+# Beam would pickle a NamedTuple; its row coder is three times as fast, and deterministic.
 for _record in (Candidate, Member, RankedMember, Placement):
     coders.registry.register_coder(_record, coders.RowCoder)

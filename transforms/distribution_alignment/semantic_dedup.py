@@ -1,7 +1,7 @@
 """Semantic deduplication: of samples whose embeddings nearly coincide, the best stays.
 
-Paper: semantic duplicates within a cluster go (SemDeDup, arXiv 2303.09540). Ours: the rank, the exact definition and
-the tiles.
+Paper: semantic duplicates within a cluster go (SemDeDup, arXiv 2303.09540). Ours: the rank, the
+exact definition and the tiles.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ def semantic_duplicates(
 ) -> np.ndarray:
     """For each row, the best-ranked better row with cosine > 1 - `epsilon`, -1 where there is none.
 
-    units: float32 (n, d) of length 1, best rank first; an array or a memory map. Returns int64 (n,). The better row may
-    itself be a duplicate. Products come in tiles of `tile_rows` square, so memory is bounded; those within 1e-4 of the
-    threshold are judged again in float64 in a fixed order, so the result does not depend on the tiles.
+    units: float32 (n, d) of length 1, best rank first; an array or a memory map. Returns int64
+    (n,). The better row may itself be a duplicate. Products come in tiles of `tile_rows` square, so
+    memory is bounded; those within 1e-4 of the threshold are judged again in float64 in a fixed
+    order, so the result does not depend on the tiles.
     """
     threshold = 1.0 - epsilon
     keepers = np.full(len(units), -1, np.int64)
@@ -72,7 +73,8 @@ def _first_above(
 
 
 def ranked(members: Iterable[Member]) -> list[Member]:
-    """Members best first: higher flipped-CLIP cosine, then smaller uid. Raises ValueError at a cosine that is NaN."""
+    """Members best first: higher flipped-CLIP cosine, then smaller uid. Raises ValueError at a
+    cosine that is NaN."""
     members = list(members)
     for member in members:
         if member.flipped_clip_cosine != member.flipped_clip_cosine:
