@@ -6,6 +6,7 @@ A file is written aside, renamed to its final name and verified, so that whoever
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import uuid
 from collections.abc import Iterator
@@ -38,6 +39,12 @@ def read_bytes(path: str) -> bytes:
     """All bytes at `path`."""
     with open_binary(path) as file:
         return file.read()
+
+
+def sha256(path: str) -> str:
+    """sha256 of the file at `path`, in hex."""
+    with open_binary(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

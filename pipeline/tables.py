@@ -99,14 +99,16 @@ def annotation_row(annotation: Annotation) -> dict:
     return dataclasses.asdict(annotation)
 
 
-def read_annotations(layout: Layout, shard: str, *, with_embeddings: bool = False) -> list[Annotation]:
-    """All that stages 1 and 2 know of a shard's samples, in tar order.
+def read_annotations(
+    layout: Layout, shard: str, *, with_scores: bool = True, with_embeddings: bool = False
+) -> list[Annotation]:
+    """All that stage 1 (and with `with_scores` stage 2) knows of a shard's samples, in tar order.
 
     A sample that has no pool-wide row (its uid stands twice in the pool) is left out: it is a dead letter.
     """
     pool_wide = {row["key"]: row for row in read_table(layout.pool_wide(shard))}
     scores: dict[str, dict] = {}
-    if files.exists(layout.cross_modality(shard)):
+    if with_scores:
         names = [name for name in CROSS_MODALITY.names if with_embeddings or name != "embedding"]
         scores = {row["key"]: row for row in read_table(layout.cross_modality(shard), names)}
     rows = read_table(layout.single_modality(shard))

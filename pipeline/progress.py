@@ -1,0 +1,106 @@
+"""What a run shows while it works: a live line on a terminal, plain lines elsewhere, JSON lines for machines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from pipeline import files
+from pipeline.layout import Layout
+from pipeline.records import Shard
+from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY
+
+_LIVE_SECONDS = 0.5
+_PLAIN_SECONDS = 10.0
+
+_TABLE_OF = {SINGLE_MODALITY: Layout.single_modality, CROSS_MODALITY: Layout.cross_modality}
+
+
+class Counts(NamedTuple):
+    """How far a stage is: finished shards, samples in all, and samples in finished shards, since it started."""
+
+    shards: int
+    samples: int
+    finished_samples: int
+
+
+class Progress:
+    """Follows a stage by the tables and counts that its workers leave, so it sees every local worker process."""
+
+    def __init__(self, console: Console, as_json: bool = False) -> None:
+        self._console, self._as_json = console, as_json
+
+    @contextlib.contextmanager
+    def stage(self, name: str, layout: Layout, shards: Sequence[Shard]) -> Iterator[None]:
+        """Show a stage while the body runs it."""
+        before = self._counts(name, layout, shards, frozenset())
+        finished_before = frozenset(self._finished(name, layout, shards))
+        started, done = time.monotonic(), threading.Event()
+
+        def line() -> str:
+            counts = self._counts(name, layout, shards, finished_before)
+            return describe(name, counts, len(shards) - len(finished_before), time.monotonic() - started)
+
+        def follow() -> None:
+            if self._console.is_terminal and not self._as_json:
+                with Live(Text(line()), console=self._console, auto_refresh=False, transient=True) as live:
+                    while not done.wait(_LIVE_SECONDS):
+                        live.update(Text(line()), refresh=True)
+            else:
+                while not done.wait(_PLAIN_SECONDS):
+                    self._emit("progress", name, line())
+
+        if finished_before and name in _TABLE_OF:
+            self._emit("progress", name, f"{name}: {before.shards} of {len(shards)} shards have a table already")
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            done.set()
+            follower.join()
+        self._emit("stage_done", name, line())
+
+    def _emit(self, event: str, stage: str, text: str) -> None:
+        if self._as_json:
+            print(json.dumps({"event": event, "stage": stage, "message": text}), flush=True)
+        else:
+            self._console.print(text, highlight=False, markup=False)
+
+    @staticmethod
+    def _finished(name: str, layout: Layout, shards: Sequence[Shard]) -> list[str]:
+        path_of = _TABLE_OF.get(name)
+        return [shard.name for shard in shards if path_of and files.exists(path_of(layout, shard.name))]
+
+    def _counts(self, name: str, layout: Layout, shards: Sequence[Shard], skip: frozenset[str]) -> Counts:
+        if name not in _TABLE_OF:
+            return Counts(0, 0, 0)
+        finished = set(self._finished(name, layout, shards)) - skip
+        samples, finished_samples = 0, 0
+        for shard in shards:
+            with contextlib.suppress(OSError, ValueError):  # not begun, or just being written
+                count = int(Path(layout.progress(name, shard.name)).read_text())
+                samples += count
+                finished_samples += count * (shard.name in finished)
+        return Counts(len(finished), samples, finished_samples)
+
+
+def describe(stage: str, counts: Counts, shards: int, seconds: float) -> str:
+    """One line: shards and samples done, samples a second, and the time left once a shard is finished."""
+    if stage not in _TABLE_OF:
+        return f"{stage}: {seconds:.0f} s"
+    rate = counts.samples / max(seconds, 1e-9)
+    text = f"{stage}: {counts.shards}/{shards} shards, {counts.samples:,} samples, {rate:,.0f}/s, {seconds:.0f} s"
+    if 0 < counts.shards < shards and rate:
+        expected = counts.finished_samples / counts.shards * shards
+        text += f", about {max(0.0, (expected - counts.samples) / rate):.0f} s left"
+    return text

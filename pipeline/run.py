@@ -1,0 +1,119 @@
+"""A run: the three graphs in sequence, over one pool, into one output folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import apache_beam as beam
+import torch
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+from pipeline import build, files
+from pipeline.layout import Layout
+from pipeline.manifest import identities, manifest
+from pipeline.progress import Progress
+from pipeline.recipe import CROSS_MODALITY, Recipe
+from pipeline.sources.webdataset import list_shards
+from transforms.single_modality import pos_pattern
+
+LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
+
+
+class UsageError(ValueError):
+    """Something the user asked for that cannot be done; nothing was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run came to: its funnel (None until the last stage ran) and where its files lie."""
+
+    funnel: dict[str, Any] | None
+    layout: Layout
+
+
+def run(
+    recipe: Recipe,
+    pool: str,
+    output: str,
+    stages: list[str],
+    beam_options: list[str],
+    progress: Progress,
+) -> Outcome:
+    """Run `stages` of `recipe` over the tars under `pool` into `output`.
+
+    An output folder that a run of the same recipe over the same pool left is gone on with. Raises UsageError (or
+    NoShards) before anything is written where the pool has no tars, a model's files are missing, the folder belongs to
+    another run, or the recipe asks for a GPU that a local run has not.
+    """
+    shards = list_shards(pool)
+    layout = Layout(output.rstrip("/"))
+    if recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages and _is_local(beam_options):
+        if not torch.cuda.is_available():
+            raise UsageError("recipe: cross_modality.device is cuda, but this machine has no GPU; use a GPU or say cpu")
+    try:
+        found = identities(recipe)
+    except (OSError, ValueError, LookupError) as error:
+        raise UsageError(f"recipe: {error}") from error
+    content = manifest(recipe, pool, found)
+    _claim(layout, content)
+
+    resolved = _with_tagger(recipe, found)
+    job = build.Job(resolved, tuple(shards), layout, found)
+    times = {}
+    for stage in stages:
+        started = time.monotonic()
+        with progress.stage(stage, layout, shards):
+            _run_stage(stage, job, beam_options)
+        times[stage] = round(time.monotonic() - started, 3)
+    files.write_json(layout.run, {"seconds": times, "shards": len(shards)})
+    progress_folder = files.join(layout.output, ".progress")
+    if files.exists(progress_folder):
+        FileSystems.delete([progress_folder])
+    done = files.exists(layout.funnel)
+    return Outcome(json.loads(files.read_bytes(layout.funnel)) if done else None, layout)
+
+
+def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> None:
+    options = PipelineOptions(beam_options)
+    # Named outright, because Beam's DirectRunner first tries to download another runner.
+    runner = FnApiRunner() if _is_local(beam_options) else None
+    pipeline = beam.Pipeline(runner=runner, options=options)
+    build.GRAPHS[stage](pipeline, job)
+    pipeline.run().wait_until_finish()
+
+
+def _is_local(beam_options: list[str]) -> bool:
+    named = [o.split("=", 1)[-1] for o in beam_options if o.startswith("--runner")]
+    return not named or named[-1] in LOCAL_RUNNERS
+
+
+def _claim(layout: Layout, content: dict[str, Any]) -> None:
+    """Write the manifest into a new or empty output folder; raise UsageError where another run's outputs lie."""
+    if files.exists(layout.manifest):
+        there = json.loads(files.read_bytes(layout.manifest))
+        differing = sorted(key for key in content if there.get(key) != content[key])
+        if differing:
+            raise UsageError(
+                f"{layout.output}: holds another run (it differs in {', '.join(differing)}); name another --output"
+            )
+        return
+    if files.exists(layout.output) and FileSystems.match([files.join(layout.output, "**")])[0].metadata_list:
+        raise UsageError(f"{layout.output}: is not empty and holds no run of pairsift; name another --output")
+    files.write_json(layout.manifest, content)
+
+
+def _with_tagger(recipe: Recipe, found: dict[str, Any]) -> Recipe:
+    """The recipe with `auto` settled for all workers, whose own data folders may differ."""
+    settings = recipe.single_modality.pos_pattern
+    if settings is None:
+        return recipe
+    source = found["single_modality"]["pos_tagger"]["source"]
+    assert source in pos_pattern.SOURCES
+    settled = settings.model_copy(update={"tagger": source})
+    single = recipe.single_modality.model_copy(update={"pos_pattern": settled})
+    return recipe.model_copy(update={"single_modality": single})

@@ -1,0 +1,25 @@
+"""clusters.parquet: one row per cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import files
+from pipeline.layout import Layout
+
+
+class WriteClusters(beam.DoFn):
+    """The table of clusters, in one element -> clusters.parquet. Its columns depend on the recipe's tasks."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def process(self, rows: list[dict[str, Any]]) -> Iterator[str]:
+        with files.write_aside(self._layout.clusters) as file:
+            pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
+        yield self._layout.clusters

@@ -1,0 +1,156 @@
+"""Decisions: one row per judged uid, and the tally that the funnel is made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import apache_beam as beam
+
+from pipeline import files, tables
+from pipeline.layout import Layout
+from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
+from pipeline.records import Annotation, DeadLetter
+from transforms.distribution_alignment.records import Placement
+from transforms.rules import Thresholds, first_failing, rules_of
+
+DEAD_LETTER_STEPS = (SINGLE_MODALITY, "pool_wide", CROSS_MODALITY)
+
+IN, DROPPED, DEAD, SURVIVORS, SAMPLES, COPIES = "in", "dropped", "dead_letters", "survivors", "samples", "copies"
+Tally = dict[tuple[str, str], int]
+"""Counts by (what, rule or reason); what has no finer name is under ""."""
+
+
+class Unaccounted(AssertionError):
+    """Samples that were neither dropped by a rule, nor kept, nor dead-lettered; or more than once."""
+
+
+def decide(
+    annotations: Iterable[Annotation],
+    placements: dict[str, Placement],
+    unjudged: set[str],
+    recipe: Recipe,
+    thresholds: Thresholds,
+) -> list[dict[str, Any]]:
+    """The decision rows of one shard: a pure function of its annotations, their placements and the recipe.
+
+    `unjudged` holds the keys that are dead letters of stage 2. Raises Unaccounted where a sample that no rule dropped
+    has no placement, or one that was dropped has.
+    """
+    local = rules_of(recipe, SINGLE_MODALITY)
+    scored = rules_of(recipe, CROSS_MODALITY, thresholds)
+    aligned = rules_of(recipe, DISTRIBUTION_ALIGNMENT)
+    rows = []
+    for annotation in annotations:
+        dropped_by = first_failing(annotation, local)
+        if dropped_by is None and annotation.key in unjudged:
+            continue
+        dropped_by = dropped_by or first_failing(annotation, scored)
+        placement = placements.get(annotation.uid)
+        if (dropped_by is None) != (placement is not None):
+            where = f"{annotation.uid} ({annotation.key} of shard {annotation.shard})"
+            raise Unaccounted(f"{where}: dropped by {dropped_by}, yet its placement is {placement}")
+        row = tables.annotation_row(annotation)
+        row.update(dropped_by=dropped_by, copies=0)
+        if placement is not None:
+            row.update(
+                cluster=placement.cluster,
+                semantic_duplicate_of=placement.semantic_duplicate_of or None,
+                expected_copies=placement.expected_copies,
+                copies=placement.copies,
+            )
+            final = annotation.with_columns(semantic_duplicate_of=row["semantic_duplicate_of"])
+            row["dropped_by"] = first_failing(final, aligned)
+        rows.append(row)
+    return rows
+
+
+def tally(rows: Iterable[dict[str, Any]], letters: Iterable[DeadLetter]) -> Tally:
+    """What became of a shard's samples."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        counts[(DROPPED, row["dropped_by"]) if row["dropped_by"] else (SURVIVORS, "")] += 1
+        counts[COPIES, ""] += row["copies"]
+        counts[SAMPLES, ""] += row["copies"] > 0
+    counts.update((DEAD, letter.reason) for letter in letters)
+    return dict(counts)
+
+
+class WriteDecisions(beam.DoFn):
+    """(shard name, its placements) -> Tally, once the shard's decisions are written."""
+
+    PLACEMENTS, SHARDS = "placements", "shards"
+
+    def __init__(self, layout: Layout, recipe: Recipe) -> None:
+        self._layout, self._recipe = layout, recipe
+
+    def process(self, group: tuple[str, dict[str, Any]], thresholds: Thresholds) -> Iterator[Tally]:
+        shard, groups = group
+        letters = {
+            step: tables.read_dead_letters(self._layout.dead_letters(step, shard)) for step in DEAD_LETTER_STEPS
+        }
+        rows = decide(
+            tables.read_annotations(self._layout, shard),
+            {placement.uid: placement for placement in groups[self.PLACEMENTS]},
+            {letter.key for letter in letters[CROSS_MODALITY]},
+            self._recipe,
+            Thresholds(*thresholds),
+        )
+        counts = tally(rows, (letter for step in letters.values() for letter in step))
+        # Counted on its own from what stage 1 saw, so that the sum below can really fail.
+        read = len(tables.read_table(self._layout.single_modality(shard), ["uid"]))
+        counts[IN, ""] = read + len(letters[SINGLE_MODALITY])
+        _reconcile(shard, counts)
+        tables.write_table(self._layout.decisions(shard), rows, tables.DECISIONS)
+        yield counts
+
+
+def _reconcile(where: str, counts: Tally) -> None:
+    """Raise Unaccounted unless in = dropped + survivors + dead letters."""
+    explained = sum(n for (what, _), n in counts.items() if what in (DROPPED, SURVIVORS, DEAD))
+    if counts.get((IN, ""), 0) != explained:
+        raise Unaccounted(f"{where}: {counts.get((IN, ''), 0)} in, but {explained} dropped, kept or dead-lettered")
+
+
+def add_tallies(tallies: Iterable[Tally]) -> Tally:
+    """The sum of tallies; whole numbers, so their order cannot matter."""
+    total: Counter[tuple[str, str]] = Counter()
+    for counts in tallies:
+        total.update(counts)
+    return dict(total)
+
+
+def funnel(total: Tally, recipe: Recipe) -> dict[str, Any]:
+    """The content of funnel.json: per rule in = kept + dropped, rule by rule in the order they are applied."""
+    _reconcile("the pool", total)
+    letters = {reason: n for (what, reason), n in sorted(total.items()) if what == DEAD}
+    steps = [
+        *rules_of(recipe, SINGLE_MODALITY),
+        *rules_of(recipe, CROSS_MODALITY, Thresholds(0.0, 0.0)),
+        *rules_of(recipe, DISTRIBUTION_ALIGNMENT),
+    ]
+    rules, left = [], total.get((IN, ""), 0) - sum(letters.values())
+    for rule in steps:
+        dropped = total.get((DROPPED, rule.name), 0)
+        rules.append({"name": rule.name, "stage": rule.stage, "in": left, "dropped": dropped, "kept": left - dropped})
+        left -= dropped
+    return {
+        "in": total.get((IN, ""), 0),
+        "rules": rules,
+        "dead_letters": letters,
+        "survivors": total.get((SURVIVORS, ""), 0),
+        "samples": total.get((SAMPLES, ""), 0),
+        "copies": total.get((COPIES, ""), 0),
+    }
+
+
+class WriteFunnel(beam.DoFn):
+    """Tally of the whole pool -> funnel.json."""
+
+    def __init__(self, layout: Layout, recipe: Recipe) -> None:
+        self._layout, self._recipe = layout, recipe
+
+    def process(self, total: Tally) -> Iterator[str]:
+        files.write_json(self._layout.funnel, funnel(total, self._recipe))
+        yield self._layout.funnel

@@ -1,0 +1,60 @@
+"""The pool-wide columns of each shard, written beside its features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+
+from pipeline import tables
+from pipeline.layout import Layout
+from pipeline.records import Shard
+
+
+class WritePoolWide(beam.PTransform):
+    """{shards, rows, dead letters} -> the table of every shard (also of one without rows), in tar order."""
+
+    SHARDS, ROWS, DEAD_LETTERS = "shards", "rows", "dead_letters"
+
+    def __init__(self, layout: Layout, pool_samples: beam.PCollection) -> None:
+        super().__init__()
+        self._layout, self._pool_samples = layout, pool_samples
+
+    def expand(self, inputs: dict[str, beam.PCollection]) -> beam.PCollection:
+        return (
+            {
+                self.SHARDS: inputs[self.SHARDS] | "Shard names" >> beam.Map(_by_name),
+                self.ROWS: inputs[self.ROWS] | "Rows by shard" >> beam.Map(_by_shard),
+                self.DEAD_LETTERS: inputs[self.DEAD_LETTERS] | "Letters by shard" >> beam.Map(_by_shard),
+            }
+            | "Gather shard" >> beam.CoGroupByKey()
+            | "Write table" >> beam.ParDo(_Write(self._layout), beam.pvalue.AsSingleton(self._pool_samples))
+        )
+
+
+def _by_name(shard: Shard) -> tuple[str, None]:
+    return Shard(*shard).name, None
+
+
+def _by_shard(row: Any) -> tuple[str, Any]:
+    return row.shard, row
+
+
+class _Write(beam.DoFn):
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def process(self, group: tuple[str, dict[str, Any]], pool_samples: int) -> Iterator[str]:
+        shard, groups = group
+        by_key = {row.key: row for row in groups[WritePoolWide.ROWS]}
+        features = tables.read_table(self._layout.single_modality(shard), ["key"])
+        rows = [
+            {**by_key[feature["key"]]._asdict(), "pool_samples": pool_samples}
+            for feature in features
+            if feature["key"] in by_key
+        ]
+        letters = sorted(groups[WritePoolWide.DEAD_LETTERS])
+        tables.write_dead_letters(self._layout.dead_letters("pool_wide", shard), letters)
+        tables.write_table(self._layout.pool_wide(shard), rows, tables.POOL_WIDE)
+        yield shard

