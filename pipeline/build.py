@@ -15,6 +15,7 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.pvalue import AsSingleton
+from transforms.single_modality.faces import FaceArea
 
 from pipeline import tables
 from pipeline.layout import Layout
@@ -36,7 +37,6 @@ from transforms.distribution_alignment.copies import AssignCopies, ClusterTable
 from transforms.distribution_alignment.semantic_dedup import SemanticDedup
 from transforms.rules import first_failing, rules_of
 from transforms.single_modality.captions import CaptionLength
-from transforms.single_modality.faces import FaceArea
 from transforms.single_modality.images import ImageFeatures
 from transforms.single_modality.language import Language
 from transforms.single_modality.pool_wide import CaptionFrequency, NearDuplicate, UniqueUids

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.resources
 import json
 import logging
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer

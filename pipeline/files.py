@@ -30,7 +30,7 @@ def exists(path: str) -> bool:
     return FileSystems.exists(path)
 
 
-def open_binary(path: str) -> BinaryIO:
+def open_binary(path: str) -> Any:
     """The bytes at `path`, as they are: nothing is decompressed by its name."""
     return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
 

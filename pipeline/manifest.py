@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
+from importlib.metadata import version
 from typing import Any
 
 from pipeline import files
@@ -52,5 +52,5 @@ def manifest(recipe: Recipe, pool: str, identities_: dict[str, Any]) -> dict[str
         "device": cross.device,
         "batch_sizes": {name: settings.batch_size for name, settings in sections.items() if settings},
         "models": identities_,
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }

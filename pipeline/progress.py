@@ -16,8 +16,8 @@ from rich.text import Text
 
 from pipeline import files
 from pipeline.layout import Layout
-from pipeline.records import Shard
 from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY
+from pipeline.records import Shard
 
 _LIVE_SECONDS = 0.5
 _PLAIN_SECONDS = 10.0

@@ -52,9 +52,9 @@ def run(
     """
     shards = list_shards(pool)
     layout = Layout(output.rstrip("/"))
-    if recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages and _is_local(beam_options):
-        if not torch.cuda.is_available():
-            raise UsageError("recipe: cross_modality.device is cuda, but this machine has no GPU; use a GPU or say cpu")
+    needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages and _is_local(beam_options)
+    if needs_gpu and not torch.cuda.is_available():
+        raise UsageError("recipe: cross_modality.device is cuda, but this machine has no GPU; use a GPU or say cpu")
     try:
         found = identities(recipe)
     except (OSError, ValueError, LookupError) as error:

@@ -90,9 +90,10 @@ class ReadThresholds(beam.PTransform):
             (1, "match_probability", models.image_text_matching),
         ):
             if settings is not None and settings.keep_fraction is not None:
+                read = _ReadScores(self._layout, self._recipe, column)
                 found = (
                     shards
-                    | f"Read {column}" >> beam.ParDo(_ReadScores(self._layout, self._recipe, column), AsSingleton(thresholds))
+                    | f"Read {column}" >> beam.ParDo(read, AsSingleton(thresholds))
                     | f"Threshold of {column}" >> KeepFractionThreshold(settings.keep_fraction)
                 )
                 thresholds = thresholds | f"Set {column}" >> beam.Map(_with_threshold, field, AsSingleton(found))

@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -38,6 +38,8 @@ def decode(content: bytes, max_pixels: int, draft_side_px: int | None = None) ->
                 return np.asarray(image.convert("RGB")), size
     except UndecodableImage:
         raise
+    except UnidentifiedImageError as error:  # its own message names a memory address
+        raise UndecodableImage("undecodable_image", f"the bytes are none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise UndecodableImage("image_too_large", str(error)) from error
     except Exception as error:  # Pillow's decoders raise anything at all on hostile bytes

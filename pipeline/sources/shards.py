@@ -7,8 +7,8 @@ from typing import Protocol
 
 import apache_beam as beam
 
-from pipeline.records import Annotation, DeadLetter, Sample, SampleBatch, Shard, dead_letter
 from pipeline.recipe import PoolBounds
+from pipeline.records import Annotation, DeadLetter, Sample, SampleBatch, Shard, dead_letter
 from pipeline.sources.images import UndecodableImage, decode
 from pipeline.sources.webdataset import read_samples
 
@@ -85,7 +85,9 @@ def _batches(
     shard: Shard, samples: Iterable[Sample | DeadLetter], batch_size: int
 ) -> Iterator[SampleBatch]:
     """Batches of `batch_size` samples in tar order; the last one may be smaller, or empty."""
-    index, whole, letters = 0, [], []
+    index = 0
+    whole: list[Sample] = []
+    letters: list[DeadLetter] = []
     for sample in samples:
         if isinstance(sample, DeadLetter):
             letters.append(sample)

@@ -116,7 +116,7 @@ def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[_Members]:
     try:
         tar = tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictTarInfo)  # noqa: SIM115 (holds nothing open)
         for member in tar:
-            tar.members.clear()  # the stream never looks back, and a tar may have millions
+            tar.members.clear()  # type: ignore[attr-defined]  # the stream never looks back, and a tar may have millions
             offset = member.offset
             if member.isdir():
                 continue
@@ -174,7 +174,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictTarInfo:
         try:
             return super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise _BrokenTar(f"at byte {tarfile_.offset}: {error}; what follows was not read") from error

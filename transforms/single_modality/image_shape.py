@@ -24,8 +24,8 @@ def original_size_px(metadata: Mapping[str, Any], stored: tuple[int, int]) -> tu
     if not (stored[0] <= width < 2**31 and stored[1] <= height < 2**31):
         return stored
     scale = max(width / stored[0], height / stored[1])
-    fits = abs(width / scale - stored[0]) <= _RATIO_TOLERANCE_PX and abs(height / scale - stored[1]) <= _RATIO_TOLERANCE_PX
-    return (width, height) if fits else stored
+    off_px = max(abs(width / scale - stored[0]), abs(height / scale - stored[1]))
+    return (width, height) if off_px <= _RATIO_TOLERANCE_PX else stored
 
 
 def keeps_aspect_ratio(width_px: int, height_px: int, settings: recipe.AspectRatio) -> bool:

@@ -9,6 +9,7 @@ too large for one worker is split into tiles that together still compare every p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import apache_beam as beam
@@ -75,7 +76,9 @@ def bands(hash_: str, max_hamming: int) -> list[str]:
     """The keys under which a hash meets every hash within `max_hamming`: its max_hamming + 1 bands."""
     bits, count = int(hash_, 16), max_hamming + 1
     edges = [HASH_BITS * i // count for i in range(count + 1)]
-    return [f"{i}:{bits >> low & ((1 << (high - low)) - 1):x}" for i, (low, high) in enumerate(zip(edges, edges[1:], strict=False))]
+    return [
+        f"{i}:{bits >> low & ((1 << (high - low)) - 1):x}" for i, (low, high) in enumerate(itertools.pairwise(edges))
+    ]
 
 
 def keeps(duplicate_of: str | None) -> bool:
