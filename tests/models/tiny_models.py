@@ -1,4 +1,4 @@
-"""Models of the real classes with a few thousand random weights, saved in the real on-disk formats."""
+"""Models of the real classes with few random weights, saved in the real on-disk formats."""
 
 from __future__ import annotations
 
@@ -24,17 +24,29 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-CORPUS = "question is there any digit or number written in the image answer a red square blue left yes no"
 PROMPT = "Question: is there any digit or number written in the image? Answer:"
+CORPUS = "question is there any digit or number written in the image answer a red blue square yes no"
 SIDE = 32
 
 
 def save_clip(folder: Path) -> Path:
-    """An open_clip model in its hub form: the true vocabulary, a tiny tower of each kind."""
+    """An open_clip model in its hub form: the true vocabulary, two tiny towers."""
     model_cfg = {
         "embed_dim": 16,
-        "vision_cfg": {"image_size": SIDE, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+        "vision_cfg": {
+            "image_size": SIDE,
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 8,
+        },
+        "text_cfg": {
+            "context_length": 24,
+            "vocab_size": 49408,
+            "width": 16,
+            "heads": 2,
+            "layers": 1,
+        },
     }
     torch.manual_seed(1)
     model = open_clip.model.CLIP(**json.loads(json.dumps(model_cfg)))
@@ -78,7 +90,11 @@ def save_itm(folder: Path) -> Path:
         "initializer_range": 0.3,
     }
     config = BlipConfig(
-        text_config=text, vision_config=vision, projection_dim=16, image_text_hidden_size=16, initializer_range=0.3
+        text_config=text,
+        vision_config=vision,
+        projection_dim=16,
+        image_text_hidden_size=16,
+        initializer_range=0.3,
     )
     torch.manual_seed(2)
     BlipForImageTextRetrieval(config).save_pretrained(folder)
@@ -98,23 +114,49 @@ def save_digit(folder: Path) -> Path:
     )
     bpe.train_from_iterator([PROMPT, CORPUS, " yes yes no no"] * 3, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="</s>"
+        tokenizer_object=bpe,
+        bos_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="</s>",
     )
     vision = Blip2VisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=SIDE, patch_size=8
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=8,
     )
     qformer = Blip2QFormerConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        encoder_hidden_size=32, cross_attention_frequency=1,
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        encoder_hidden_size=32,
+        cross_attention_frequency=1,
     )
     text = OPTConfig(
-        vocab_size=len(tokenizer), hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
-        word_embed_proj_dim=32, max_position_embeddings=128, init_std=0.3,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=0, eos_token_id=0,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        word_embed_proj_dim=32,
+        max_position_embeddings=128,
+        init_std=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     config = Blip2Config(
-        vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), text_config=text.to_dict(),
-        num_query_tokens=4, image_token_index=tokenizer.convert_tokens_to_ids("<image>"), initializer_range=0.3,
+        vision_config=vision.to_dict(),
+        qformer_config=qformer.to_dict(),
+        text_config=text.to_dict(),
+        num_query_tokens=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        initializer_range=0.3,
     )
     torch.manual_seed(3)
     model = Blip2ForConditionalGeneration(config)

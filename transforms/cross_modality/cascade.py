@@ -1,4 +1,4 @@
-"""Cheap before dear: which samples the later models need to look at (our choice; it changes no verdict)."""
+"""Cheap before dear: which samples the later models look at (our choice; no verdict changes)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from pipeline import recipe
 from pipeline.records import Annotation
 
 
-def wanted(
-    annotation: Annotation, min_cosine: float | None, min_match_probability: float | None = None
-) -> bool:
-    """Whether a later model is asked about a sample: it reaches every floor that is known before the pool is scored.
+def wanted(annotation: Annotation, min_cosine: float | None, min_match_probability: float | None = None) -> bool:
+    """Whether a later model is asked about a sample: it reaches every floor known beforehand.
 
-    `min_cosine` is the lowest flipped-CLIP cosine that can still be kept, so with digit rescue on it is the rescue's:
-    a sample between that and `min` must be asked about digits. None means that no floor is known (`keep_fraction`).
+    `min_cosine` is the lowest flipped-CLIP cosine that can still be kept, so with digit rescue on
+    it is the rescue's: a sample between that and `min` must be asked about digits. None means that
+    no floor is known (`keep_fraction`).
     """
     return _reaches(annotation.flipped_clip_cosine, min_cosine) and _reaches(
         annotation.match_probability, min_match_probability
@@ -25,7 +24,10 @@ def match_floor(settings: recipe.CrossModality) -> float | None:
 
 
 def unscored(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
-    """The columns that `settings` need of this sample and that were never computed, in the order of the cascade."""
+    """The next column that `settings` need of this sample and that was never computed, if any.
+
+    What comes after it in the cascade is known only once it is there.
+    """
     if annotation.flipped_clip_cosine is None:
         return ["flipped_clip_cosine"]
     floor = settings.flipped_clip.cascade_min_cosine

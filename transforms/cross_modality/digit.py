@@ -1,4 +1,4 @@
-"""The digit question: is a number written in the picture? A score, not a rule: it rescues and enhances, never drops."""
+"""The digit question: does the picture show a number? A score; it rescues and never drops."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from transforms.models.blip2 import Blip2Handler
 
 
 def has_digits(annotation: Annotation, min_probability: float) -> bool:
-    """Whether the picture shows digits: digit probability >= `min_probability` (the question is arXiv 2309.15954's,
-    the score and its threshold are our choice). A sample nobody was asked about has none."""
+    """Whether the picture shows digits: digit probability >= `min_probability` (the question is
+    arXiv 2309.15954's, the score and its threshold are our choice). A sample nobody was asked about
+    has none."""
     return annotation.digit_probability is not None and annotation.digit_probability >= min_probability
 
 

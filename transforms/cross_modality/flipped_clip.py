@@ -13,11 +13,14 @@ from transforms.models.clip import ClipHandler
 def keeps(annotation: Annotation, settings: recipe.FlippedClip, min_cosine: float) -> bool:
     """Whether the rule keeps a sample.
 
-        cos(caption, mirrored picture) >= min_cosine            (arXiv 2309.15954: 0.19 for OpenAI's ViT-L/14)
+        cos(caption, mirrored picture) >= min_cosine        (arXiv 2309.15954, "flipped-CLIP")
 
-    Digit rescue (our choice, off by default): pictures of digits lose by mirroring, so a sample with digit probability
-    >= `digit_rescue.min_digit_probability` needs only `digit_rescue.min_cosine`. `min_cosine` is the settings' `min`,
-    or what their `keep_fraction` came to over the pool.
+    `min_cosine` is the settings' `min`, or what their `keep_fraction` came to over the pool; the
+    paper's 0.19 holds for OpenAI's ViT-L/14 only.
+
+    Digit rescue (our choice, off by default): pictures of digits lose by mirroring, so a sample
+    with digit probability >= `digit_rescue.min_digit_probability` needs only
+    `digit_rescue.min_cosine`.
     """
     cosine = annotation.flipped_clip_cosine
     if cosine is None:

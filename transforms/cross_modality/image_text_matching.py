@@ -13,22 +13,21 @@ from transforms.models.blip import BlipHandler
 def keeps(annotation: Annotation, settings: recipe.ImageTextMatching, min_probability: float) -> bool:
     """Whether the rule keeps a sample.
 
-        p(match | picture, caption) >= min_probability          (arXiv 2309.15954 uses BLIP's ITM head)
+        p(match | picture, caption) >= min_probability      (arXiv 2309.15954, "BLIP-ITM")
 
-    `min_probability` is the settings' `min`, or what their `keep_fraction` came to over the pool. A sample that the
-    model was not asked about, because it had failed flipped CLIP, is not judged here: it is kept by this rule and
-    dropped by the one it failed, whichever of them comes first. (That none is left unscored for another reason is
-    checked before anything is decided, by `cascade.unscored`.)
+    `min_probability` is the settings' `min`, or what their `keep_fraction` came to over the pool. A
+    sample that the model was not asked about, because it had failed flipped CLIP, is not judged
+    here: it is kept by this rule and dropped by the one it failed, whichever of them comes first.
+    (That none is left unscored for another reason is checked before anything is decided, by
+    `cascade.unscored`.)
     """
     return annotation.match_probability is None or annotation.match_probability >= min_probability
 
 
 class ImageTextMatching(beam.PTransform):
-    """Scores how well caption and picture match, for what can still pass flipped CLIP (`min_cosine`; None: all)."""
+    """Scores how well caption and picture match, for what reaches `min_cosine` (None: all)."""
 
-    def __init__(
-        self, settings: recipe.ImageTextMatching, device: str, min_cosine: float | None
-    ) -> None:
+    def __init__(self, settings: recipe.ImageTextMatching, device: str, min_cosine: float | None) -> None:
         super().__init__()
         self._handler = BlipHandler(settings, device, min_cosine)
 

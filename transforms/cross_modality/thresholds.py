@@ -1,11 +1,12 @@
 """The threshold that `keep_fraction` comes to, exactly, over any number of scores.
 
-    threshold = sorted_descending[int(n * fraction)], the lowest score where that index is n          (DataComp)
+    threshold = sorted_descending[int(n * fraction)]        (DataComp; the lowest where that is n)
 
-Sorting billions of scores takes a shuffle of them all. Two passes that count do not: a float32, read as an ordered
-32-bit integer, is split into its upper and its lower 16 bits; the first pass counts the upper halves, which tells the
-one upper half that holds the threshold and its rank there; the second counts the lower halves under it. Counts are
-integers, so neither order nor the number of workers changes the result, and an accumulator has at most 65,536 entries.
+Sorting billions of scores takes a shuffle of them all. Two passes that count do not: a float32,
+read as an ordered 32-bit integer, is split into its upper and its lower 16 bits; the first pass
+counts the upper halves, which tells the one upper half that holds the threshold and its rank there;
+the second counts the lower halves under it. Counts are integers, so neither order nor the number of
+workers changes the result, and an accumulator has at most 65,536 entries.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def keep_fraction_threshold(scores: np.ndarray, fraction: float) -> float | None
 
 
 class KeepFractionThreshold(beam.PTransform):
-    """Scores (floats with float32's precision) → one element: the threshold, or None where there are no scores."""
+    """Scores (of float32's precision) → one element: the threshold, or None for no scores."""
 
     def __init__(self, fraction: float) -> None:
         super().__init__()
@@ -63,9 +64,7 @@ class Counts(beam.CombineFn):
         accumulator[element] += 1
         return accumulator
 
-    def merge_accumulators(
-        self, accumulators: Iterable[collections.Counter[int]]
-    ) -> collections.Counter[int]:
+    def merge_accumulators(self, accumulators: Iterable[collections.Counter[int]]) -> collections.Counter[int]:
         total = self.create_accumulator()
         for accumulator in accumulators:
             total.update(accumulator)
@@ -76,7 +75,7 @@ class Counts(beam.CombineFn):
 
 
 class _Place(NamedTuple):
-    """Where the threshold lies: the upper half of its bits, and how many scores with that half lie above it."""
+    """Where the threshold lies: its upper half, and its rank among the scores of that half."""
 
     upper: int
     rank: int
@@ -122,7 +121,7 @@ def _threshold(counts: Mapping[int, int], place: _Place | None) -> float | None:
 
 
 def _from_the_top(counts: Mapping[int, int], index: int) -> tuple[int, int]:
-    """The key that stands at `index` when all are sorted in descending order, and the index within that key."""
+    """The key at `index` of all keys in descending order, and the index among its equals."""
     for key in sorted(counts, reverse=True):
         if index < counts[key]:
             return key, index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,8 @@ from pipeline import recipe
 from pipeline.records import Sample, SampleBatch
 from transforms.cross_modality.cascade import wanted
 from transforms.models.fixed_batches import PREPARATION_FAILED, Failure, FixedBatches, describe
-from transforms.models.handler import SampleBatchHandler, pixels_of, with_results
+from transforms.models.handler import SampleBatchHandler, with_results
+from transforms.models.pictures import grey, pixels_of, processed
 from transforms.models.probability import as_float32, of_two
 from transforms.models.weights import load_pretrained
 
@@ -21,9 +23,8 @@ _BUCKETS = (16, 32, 64, 128, 256, 512)
 
 
 class _Captioned(NamedTuple):
-    """A sample of the batch, by row, with its caption's tokens padded to their bucket."""
+    """A sample with its caption's tokens, padded to their bucket."""
 
-    row: int
     sample: Sample
     tokens: torch.Tensor
     mask: torch.Tensor
@@ -44,16 +45,18 @@ class LoadedBlip:
     device: torch.device
     max_tokens: int
 
-    def captioned(self, row: int, sample: Sample) -> _Captioned:
-        tokens, mask = self._tokenize(sample.annotation.caption)
-        return _Captioned(row, sample, tokens, mask)
+    def captioned(self, sample: Sample) -> _Captioned:
+        """The sample with its tokens, whose number names its bucket."""
+        return _Captioned(sample, *self._tokenize(sample.annotation.caption))
 
     def prepare(self, captioned: _Captioned) -> _Input:
-        return _Input(self._pixels(pixels_of(captioned.sample)), captioned.tokens, captioned.mask)
+        """The picture beside the tokens."""
+        return _Input(processed(self.processor, pixels_of(captioned.sample)), captioned.tokens, captioned.mask)
 
-    def probe(self) -> _Input:
-        grey = np.full((64, 64, 3), 127, np.uint8)
-        return _Input(self._pixels(grey), *self._tokenize("a picture"))
+    def probe(self, tokens: int) -> _Input:
+        """What any sound model can score, in the bucket of so many tokens."""
+        ids, mask = self._tokenize("a picture", tokens)
+        return _Input(processed(self.processor, grey()), ids, mask)
 
     def score(self, inputs: list[_Input]) -> np.ndarray:
         """Match logits (rows, 2), float32: of "does not match" and of "matches"."""
@@ -63,15 +66,10 @@ class LoadedBlip:
             output = self.model(input_ids=tokens, pixel_values=pixels, attention_mask=mask)
         return output.itm_score.float().cpu().numpy()
 
-    def _pixels(self, pixels: np.ndarray) -> torch.Tensor:
-        # the format is named because a picture 3 pixels high would pass for channels-first
-        processed = self.processor.image_processor([pixels], return_tensors="pt", input_data_format="channels_last")
-        return processed["pixel_values"][0]
-
-    def _tokenize(self, caption: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tokenize(self, caption: str, at_least: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         tokenizer = self.processor.tokenizer
         ids = tokenizer(caption, truncation=True, max_length=self.max_tokens)["input_ids"]
-        padding = bucket(len(ids), self.max_tokens) - len(ids)
+        padding = bucket(max(len(ids), at_least), self.max_tokens) - len(ids)
         return (
             torch.tensor(ids + [tokenizer.pad_token_id] * padding),
             torch.tensor([1] * len(ids) + [0] * padding),
@@ -81,10 +79,11 @@ class LoadedBlip:
 class BlipHandler(SampleBatchHandler[LoadedBlip]):
     """Fills in `match_probability` of the samples that pass the cascade.
 
-        match_probability = softmax(itm(picture, caption))[1]                    (arXiv 2309.15954, "BLIP-ITM")
+        match_probability = softmax(itm(picture, caption))[1]   (arXiv 2309.15954, "BLIP-ITM")
 
-    A caption is padded to a bucket chosen by its own length, and each bucket has its own fixed batches: computing is
-    saved on short captions, and a score still does not depend on the batch-mates.
+    A caption is padded to a bucket chosen by its own length, and each bucket has its own fixed
+    batches: computing is saved on short captions, and a score still does not depend on the
+    batch-mates.
     """
 
     def __init__(self, settings: recipe.ImageTextMatching, device: str, min_cosine: float | None) -> None:
@@ -103,28 +102,30 @@ class BlipHandler(SampleBatchHandler[LoadedBlip]):
         return LoadedBlip(model, processor, device, self._settings.max_tokens)
 
     def annotate(self, batch: SampleBatch, model: LoadedBlip) -> SampleBatch:
-        buckets: dict[int, list[_Captioned]] = {}
+        buckets: dict[int, dict[int, _Captioned]] = {}
         failures: list[Failure] = []
         for row, sample in enumerate(batch):
             if wanted(sample.annotation, self._min_cosine):
                 try:
-                    captioned = model.captioned(row, sample)
-                except Exception as error:  # whatever the tokenizer makes of this caption is recorded with it
+                    captioned = model.captioned(sample)
+                # whatever the tokenizer makes of this caption is recorded with it
+                except Exception as error:
                     failures.append(Failure(row, PREPARATION_FAILED, describe(error)))
                 else:
-                    buckets.setdefault(len(captioned.tokens), []).append(captioned)
+                    buckets.setdefault(len(captioned.tokens), {})[row] = captioned
 
-        score = FixedBatches(self._settings.batch_size, model.prepare, model.score, model.probe)
-        columns = {}
-        for members in buckets.values():
-            logits, failed = score(members)
-            columns |= {members[i].row: {"match_probability": match_probability(l)} for i, l in logits.items()}
-            failures += [failure._replace(row=members[failure.row].row) for failure in failed]
+        columns: dict[int, dict[str, Any]] = {}
+        for tokens, members in buckets.items():
+            probe = functools.partial(model.probe, tokens)
+            logits, failed = FixedBatches(self._settings.batch_size, model.prepare, model.score, probe)(members)
+            for row, pair in logits.items():
+                columns[row] = {"match_probability": match_probability(pair)}
+            failures += failed
         return with_results(batch, "image_text_matching", columns, failures)
 
 
 def bucket(token_count: int, max_tokens: int) -> int:
-    """The padded length of a caption: the smallest bucket that holds it, never more than `max_tokens`."""
+    """The padded length of a caption: the smallest bucket that holds it, at most `max_tokens`."""
     return min([size for size in _BUCKETS if size >= token_count] + [max_tokens])
 
 

@@ -13,14 +13,15 @@ from pipeline import recipe
 from pipeline.records import Sample, SampleBatch
 from transforms.cross_modality.cascade import wanted
 from transforms.models.fixed_batches import FixedBatches
-from transforms.models.handler import SampleBatchHandler, pixels_of, with_results
+from transforms.models.handler import SampleBatchHandler, with_results
+from transforms.models.pictures import grey, pixels_of, processed
 from transforms.models.probability import as_float32, of_two
 from transforms.models.weights import load_pretrained
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBlip2:
-    """A BLIP-2 model with its own preprocessing, its prompts as tokens, and the tokens of the two answers."""
+    """A BLIP-2 model with its own preprocessing, the prompts and the two answers as tokens."""
 
     model: Any
     processor: Any
@@ -30,21 +31,26 @@ class LoadedBlip2:
     no: int
 
     def prepare(self, sample: Sample) -> torch.Tensor:
-        return self._pixels(pixels_of(sample))
+        """The picture; the prompts are the same for every sample."""
+        return processed(self.processor, pixels_of(sample))
 
     def probe(self) -> torch.Tensor:
-        return self._pixels(np.full((64, 64, 3), 127, np.uint8))
+        """What any sound model can score."""
+        return processed(self.processor, grey())
 
     def score(self, pixels: list[torch.Tensor]) -> np.ndarray:
-        """Logits (rows, prompts, 2), float32: of "yes" and of "no" as the first token of the answer. The picture goes
-        through the vision tower once for all prompts."""
+        """Logits (rows, prompts, 2), float32: of "yes" and of "no" as the answer's first token.
+
+        The picture goes through the vision tower once for all prompts.
+        """
         image = self.model.get_image_features(torch.stack(pixels).to(self.device), return_dict=True)
         logits = [self._first_answer_logits(prompt.repeat(len(pixels), 1), image) for prompt in self.prompts]
         return torch.stack(logits, dim=1)[..., [self.yes, self.no]].float().cpu().numpy()
 
     def _first_answer_logits(self, prompts: torch.Tensor, image: Any) -> torch.Tensor:
         decoder_input_ids = None
-        if not self.model.config.use_decoder_only_language_model:  # an encoder-decoder such as FLAN-T5
+        # an encoder-decoder such as FLAN-T5 answers from its start token on
+        if not self.model.config.use_decoder_only_language_model:
             start = self.model.config.text_config.decoder_start_token_id
             decoder_input_ids = torch.full((len(prompts), 1), start, device=self.device)
         output = self.model(
@@ -56,23 +62,19 @@ class LoadedBlip2:
         )
         return output.logits[:, -1]
 
-    def _pixels(self, pixels: np.ndarray) -> torch.Tensor:
-        # the format is named because a picture 3 pixels high would pass for channels-first
-        processed = self.processor.image_processor([pixels], return_tensors="pt", input_data_format="channels_last")
-        return processed["pixel_values"][0]
-
 
 class Blip2Handler(SampleBatchHandler[LoadedBlip2]):
     """Fills in `digit_probability` of the samples that pass the cascade.
 
-        digit_probability = mean over prompts of p(yes) / (p(yes) + p(no))      (arXiv 2309.15954 asks BLIP-2; the
-                                                                                 score is our choice)
+        digit_probability = mean over prompts of p(yes) / (p(yes) + p(no))
 
-    p is the distribution of the first token of the answer, read from one forward pass instead of from `generate`. The
-    answers are the tokens of " yes" and " no", with the space: a prompt ends in "Answer:", and OPT's tokenizer keeps
-    the space before a word in the word's own token, so these are the tokens with which a generated "yes" or "no"
-    begins. "Yes" and "No" are not added in: BLIP-2's answers, like those of the VQA sets it is asked in the style of,
-    are lower-case. A prompt has the same tokens for every sample, so nothing is padded.
+    That BLIP-2 is asked is arXiv 2309.15954's; this score is our choice. p is the distribution of
+    the first token of the answer, read from one forward pass instead of from `generate`. The
+    answers are the tokens of " yes" and " no", with the space: a prompt ends in "Answer:", and
+    OPT's tokenizer keeps the space before a word in the word's own token, so these are the tokens
+    with which a generated "yes" or "no" begins. "Yes" and "No" are not added in: to prompts of this
+    form BLIP-2 answers in lower case (the library's own example: "two"). A prompt has the same
+    tokens for every sample, so nothing is padded.
     """
 
     def __init__(
@@ -101,15 +103,15 @@ class Blip2Handler(SampleBatchHandler[LoadedBlip2]):
         )
 
     def annotate(self, batch: SampleBatch, model: LoadedBlip2) -> SampleBatch:
-        rows = [
-            row
+        asked = {
+            row: sample
             for row, sample in enumerate(batch)
             if wanted(sample.annotation, self._min_cosine, self._min_match_probability)
-        ]
+        }
         score = FixedBatches(self._settings.batch_size, model.prepare, model.score, model.probe)
-        logits, failures = score([batch.samples[row] for row in rows])
-        columns = {rows[i]: {"digit_probability": digit_probability(l)} for i, l in logits.items()}
-        return with_results(batch, "digit", columns, [f._replace(row=rows[f.row]) for f in failures])
+        logits, failures = score(asked)
+        columns = {row: {"digit_probability": digit_probability(of)} for row, of in logits.items()}
+        return with_results(batch, "digit", columns, failures)
 
 
 def digit_probability(logits: np.ndarray) -> float:

@@ -15,12 +15,13 @@ from torch.nn.functional import normalize
 from pipeline import recipe
 from pipeline.records import Sample, SampleBatch
 from transforms.models.fixed_batches import FixedBatches
-from transforms.models.handler import SampleBatchHandler, pixels_of, with_results
+from transforms.models.handler import SampleBatchHandler, with_results
+from transforms.models.pictures import grey, pixels_of
 from transforms.models.probability import as_float32
 from transforms.models.weights import clip_source
 
-# open_clip scales the shorter side to its input size before it crops; a picture of 1 x 60,000 pixels would then take
-# gigabytes. Such a sample is a dead letter.
+# open_clip scales the shorter side to its input size before it crops; a picture of 1 x 60,000
+# pixels would then take gigabytes. Such a sample is a dead letter.
 _MAX_ASPECT = 500
 
 
@@ -33,7 +34,7 @@ class _Input(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedClip:
-    """An open_clip model with its own preprocessing and its own tokenizer (transformers' CLIP tokenizer skips ftfy)."""
+    """An open_clip model with its own preprocessing and tokenizer (transformers' skips ftfy)."""
 
     model: Any
     preprocess: Callable[[Image.Image], torch.Tensor]
@@ -42,6 +43,7 @@ class LoadedClip:
     score_unflipped: bool
 
     def prepare(self, sample: Sample) -> _Input:
+        """The sample's views and tokens."""
         pixels = pixels_of(sample)
         height, width = pixels.shape[:2]
         if max(height, width) > _MAX_ASPECT * min(height, width):
@@ -51,15 +53,16 @@ class LoadedClip:
         return _Input(torch.stack(images), self.tokenize(sample.annotation.caption)[0])
 
     def probe(self) -> _Input:
-        grey = self.preprocess(Image.new("RGB", (64, 64), (127, 127, 127)))
-        views = torch.stack([grey] * (2 if self.score_unflipped else 1))
+        """What any sound model can score."""
+        image = self.preprocess(Image.fromarray(grey()))
+        views = torch.stack([image] * (2 if self.score_unflipped else 1))
         return _Input(views, self.tokenize("a picture")[0])
 
     def score(self, inputs: list[_Input]) -> np.ndarray:
-        """L2-normalised float32 features (rows, 1 + v, d): of the caption, the flipped image, the unflipped one.
+        """L2-normalised float32 features (rows, 1 + v, d): the caption's, then each view's.
 
-        Each view is a forward pass of its own, so that the flipped score is the same whether or not the unflipped
-        image is scored too.
+        Each view is a forward pass of its own, so that the flipped score is the same whether or not
+        the unflipped image is scored too.
         """
         features = [self.model.encode_text(torch.stack([row.tokens for row in inputs]).to(self.device))]
         for view in range(len(inputs[0].views)):
@@ -69,17 +72,17 @@ class LoadedClip:
 
 
 class ClipHandler(SampleBatchHandler[LoadedClip]):
-    """Fills in `flipped_clip_cosine`, `unflipped_clip_cosine` (with `score_unflipped`) and `embedding`.
+    """Fills in `flipped_clip_cosine`, `embedding` and, by option, `unflipped_clip_cosine`.
 
-        flipped_clip_cosine = cos(text(caption), image(mirror(picture)))        (arXiv 2309.15954, "flipped-CLIP")
+        cosine = cos(text(caption), image(mirror(picture)))     (arXiv 2309.15954, "flipped-CLIP")
 
-    The picture is mirrored left to right before any preprocessing, so that CLIP cannot read what is written in it and
-    must judge what it shows.
+    The picture is mirrored left to right before any preprocessing, so that CLIP cannot read what is
+    written in it and must judge what it shows.
 
-    `embedding` is the L2-normalised image feature as fp16 bytes: of the unflipped image where that is scored, else of
-    the flipped one. The unflipped is preferred because task centroids are made of unflipped images, and digits and
-    letters do not survive a mirror; without it the flipped one serves, at no cost, since for most things CLIP hardly
-    tells a picture from its mirror image.
+    `embedding` is the L2-normalised image feature as fp16 bytes: of the unflipped image where that
+    is scored, else of the flipped one, which costs nothing more. The unflipped is the better one,
+    because task centroids are made of unflipped images and digits and letters do not survive a
+    mirror: two pictures that differ by their digits may lie closer together once mirrored.
     """
 
     def __init__(self, settings: recipe.FlippedClip, device: str) -> None:
@@ -101,14 +104,16 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
 
     def annotate(self, batch: SampleBatch, model: LoadedClip) -> SampleBatch:
         score = FixedBatches(self._settings.batch_size, model.prepare, model.score, model.probe)
-        features, failures = score(batch.samples)
+        features, failures = score(dict(enumerate(batch)))
         columns = {row: _columns(*of_row) for row, of_row in features.items()}
         return with_results(batch, "flipped_clip", columns, failures)
 
 
 def cosine(text: np.ndarray, image: np.ndarray) -> float:
-    """Cosine of two L2-normalised float32 vectors, as an exact float32. It is summed in float64 row by row: a matrix
-    product's last bits would depend on the other rows."""
+    """Cosine of two L2-normalised float32 vectors, as an exact float32.
+
+    It is summed in float64, row by row: a matrix product's last bits would depend on other rows.
+    """
     return as_float32(np.sum(text.astype(np.float64) * image.astype(np.float64)))
 
 

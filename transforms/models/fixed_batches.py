@@ -1,16 +1,16 @@
-"""Scoring rows in batches of one fixed shape, so that a row's score never depends on its neighbours.
+"""Scoring rows in batches of one fixed shape: a row's score never depends on its neighbours.
 
-Matrix products are split by the shape of their operands, and the last bits of a result depend on the split: in most
-rows the same picture scored in a batch of 7 and in a batch of 32 differs. Here every call of the model sees exactly
-`size` rows, the short last batch and the halves that isolate a failing row included, and so a row's score is a
-function of the row alone.
+Matrix products are split by the shape of their operands, and the last bits of a result depend on
+the split: in most rows the same picture scored in a batch of 7 and in a batch of 32 differs. Here
+every call of the model sees exactly `size` rows, the short last batch and the halves that isolate a
+failing row included, and so a row's score is a function of the row alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -36,7 +36,7 @@ class Failure(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What became of some rows: each index stands either in `by_row` or in one failure."""
+    """What became of rows: the index of each stands either in `by_row` or in one failure."""
 
     by_row: dict[int, np.ndarray]
     failures: list[Failure]
@@ -46,10 +46,11 @@ class Scores(NamedTuple):
 class FixedBatches(Generic[Row, Prepared]):
     """Scores rows, `size` at a time.
 
-    `prepare` makes a model's input of one row (its failure is that row's alone). `score` takes exactly `size` of them
-    and returns an array whose first axis runs over them. `probe` is an input that a sound model can score: where a row
-    fails on its own, the probe tells a poisoned row (a failure) from a broken model (which raises, because otherwise a
-    whole pool would end in the dead letters).
+    `prepare` makes a model's input of one row (its failure is that row's alone). `score` takes
+    exactly `size` of them and returns an array whose first axis runs over them. `probe` is an input
+    that a sound model can score: where a row fails on its own, the probe tells a poisoned row (a
+    failure) from a broken model (which raises, because otherwise a whole pool would end in the dead
+    letters).
     """
 
     size: int
@@ -57,22 +58,24 @@ class FixedBatches(Generic[Row, Prepared]):
     score: Callable[[list[Prepared]], np.ndarray]
     probe: Callable[[], Prepared]
 
-    def __call__(self, rows: Sequence[Row]) -> Scores:
+    def __call__(self, rows: Mapping[int, Row]) -> Scores:
         scores = Scores({}, [])
-        for start in range(0, len(rows), self.size):
+        items = list(rows.items())
+        for start in range(0, len(items), self.size):
             prepared: list[tuple[int, Prepared]] = []
-            for index in range(start, min(start + self.size, len(rows))):
+            for index, row in items[start : start + self.size]:
                 try:
-                    prepared.append((index, self.prepare(rows[index])))
+                    prepared.append((index, self.prepare(row)))
                 except _NOT_A_ROWS_FAULT:
                     raise
-                except Exception as error:  # whatever a library makes of this row is recorded with the row
+                # whatever a library makes of this row is recorded with the row
+                except Exception as error:
                     scores.failures.append(Failure(index, PREPARATION_FAILED, describe(error)))
             self._score_or_halve(prepared, scores)
         return scores
 
     def _score_or_halve(self, prepared: list[tuple[int, Prepared]], scores: Scores) -> None:
-        """Scores up to `size` prepared rows; where the model fails, each half by itself, down to the row at fault."""
+        """Scores up to `size` rows; where the model fails, each half alone, down to one row."""
         if not prepared:
             return
         try:
@@ -95,7 +98,8 @@ class FixedBatches(Generic[Row, Prepared]):
                 scores.failures.append(Failure(index, NOT_FINITE, "the model gave NaN or infinity"))
 
     def _score_padded(self, rows: list[Prepared]) -> np.ndarray:
-        """The scores of `rows`, padded to `size` by repeating the last one; what the padding scored is dropped."""
+        """The scores of `rows`, padded to `size` by repeating the last; the padding's are
+        dropped."""
         padded = rows + rows[-1:] * (self.size - len(rows))
         results = self.score(padded)
         if len(results) != self.size:

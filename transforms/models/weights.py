@@ -1,9 +1,9 @@
 """Where a model's files come from, and what exactly was loaded.
 
-A model is named by `bundled:clip|itm|digit` (the small demo models that this package holds), a local folder, a folder
-of an object store (`gs://…`, copied once to this machine), or a name that the library itself resolves (an open_clip
-architecture with its tag, a hub name with its revision). Only safetensors files are read, or pickles that torch
-confines to tensors (`weights_only`).
+A model is named by `bundled:clip|itm|digit` (the small demo models that this package holds), a
+local folder, a folder of an object store (`gs://…`, copied once to this machine), or a name that
+the library itself resolves (an open_clip architecture with its tag, a hub name with its revision).
+Only safetensors files are read, or pickles that torch confines to tensors (`weights_only`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import open_clip
 import torch
+import transformers
 from apache_beam.io.filesystem import CompressionTypes, FileMetadata
 from apache_beam.io.filesystems import FileSystems
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -47,11 +48,11 @@ def clip_source(settings: recipe.FlippedClip) -> ClipSource:
         return ClipSource(model, None, False)
     if settings.weights is None:
         raise ValueError(
-            f"flipped_clip.model: {settings.model!r} is no folder, so it is an architecture and needs `weights`"
+            f"flipped_clip.model: {settings.model!r} is no folder, so it names an architecture, which needs `weights`"
         )
     weights = local_path(settings.weights)
-    # open_clip 3 only warns where a tag was trained with QuickGELU and the architecture's name does not say so, as
-    # with ViT-L-14 and `openai`; the scores would be quietly wrong.
+    # open_clip 3 only warns where a tag was trained with QuickGELU and the architecture's name does
+    # not say so, as with ViT-L-14 and `openai`; the scores would be quietly wrong.
     return ClipSource(model, weights, bool(_tag(model, weights).get("quick_gelu")))
 
 
@@ -63,20 +64,24 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """A transformers model in float32, ready to score on `device`, and its processor.
 
-    The processor works on Pillow: that is what these models were trained with, to the bit; transformers' default,
-    on torchvision, differs from it in the last step of some pixels.
+    The processor works on Pillow: that is what these models were trained with, to the bit;
+    transformers' default, on torchvision, differs from it in the last step of some pixels.
     """
-    path = local_path(settings.model)
-    model = model_class.from_pretrained(path, revision=settings.revision or "main", dtype=torch.float32, weights_only=True)
-    processor = processor_class.from_pretrained(path, revision=settings.revision or "main", backend="pil")
+    transformers.utils.logging.disable_progress_bar()  # the command line draws its own
+    path, revision = local_path(settings.model), settings.revision or "main"
+    model = model_class.from_pretrained(path, revision=revision, dtype=torch.float32, weights_only=True)
+    processor = processor_class.from_pretrained(path, revision=revision, backend="pil")
     return model.eval().to(device), processor
 
 
 def model_identity(
     settings: recipe.FlippedClip | recipe.ImageTextMatching | recipe.Digit,
 ) -> dict[str, Any]:
-    """What the manifest says of a model: its name, its revision (for open_clip the tag or file; for a hub the commit,
-    where the hub's cache on this machine knows it), and the sha256 of each weight file that lies on this machine."""
+    """What the manifest says of a model: its name, revision, and the sha256 of each weight file.
+
+    The revision is the hub's commit where its cache on this machine knows it, else what the recipe
+    says (for open_clip the tag or file). Files that do not lie on this machine have no hash.
+    """
     given = settings.weights if isinstance(settings, recipe.FlippedClip) else settings.revision
     files, commit = _weight_files(settings)
     return {
@@ -87,7 +92,7 @@ def model_identity(
 
 
 def local_path(name: str) -> str:
-    """`name` where the libraries can open it: bundled and remote files as local paths, anything else as it is."""
+    """`name` as the libraries can open it: bundled and remote files as local paths."""
     if name.startswith(_BUNDLED):
         folder = importlib.resources.files("pipeline") / "demo" / "models" / name.removeprefix(_BUNDLED)
         if not folder.is_dir():
@@ -102,8 +107,10 @@ def cache_folder() -> Path:
 
 
 def _fetched(url: str) -> str:
-    """A local copy of the remote folder or file, made once per machine and state of the remote: a copy is complete
-    before it gets its name, and changed files give another name."""
+    """A local copy of the remote folder or file, made once per machine and state of the remote.
+
+    A copy is complete before it gets its name, and changed files give another name.
+    """
     url = url.rstrip("/")
     found = _remote_files(url)
     if not found:
@@ -133,7 +140,8 @@ def _fetched(url: str) -> str:
 
 
 def _remote_files(url: str) -> list[FileMetadata]:
-    """The one file at `url`, or the files under it, by name; object stores may list empty folder markers."""
+    """The one file at `url`, or the files under it, by name, without object stores' folder
+    marks."""
     for pattern in (url, f"{url}/**"):
         files = [f for f in FileSystems.match([pattern])[0].metadata_list if not f.path.endswith("/")]
         if files:
@@ -151,7 +159,9 @@ def _weight_files(
     """The weight files on this machine, and the commit where they come from a hub's cache."""
     if not isinstance(settings, recipe.FlippedClip):
         path = local_path(settings.model)
-        return _in_folder(Path(path)) if Path(path).is_dir() else _in_hub_cache(path, settings.revision)
+        if Path(path).is_dir():
+            return _in_folder(Path(path))
+        return _in_hub_cache(path, settings.revision)
     source = clip_source(settings)
     if source.name.startswith(_LOCAL):
         return _in_folder(Path(source.name.removeprefix(_LOCAL)))
@@ -165,7 +175,7 @@ def _weight_files(
 
 
 def _in_folder(folder: Path) -> tuple[list[Path], None]:
-    """Every safetensors file, or, where there is none, every pickled one: the order in which the libraries look."""
+    """Every safetensors file, or where there is none every pickled one, as the libraries look."""
     for patterns in (("*.safetensors",), ("*.bin", "*.pt", "*.pth")):
         files = sorted(file for pattern in patterns for file in folder.glob(pattern))
         if files:

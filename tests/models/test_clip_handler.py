@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import apache_beam as beam
+import numpy as np
+import open_clip
+import pytest
+import torch
+from apache_beam.testing.test_pipeline import TestPipeline
+from apache_beam.testing.util import assert_that, equal_to
+from PIL import Image
+
+from pipeline import recipe
+from pipeline.records import Sample, SampleBatch
+from tests.models.model_batches import (
+    assert_one_poisoned_row_is_isolated,
+    assert_scores_ignore_batch_mates,
+    make_batch,
+    make_sample,
+    scores,
+)
+from transforms.cross_modality.flipped_clip import FlippedClip
+from transforms.models.clip import ClipHandler, LoadedClip, cosine
+
+
+def settings_for(folder: Path, **changes) -> recipe.FlippedClip:
+    return recipe.FlippedClip(**{"model": str(folder), "min": 0.0, "batch_size": 4, "score_unflipped": True} | changes)
+
+
+@pytest.fixture
+def handler(clip_folder: Path) -> ClipHandler:
+    return ClipHandler(settings_for(clip_folder), "cpu")
+
+
+@pytest.fixture
+def model(handler: ClipHandler) -> LoadedClip:
+    return handler.load_model()
+
+
+def plain_features(folder: Path, picture: Image.Image, caption: str) -> tuple[np.ndarray, np.ndarray]:
+    """Text and image features by open_clip's documented way, one sample at a time."""
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    model.eval()
+    with torch.no_grad():
+        text = model.encode_text(tokenizer([caption]), normalize=True)
+        image = model.encode_image(preprocess(picture).unsqueeze(0), normalize=True)
+    return text[0].numpy(), image[0].numpy()
+
+
+def test_scores_are_open_clips_own_on_the_mirrored_picture(clip_folder: Path, handler: ClipHandler, model: LoadedClip):
+    (scored,) = handler.run_inference(make_batch(make_sample(i) for i in range(6)), model)
+    for sample in scored:
+        picture = Image.fromarray(sample.pixels)
+        text, mirrored = plain_features(
+            clip_folder, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), sample.annotation.caption
+        )
+        _, upright = plain_features(clip_folder, picture, sample.annotation.caption)
+        assert sample.annotation.flipped_clip_cosine == pytest.approx(float(text @ mirrored), abs=2e-6)
+        assert sample.annotation.unflipped_clip_cosine == pytest.approx(float(text @ upright), abs=2e-6)
+        assert abs(float(text @ mirrored) - float(text @ upright)) > 1e-4  # else this shows nothing
+        embedding = np.frombuffer(sample.annotation.embedding, np.float16).astype(np.float32)
+        np.testing.assert_allclose(embedding, upright, atol=1e-3)
+        assert np.linalg.norm(embedding) == pytest.approx(1, abs=2e-3)
+
+
+def test_without_the_unflipped_score_the_rest_is_the_same_and_the_embedding_is_the_mirrored_pictures(
+    clip_folder: Path, handler: ClipHandler, model: LoadedClip
+):
+    batch = make_batch(make_sample(i) for i in range(3))
+    (both,) = handler.run_inference(batch, model)
+    alone = ClipHandler(settings_for(clip_folder, score_unflipped=False), "cpu")
+    (flipped,) = alone.run_inference(batch, alone.load_model())
+    for one, other in zip(both, flipped, strict=True):
+        assert one.annotation.flipped_clip_cosine == other.annotation.flipped_clip_cosine
+        assert other.annotation.unflipped_clip_cosine is None
+        _, mirrored = plain_features(clip_folder, Image.fromarray(one.pixels[:, ::-1].copy()), "")
+        embedding = np.frombuffer(other.annotation.embedding, np.float16).astype(np.float32)
+        np.testing.assert_allclose(embedding, mirrored, atol=1e-3)
+
+
+def test_a_score_ignores_the_batch_mates(handler: ClipHandler, model: LoadedClip):
+    assert_scores_ignore_batch_mates(lambda batch: handler.run_inference(batch, model)[0])
+
+
+def test_one_poisoned_sample_is_isolated(
+    handler: ClipHandler, model: LoadedClip, monkeypatch: pytest.MonkeyPatch
+):
+    def poison(bad) -> None:
+        encode = model.model.encode_image
+
+        def encode_or_fail(images: torch.Tensor) -> torch.Tensor:
+            if any(bad(image) for image in images):
+                raise RuntimeError("poisoned")
+            return encode(images)
+
+        monkeypatch.setattr(model.model, "encode_image", encode_or_fail)
+
+    assert_one_poisoned_row_is_isolated(lambda batch: handler.run_inference(batch, model)[0], poison)
+
+
+def test_nan_is_a_dead_letter_and_its_mates_keep_their_scores(
+    handler: ClipHandler, model: LoadedClip, monkeypatch: pytest.MonkeyPatch
+):
+    samples = [make_sample(i) for i in range(4)]
+    (sound,) = handler.run_inference(make_batch(samples), model)
+    encode = model.model.encode_text
+    monkeypatch.setattr(
+        model.model, "encode_text", lambda tokens: encode(tokens).index_fill(0, torch.tensor([2]), float("nan"))
+    )
+    (scored,) = handler.run_inference(make_batch(samples), model)
+    expected = scores(sound)
+    del expected[samples[2].annotation.uid]
+    assert scores(scored) == expected
+    assert [(d.uid, d.reason) for d in scored.dead_letters] == [(samples[2].annotation.uid, "not_finite")]
+
+
+def test_a_caption_that_is_no_text_is_a_dead_letter(handler: ClipHandler, model: LoadedClip):
+    sample = make_sample(1)
+    broken = Sample(sample.annotation.with_columns(caption="a \ud800 b"), {}, b"", sample.pixels)
+    (scored,) = handler.run_inference(make_batch([make_sample(0), broken]), model)
+    assert [s.annotation.key for s in scored] == ["0"]
+    assert [d.reason for d in scored.dead_letters] == ["preparation_failed"]
+
+
+def test_a_thread_of_a_picture_is_a_dead_letter(handler: ClipHandler, model: LoadedClip):
+    thread = Sample(make_sample(1).annotation, {}, b"", np.zeros((1, 600, 3), np.uint8))
+    (scored,) = handler.run_inference(make_batch([thread]), model)
+    assert len(scored) == 0
+    assert "600 x 1 pixels" in scored.dead_letters[0].message
+
+
+def test_an_undecoded_sample_is_a_programming_error(handler: ClipHandler, model: LoadedClip):
+    undecoded = Sample(make_sample(1).annotation, {}, b"", None)
+    with pytest.raises(AssertionError, match="undecoded"):
+        handler.run_inference(make_batch([undecoded]), model)
+
+
+def test_cosine_is_float32s_and_does_not_depend_on_batching():
+    text, image = np.eye(4, dtype=np.float32)[:2]
+    assert cosine(text, text) == 1.0
+    assert cosine(text, image) == 0.0
+    value = cosine(np.float32([0.6, 0.8]), np.float32([0.8, 0.6]))
+    assert value == float(np.float32(value)) == pytest.approx(0.96)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_raises(clip_folder: Path):
+    with pytest.raises(RuntimeError, match="no usable CUDA device"):
+        ClipHandler(settings_for(clip_folder), "cuda").load_model()
+
+
+def test_an_architecture_without_weights_raises():
+    settings = recipe.FlippedClip(model="ViT-B-32", min=0.2)
+    with pytest.raises(ValueError, match="needs `weights`"):
+        ClipHandler(settings, "cpu").load_model()
+
+
+def test_the_transform_scores_whole_batches(clip_folder: Path, handler: ClipHandler, model: LoadedClip):
+    batches = [make_batch([make_sample(0), make_sample(1)]), make_batch([make_sample(2)])]
+    expected = [scores(handler.run_inference(batch, model)[0]) for batch in batches]
+
+    def check(batch: SampleBatch) -> dict:
+        assert isinstance(batch, SampleBatch)
+        return scores(batch)
+
+    with TestPipeline("FnApiRunner") as p:
+        scored = p | beam.Create(batches) | FlippedClip(settings_for(clip_folder), "cpu") | beam.Map(check)
+        assert_that(scored, equal_to(expected))

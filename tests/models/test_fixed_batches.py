@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from transforms.models.fixed_batches import FixedBatches
+
+
+class FakeModel:
+    """Scores numbers by their square; fails on batches that hold a poisoned number."""
+
+    def __init__(self, poison: tuple[float, ...] = (), error: Exception | None = None) -> None:
+        self.poison = poison
+        self.error = error or ValueError("cannot look at this")
+        self.batches: list[list[float]] = []
+
+    def prepare(self, row: str) -> float:
+        return float(row)
+
+    def score(self, rows: list[float]) -> np.ndarray:
+        self.batches.append(rows)
+        if any(row in self.poison for row in rows):
+            raise self.error
+        return np.array([[row * row] for row in rows], np.float32)
+
+    def run(self, rows: list[str], size: int = 4):
+        score = FixedBatches(size, self.prepare, self.score, lambda: 1.0)
+        return score(dict(enumerate(rows)))
+
+
+def test_every_call_sees_the_fixed_shape_and_every_row_is_answered_for():
+    model = FakeModel(poison=(3.0,))
+    by_row, failures = model.run([str(i) for i in range(10)])
+    assert {len(batch) for batch in model.batches} == {4}
+    assert {row: float(score[0]) for row, score in by_row.items()} == {i: i * i for i in range(10) if i != 3}
+    assert [(f.row, f.reason, f.message) for f in failures] == [
+        (3, "model_failed", "ValueError: cannot look at this")
+    ]
+
+
+@pytest.mark.parametrize("poisoned", [(0.0,), (5.0, 6.0), (0.0, 1.0, 2.0, 3.0)])
+def test_halving_finds_exactly_the_poisoned_rows(poisoned: tuple[float, ...]):
+    by_row, failures = FakeModel(poisoned).run([str(i) for i in range(7)])
+    assert {float(f.row) for f in failures} == set(poisoned)
+    assert set(by_row) == set(range(7)) - {f.row for f in failures}
+
+
+def test_a_row_that_cannot_be_prepared_fails_alone():
+    by_row, failures = FakeModel().run(["1", "x", "3"])
+    assert set(by_row) == {0, 2}
+    assert [(f.row, f.reason) for f in failures] == [(1, "preparation_failed")]
+    assert "ValueError" in failures[0].message
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_score_that_is_no_number_is_a_failure(value: str):
+    by_row, failures = FakeModel().run(["2", value])
+    assert set(by_row) == {0}
+    assert [(f.row, f.reason) for f in failures] == [(1, "not_finite")]
+
+
+def test_a_broken_model_raises_instead_of_filling_the_dead_letters():
+    with pytest.raises(RuntimeError, match="fails on every input"):
+        FakeModel(poison=(1.0, 2.0)).run(["2"])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()])
+def test_out_of_memory_is_no_rows_fault(error: Exception):
+    with pytest.raises(type(error)):
+        FakeModel(poison=(2.0,), error=error).run(["2", "3"])
+
+
+def test_results_of_another_length_are_an_error():
+    score = FixedBatches(2, float, lambda rows: np.zeros((1, 1)), lambda: 0.0)
+    with pytest.raises(RuntimeError, match="1 results for 2 rows"):
+        score({0: "1", 1: "2"})
+
+
+def test_no_rows_call_no_model():
+    model = FakeModel()
+    assert model.run([]) == ({}, [])
+    assert not model.batches
