@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Sequence
 from typing import Any
@@ -46,27 +47,18 @@ def place(
     **options: Any,
 ) -> tuple[list[Placement], list[dict[str, Any]]]:
     """The placements, sorted by uid, and the table of clusters."""
+    os.makedirs(folder, exist_ok=True)
     with beam.Pipeline("FnApiRunner", PipelineOptions(**options)) as p:
         pool = p | "PoolCount" >> beam.Create([pool_count])
         tasks = p | "Tasks" >> ReadTasks(settings.cids) if settings.cids else None
-        rows = p | "Candidates" >> beam.Create(candidates, reshuffle=False).with_output_types(
-            Candidate
-        )
+        rows = p | "Candidates" >> beam.Create(candidates, reshuffle=False).with_output_types(Candidate)
         path = rows | "Train" >> TrainCentroids(settings.clusters, seed, f"{folder}/centroids.npy")
-        ranked = (
-            rows
-            | "Assign" >> AssignClusters(path)
-            | "SemanticDedup" >> SemanticDedup(settings.semantic_dedup)
-        )
+        ranked = rows | "Assign" >> AssignClusters(path) | "SemanticDedup" >> SemanticDedup(settings.semantic_dedup)
         allocation = ranked | "Importance" >> ClusterImportance(settings, path, pool, tasks)
         placed = ranked | "Copies" >> AssignCopies(settings, seed, allocation)
         table = placed[TALLIES] | "Table" >> ClusterTable(allocation)
         for name, values in (("placements", placed[PLACEMENTS]), ("table", table)):
-            (
-                values
-                | f"All_{name}" >> beam.combiners.ToList()
-                | f"Keep_{name}" >> beam.Map(_keep, f"{folder}/{name}")
-            )
+            (values | f"All_{name}" >> beam.combiners.ToList() | f"Keep_{name}" >> beam.Map(_keep, f"{folder}/{name}"))
     (placements, [rows_of_table]) = (_kept(f"{folder}/{name}") for name in ("placements", "table"))
     return sorted(placements), rows_of_table
 

@@ -22,9 +22,7 @@ from transforms.distribution_alignment.clusters import assign, load_centroids
 from transforms.distribution_alignment.records import Allocation, RankedMember
 from transforms.distribution_alignment.vectors import exact_products_with, unit_rows
 
-_ALLOWED_TASKS = (
-    "allowed: a .npz that holds float32 (m, d) centroids, m >= 1, under each task's name"
-)
+_ALLOWED_TASKS = "allowed: a .npz that holds float32 (m, d) centroids, m >= 1, under each task's name"
 
 
 def load_tasks(path: str) -> dict[str, np.ndarray]:
@@ -38,17 +36,11 @@ def load_tasks(path: str) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(_read(path)), allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise _TaskError(f"{path}: holds a single array; {_ALLOWED_TASKS}")
-            arrays = {
-                key: _task_array(file, key, path)
-                for key in sorted(file.files)
-                if not key.startswith("__")
-            }
+            arrays = {key: _task_array(file, key, path) for key in sorted(file.files) if not key.startswith("__")}
     except _TaskError:
         raise
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path}: cannot be read as task centroids ({error}); {_ALLOWED_TASKS}"
-        ) from error
+        raise ValueError(f"{path}: cannot be read as task centroids ({error}); {_ALLOWED_TASKS}") from error
     if not arrays:
         raise ValueError(f"{path}: holds no task; {_ALLOWED_TASKS}")
     widths = {key: array.shape[1] for key, array in arrays.items()}
@@ -56,8 +48,7 @@ def load_tasks(path: str) -> dict[str, np.ndarray]:
     for key, other in widths.items():
         if other != width:
             raise ValueError(
-                f"{path}: {key}: {other} dimensions, but {first} has {width}; "
-                "allowed: the same d for every task"
+                f"{path}: {key}: {other} dimensions, but {first} has {width}; allowed: the same d for every task"
             )
     return arrays
 
@@ -82,15 +73,11 @@ def _task_array(file: np.lib.npyio.NpzFile, key: str, path: str) -> np.ndarray:
     if array.dtype != np.float32 or array.ndim != 2 or 0 in array.shape:
         raise _TaskError(f"{path}: {key}: holds {array.dtype} {array.shape}; {_ALLOWED_TASKS}")
     if not np.isfinite(array).all() or not array.any(axis=1).all():
-        raise _TaskError(
-            f"{path}: {key}: a centroid is zero or not finite; allowed: vectors with a direction"
-        )
+        raise _TaskError(f"{path}: {key}: a centroid is zero or not finite; allowed: vectors with a direction")
     return unit_rows(array)
 
 
-def task_similarity(
-    centroids: np.ndarray, tasks: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def task_similarity(centroids: np.ndarray, tasks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """s(t, c) = max over task t's centroids of the cosine to the centroid of c: centroids float32
     (k, d), tasks float32 (m, d), both of length 1 → float64 (k,) by task name.
 
@@ -106,9 +93,7 @@ def task_similarity(
     return similarities
 
 
-def task_shares(
-    centroids: np.ndarray, sizes: np.ndarray, tasks: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def task_shares(centroids: np.ndarray, sizes: np.ndarray, tasks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """p(t, c) of the assignment estimator: the share of task t's vectors whose nearest centroid, of
     the clusters with n_c > 0, is c. float64 (k,) by task name."""
     filled = np.flatnonzero(sizes)
@@ -116,9 +101,7 @@ def task_shares(
     for task, vectors in sorted(tasks.items()):
         shares[task] = np.zeros(len(sizes))
         if len(filled):
-            nearest = assign(
-                _same_width(task, vectors, centroids), np.ascontiguousarray(centroids[filled])
-            )
+            nearest = assign(_same_width(task, vectors, centroids), np.ascontiguousarray(centroids[filled]))
             shares[task][filled] = np.bincount(nearest, minlength=len(filled)) / len(vectors)
     return shares
 
@@ -151,19 +134,14 @@ def task_weights(tasks: Sequence[str], given: Mapping[str, float] | None) -> dic
         return {task: 1 / len(tasks) for task in sorted(tasks)}
     unknown = sorted(set(given) - set(tasks))
     if unknown:
-        raise ValueError(
-            f"cids.task_weights: unknown task {', '.join(unknown)}; "
-            f"allowed: {', '.join(sorted(tasks))}"
-        )
+        raise ValueError(f"cids.task_weights: unknown task {', '.join(unknown)}; allowed: {', '.join(sorted(tasks))}")
     total = math.fsum(given.values())
     if total <= 0:
         raise ValueError("cids.task_weights: every weight is 0; allowed: at least one above 0")
     return {task: given.get(task, 0.0) / total for task in sorted(tasks)}
 
 
-def cluster_importance(
-    sizes: np.ndarray, shares: Mapping[str, np.ndarray], weights: Mapping[str, float]
-) -> np.ndarray:
+def cluster_importance(sizes: np.ndarray, shares: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
     """p(c) = Σ_t w_t·p(t, c), float64 (k,). Without tasks p(c) ∝ n_c: the pool as it is."""
     if not shares:
         return _normalised(sizes.astype(np.float64))
@@ -195,9 +173,7 @@ def allocate(
         if settings.cids.estimator == "assignment":
             shares = task_shares(centroids, sizes, tasks)
         else:
-            shares = {
-                task: likeness_shares(s, sizes, settings.cids) for task, s in similarities.items()
-            }
+            shares = {task: likeness_shares(s, sizes, settings.cids) for task, s in similarities.items()}
     importance = cluster_importance(sizes, shares, weights)
     quality = settings.quality_duplication or quality_duplication.WITHOUT
     target = copies.target_copies(settings.target, pool_count, survivor_count)
@@ -215,11 +191,7 @@ class ReadTasks(beam.PTransform):
         self.settings = settings
 
     def expand(self, pipeline: beam.Pipeline) -> beam.PCollection[dict[str, np.ndarray]]:
-        return (
-            pipeline
-            | "TasksPath" >> beam.Create([self.settings.tasks])
-            | "LoadTasks" >> beam.Map(load_tasks)
-        )
+        return pipeline | "TasksPath" >> beam.Create([self.settings.tasks]) | "LoadTasks" >> beam.Map(load_tasks)
 
 
 class ClusterImportance(beam.PTransform):

@@ -24,9 +24,7 @@ from transforms.distribution_alignment.hashing import draw
 from transforms.distribution_alignment.records import Candidate, Member
 from transforms.distribution_alignment.vectors import NEAR, exact_products, stored_units, unit_rows
 
-_TRAINING_THREADS = (
-    1  # sums taken by several threads end in other last bits, and k-means magnifies them
-)
+_TRAINING_THREADS = 1  # sums taken by several threads end in other last bits, and k-means magnifies them
 _BATCH_ROWS = 1024
 _BLOCK_CENTROIDS = 16_384
 _PAIRS_AT_ONCE = 4096
@@ -44,7 +42,7 @@ def train_centroids(embeddings: np.ndarray, count: int, iterations: int, seed: i
     for index, row in enumerate(embeddings):
         first_rows.setdefault(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), index)
     if len(first_rows) <= count:
-        return unit_rows(embeddings[list(first_rows.values())])
+        return embeddings[list(first_rows.values())]
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(_TRAINING_THREADS)
     try:
@@ -82,9 +80,7 @@ def assign(units: np.ndarray, centroids: np.ndarray) -> np.ndarray:
             "they come from different models"
         )
     blocks = range(0, len(units), _BATCH_ROWS)
-    return np.concatenate(
-        [_assign_block(units[start : start + _BATCH_ROWS], centroids) for start in blocks]
-    )
+    return np.concatenate([_assign_block(units[start : start + _BATCH_ROWS], centroids) for start in blocks])
 
 
 def _assign_block(units: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -123,16 +119,8 @@ def load_centroids(path: str) -> np.ndarray:
                 centroids = np.load(io.BytesIO(file.read()))
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); {allowed}") from error
-    if (
-        not isinstance(centroids, np.ndarray)
-        or centroids.ndim != 2
-        or centroids.dtype != np.float32
-    ):
-        got = (
-            f"{centroids.dtype} {centroids.shape}"
-            if isinstance(centroids, np.ndarray)
-            else "several arrays"
-        )
+    if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or centroids.dtype != np.float32:
+        got = f"{centroids.dtype} {centroids.shape}" if isinstance(centroids, np.ndarray) else "several arrays"
         raise ValueError(f"{path}: holds {got}; {allowed}")
     lengths = np.sqrt(np.einsum("ij,ij->i", centroids, centroids))
     if not np.all(np.abs(lengths - 1) < 1e-3):
@@ -183,13 +171,9 @@ def _hashed(candidate: Candidate, seed: int) -> tuple[float, str, bytes]:
     return draw("clusters", seed, candidate.uid), candidate.uid, candidate.embedding
 
 
-def _train(
-    sample: Sequence[tuple[float, str, bytes]], settings: Clusters, seed: int, output_path: str
-) -> str:
+def _train(sample: Sequence[tuple[float, str, bytes]], settings: Clusters, seed: int, output_path: str) -> str:
     units = stored_units([embedding for _, _, embedding in sorted(sample)])
-    return write_centroids(
-        output_path, train_centroids(units, settings.count, settings.iterations, seed)
-    )
+    return write_centroids(output_path, train_centroids(units, settings.count, settings.iterations, seed))
 
 
 class AssignClusters(beam.PTransform):
@@ -203,8 +187,7 @@ class AssignClusters(beam.PTransform):
     def expand(self, candidates: beam.PCollection[Candidate]) -> beam.PCollection[Member]:
         return (
             candidates
-            | "BatchCandidates"
-            >> beam.BatchElements(min_batch_size=_BATCH_ROWS, max_batch_size=_BATCH_ROWS)
+            | "BatchCandidates" >> beam.BatchElements(min_batch_size=_BATCH_ROWS, max_batch_size=_BATCH_ROWS)
             | "Nearest" >> beam.ParDo(_AssignBatch(), beam.pvalue.AsSingleton(self.centroids_path))
         )
 

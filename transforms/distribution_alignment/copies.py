@@ -25,9 +25,7 @@ PLACEMENTS = "placements"
 TALLIES = "tallies"
 
 _INFINITY_BITS = 0x7FF0_0000_0000_0000
-_TALLY_BITS = (
-    40  # expected copies are summed in whole units of 2^-40, so that no order of adding shows
-)
+_TALLY_BITS = 40  # expected copies are summed in whole units of 2^-40, so that no order of adding shows
 
 
 class UnreachableTargetError(ValueError):
@@ -61,9 +59,7 @@ def total_expected(
         each = scale * shares  # E(x) before the cap, for w(x) = 1
         flat = np.where(each * lowest < cap, sizes, 0)
         below = np.where(step > 0, np.clip(np.ceil((cap / each - lowest) / step), 0, sizes), flat)
-        uncapped = np.where(
-            below > 0, each * (below * lowest + step * below * (below - 1) / 2), 0.0
-        )
+        uncapped = np.where(below > 0, each * (below * lowest + step * below * (below - 1) / 2), 0.0)
     return math.fsum((uncapped + cap * (sizes - below)).tolist())
 
 
@@ -107,20 +103,12 @@ def _float_of(bits: int) -> float:
     return float(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
-def share_of_each(
-    importance: np.ndarray, sizes: np.ndarray, quality: QualityDuplication
-) -> np.ndarray:
+def share_of_each(importance: np.ndarray, sizes: np.ndarray, quality: QualityDuplication) -> np.ndarray:
     """p(c)/(n_c·w̄_c), float64 (k,); 0 where n_c = 0."""
-    return (
-        np.where(sizes > 0, importance, 0.0)
-        / np.maximum(sizes, 1)
-        / quality_duplication.mean_weight(quality)
-    )
+    return np.where(sizes > 0, importance, 0.0) / np.maximum(sizes, 1) / quality_duplication.mean_weight(quality)
 
 
-def expected_copies(
-    factor: float, rank: int, size: int, quality: QualityDuplication, cap: float
-) -> float:
+def expected_copies(factor: float, rank: int, size: int, quality: QualityDuplication, cap: float) -> float:
     """E(x) = min(cap, factor·w(x)), with factor = λ·p(c)/(n_c·w̄_c)."""
     return min(cap, factor * quality_duplication.weight(rank, size, quality))
 
@@ -149,9 +137,7 @@ class AssignCopies(beam.PTransform):
     `allocation` is `ClusterImportance`' output.
     """
 
-    def __init__(
-        self, settings: DistributionAlignment, seed: int, allocation: beam.PCollection[Allocation]
-    ) -> None:
+    def __init__(self, settings: DistributionAlignment, seed: int, allocation: beam.PCollection[Allocation]) -> None:
         super().__init__()
         self.settings, self.seed, self.allocation = settings, seed, allocation
 
@@ -171,30 +157,22 @@ class _Place(beam.DoFn):
     def __init__(self, settings: DistributionAlignment, seed: int) -> None:
         self.settings, self.seed = settings, seed
 
-    def process(
-        self, member: RankedMember, factors: np.ndarray
-    ) -> Iterator[Placement | beam.pvalue.TaggedOutput]:
+    def process(self, member: RankedMember, factors: np.ndarray) -> Iterator[Placement | beam.pvalue.TaggedOutput]:
         dropped = bool(member.semantic_duplicate_of)
         planned = expected = 0.0
         if not dropped:
             planned = expected = self._planned(member, float(factors[member.cluster]))
             digits = self.settings.digit_enhancement
             if digits is not None:
-                expected = enhance(
-                    planned, member.digit_probability, digits, self.settings.max_copies
-                )
+                expected = enhance(planned, member.digit_probability, digits, self.settings.max_copies)
         copies = whole_copies(expected, self.seed, member.uid)
-        yield Placement(
-            member.uid, member.shard, member.cluster, member.semantic_duplicate_of, expected, copies
-        )
+        yield Placement(member.uid, member.shard, member.cluster, member.semantic_duplicate_of, expected, copies)
         tally = Tally(1, int(dropped), _units(expected), _units(expected - planned), copies)
         yield beam.pvalue.TaggedOutput(TALLIES, (member.cluster, tuple(tally)))
 
     def _planned(self, member: RankedMember, factor: float) -> float:
         quality = self.settings.quality_duplication or quality_duplication.WITHOUT
-        return expected_copies(
-            factor, member.rank, member.cluster_size, quality, self.settings.max_copies
-        )
+        return expected_copies(factor, member.rank, member.cluster_size, quality, self.settings.max_copies)
 
 
 def _units(copies: float) -> int:
@@ -206,19 +184,14 @@ def cluster_rows(allocation: Allocation, tallies: Mapping[int, Tally]) -> list[d
     (members dropped), similarity_<task> for every task, importance (p(c)), expected_copies,
     digit_addition (how much of those digit enhancement added above the target), copies."""
     rows = []
-    for cluster, (size, importance) in enumerate(
-        zip(allocation.sizes, allocation.importance, strict=True)
-    ):
+    for cluster, (size, importance) in enumerate(zip(allocation.sizes, allocation.importance, strict=True)):
         tally = tallies.get(cluster, Tally())
         rows.append(
             {
                 "cluster": cluster,
                 "size": int(size),
                 "semantic_duplicates": tally.semantic_duplicates,
-                **{
-                    f"similarity_{task}": float(s[cluster])
-                    for task, s in sorted(allocation.similarities.items())
-                },
+                **{f"similarity_{task}": float(s[cluster]) for task, s in sorted(allocation.similarities.items())},
                 "importance": float(importance),
                 "expected_copies": math.ldexp(tally.expected, -_TALLY_BITS),
                 "digit_addition": math.ldexp(tally.digit_addition, -_TALLY_BITS),
@@ -235,9 +208,7 @@ class ClusterTable(beam.PTransform):
         super().__init__()
         self.allocation = allocation
 
-    def expand(
-        self, tallies: beam.PCollection[tuple[int, tuple[int, ...]]]
-    ) -> beam.PCollection[list[dict[str, Any]]]:
+    def expand(self, tallies: beam.PCollection[tuple[int, tuple[int, ...]]]) -> beam.PCollection[list[dict[str, Any]]]:
         return (
             tallies
             | "SumByCluster" >> beam.CombinePerKey(_add_tallies)

@@ -8,9 +8,7 @@ from __future__ import annotations
 from pipeline.recipe import DigitEnhancement
 
 
-def enhance(
-    expected: float, digit_probability: float, settings: DigitEnhancement, max_copies: float
-) -> float:
+def enhance(expected: float, digit_probability: float, settings: DigitEnhancement, max_copies: float) -> float:
     """E(x) = max(E(x), floor) for a sample with digit probability >= threshold, never above
     `max_copies`.
 

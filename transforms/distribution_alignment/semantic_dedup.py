@@ -18,9 +18,7 @@ from transforms.distribution_alignment.vectors import NEAR, exact_products, stor
 _TILE_ROWS = 1024
 
 
-def semantic_duplicates(
-    units: np.ndarray, epsilon: float, tile_rows: int = _TILE_ROWS
-) -> np.ndarray:
+def semantic_duplicates(units: np.ndarray, epsilon: float, tile_rows: int = _TILE_ROWS) -> np.ndarray:
     """For each row, the best-ranked better row with cosine > 1 - `epsilon`, -1 where there is none.
 
     units: float32 (n, d) of length 1, best rank first; an array or a memory map. Returns int64
@@ -33,9 +31,7 @@ def semantic_duplicates(
     for column_start in range(0, len(units), tile_rows):
         pending = np.arange(column_start, min(column_start + tile_rows, len(units)))
         columns = units[pending]
-        for row_start in range(
-            0, column_start + 1, tile_rows
-        ):  # best rows first: the first hit is the keeper
+        for row_start in range(0, column_start + 1, tile_rows):  # best rows first: the first hit is the keeper
             rows = units[row_start : row_start + tile_rows]
             products = rows @ columns.T
             if row_start == column_start:  # only a better row can keep
@@ -52,17 +48,13 @@ def semantic_duplicates(
     return keepers
 
 
-def _first_above(
-    products: np.ndarray, rows: np.ndarray, columns: np.ndarray, threshold: float
-) -> np.ndarray:
+def _first_above(products: np.ndarray, rows: np.ndarray, columns: np.ndarray, threshold: float) -> np.ndarray:
     """For each column of `products`, the first row above `threshold`, -1 where there is none."""
     sure = products > threshold + NEAR
     first = np.where(sure.any(axis=0), sure.argmax(axis=0), len(rows))
     doubtful = (products >= threshold - NEAR) & ~sure & (np.arange(len(rows))[:, None] < first)
     open_columns = np.flatnonzero(doubtful.any(axis=0))
-    while len(
-        open_columns
-    ):  # one doubtful pair of each column at a time: bounded memory, and most end at once
+    while len(open_columns):  # one doubtful pair of each column at a time: bounded memory, and most end at once
         candidates = doubtful[:, open_columns].argmax(axis=0)
         above = exact_products(rows[candidates], columns[open_columns]) > threshold
         first[open_columns[above]] = candidates[above]
@@ -78,9 +70,7 @@ def ranked(members: Iterable[Member]) -> list[Member]:
     members = list(members)
     for member in members:
         if member.flipped_clip_cosine != member.flipped_clip_cosine:
-            raise ValueError(
-                f"sample {member.uid} of {member.shard}: flipped_clip_cosine is not a number"
-            )
+            raise ValueError(f"sample {member.uid} of {member.shard}: flipped_clip_cosine is not a number")
     return sorted(members, key=_rank_key)
 
 
@@ -111,9 +101,7 @@ def _keyed(member: Member) -> tuple[int, Member]:
     return member.cluster, member
 
 
-def _rank_cluster(
-    group: tuple[int, Iterable[Member]], settings: Settings | None
-) -> Iterator[RankedMember]:
+def _rank_cluster(group: tuple[int, Iterable[Member]], settings: Settings | None) -> Iterator[RankedMember]:
     cluster, members = group
     ordered = ranked(members)
     keepers = _keepers(ordered, settings)

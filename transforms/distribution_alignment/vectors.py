@@ -28,9 +28,7 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
         if not np.isfinite(squares).all():
             row = start + int(np.flatnonzero(~np.isfinite(squares))[0])
             raise ValueError(f"vector {row} holds a value that is not finite")
-        units[start : start + _BLOCK_ROWS] = (
-            block / np.sqrt(np.where(squares > 0, squares, 1.0))[:, None]
-        )
+        units[start : start + _BLOCK_ROWS] = block / np.sqrt(np.where(squares > 0, squares, 1.0))[:, None]
     return units
 
 

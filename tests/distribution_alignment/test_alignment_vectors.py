@@ -1,0 +1,58 @@
+"""Unit vectors and products are each row's own business."""
+
+import math
+
+import numpy as np
+import pytest
+
+from transforms.distribution_alignment.vectors import (
+    exact_products,
+    exact_products_with,
+    stored_units,
+    unit_rows,
+)
+
+ROWS = np.random.default_rng(1).normal(size=(37, 21)).astype(np.float32)
+
+
+def test_unit_rows_have_length_1_and_do_not_depend_on_their_neighbours():
+    units = unit_rows(ROWS)
+    assert units.dtype == np.float32
+    assert np.abs(np.linalg.norm(units.astype(np.float64), axis=1) - 1).max() < 1e-7
+    alone = np.concatenate([unit_rows(ROWS[i : i + 1]) for i in range(len(ROWS))])
+    assert np.array_equal(alone, units)
+
+
+def test_a_row_of_zeros_stays_zero():
+    assert not unit_rows(np.zeros((1, 3), np.float32)).any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_is_an_error_that_names_the_row(value):
+    rows = ROWS.copy()
+    rows[5, 2] = value
+    with pytest.raises(ValueError, match="vector 5 "):
+        unit_rows(rows)
+
+
+def test_stored_units_read_little_endian_fp16():
+    stored = [np.array([3, 4], "<f2").tobytes(), np.array([0, -2], "<f2").tobytes()]
+    assert stored_units(stored) == pytest.approx(np.array([[0.6, 0.8], [0, -1]]), abs=1e-7)
+
+
+@pytest.mark.parametrize("embeddings", [[b"1234", b"12"], [b"123"], [b"", b""]])
+def test_embeddings_of_other_widths_are_an_error(embeddings):
+    with pytest.raises(ValueError, match="allowed: fp16 values"):
+        stored_units(embeddings)
+
+
+def test_exact_products_do_not_depend_on_how_rows_were_split():
+    other = ROWS[::-1]
+    products = exact_products(ROWS, other)
+    alone = [exact_products(ROWS[i : i + 1], other[i : i + 1])[0] for i in range(len(ROWS))]
+    assert products.tolist() == alone
+    oracle = [
+        math.fsum(float(a) * float(b) for a, b in zip(x, y, strict=True)) for x, y in zip(ROWS, other, strict=True)
+    ]
+    assert products == pytest.approx(oracle, rel=1e-14, abs=1e-14)
+    assert exact_products_with(ROWS, ROWS[3])[5] == exact_products(ROWS[5:6], ROWS[3:4])[0]
