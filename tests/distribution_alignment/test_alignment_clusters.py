@@ -4,11 +4,11 @@ import apache_beam as beam
 import faiss
 import numpy as np
 import pytest
-from tests.distribution_alignment.alignment_graph import make_candidates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.recipe import Clusters
+from tests.distribution_alignment.alignment_graph import make_candidates
 from transforms.distribution_alignment.clusters import (
     TrainCentroids,
     assign,

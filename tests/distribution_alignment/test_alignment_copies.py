@@ -46,7 +46,7 @@ def every_expectation(scale, importance, sizes, quality, cap):
 
 @given(clusters=CLUSTERS, quality=QUALITIES, cap=st.floats(1, 20), fill=st.floats(0, 1))
 @example(clusters=[(0, 1.0), (1, 1.0), (2, 1.0)], quality=QualityDuplication(), cap=2.0, fill=1.0)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_expectations_add_up_to_any_target_that_the_cap_allows(clusters, quality, cap, fill):
     importance, sizes = arrays_of(clusters)
     target = fill * cap * int(sizes[importance > 0].sum())
@@ -58,7 +58,7 @@ def test_expectations_add_up_to_any_target_that_the_cap_allows(clusters, quality
 
 
 @given(clusters=CLUSTERS, quality=QUALITIES, cap=st.floats(1, 20), scale=st.floats(0, 1000))
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_the_closed_form_is_the_sum_over_samples(clusters, quality, cap, scale):
     importance, sizes = arrays_of(clusters)
     shares = share_of_each(importance, sizes, quality)

@@ -112,7 +112,7 @@ def test_rank_is_higher_cosine_then_smaller_uid_in_any_order():
 
 
 def test_a_score_that_is_not_a_number_is_named():
-    with pytest.raises(ValueError, match="sample bad of 0.tar: flipped_clip_cosine"):
+    with pytest.raises(ValueError, match=r"sample bad of 0\.tar: flipped_clip_cosine"):
         ranked([member("good", 0.2), member("bad", float("nan"))])
 
 
