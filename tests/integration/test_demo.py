@@ -1,0 +1,201 @@
+"""The whole job on the bundled pool with the bundled models, and everything it promises about it."""
+
+from __future__ import annotations
+
+import csv
+import importlib.resources
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import run as run_module
+from pipeline.progress import Progress
+from pipeline.recipe import STAGES, load_recipe
+from pipeline.sources.webdataset import list_shards
+
+POOL = importlib.resources.files("pipeline") / "demo" / "pool"
+LABELS = importlib.resources.files("pipeline") / "demo" / "labels.csv"
+RECIPE = importlib.resources.files("recipes") / "demo.yaml"
+COMPARED = ("annotations", "decisions", "subset.npy", "funnel.json", "clusters.parquet", "centroids.npy", "dead_letters")
+
+
+def run_demo(output: Path, *beam_options: str) -> dict:
+    outcome = run_module.run(
+        load_recipe(str(RECIPE)), str(POOL), str(output), list(STAGES), list(beam_options), Progress(Console(stderr=True))
+    )
+    assert outcome.funnel is not None
+    return outcome.funnel
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    run_demo(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decisions(output: Path) -> dict[str, dict]:
+    rows = [row for part in sorted((output / "decisions").iterdir()) for row in pq.read_table(part).to_pylist()]
+    assert len({row["uid"] for row in rows}) == len(rows)
+    return {row["uid"]: row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def dead_letters(output: Path) -> dict[str, dict]:
+    files = sorted((output / "dead_letters").iterdir())
+    letters = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len({letter["uid"] for letter in letters}) == len(letters)
+    return {letter["uid"]: letter for letter in letters}
+
+
+@pytest.fixture(scope="module")
+def labels() -> list[dict[str, str]]:
+    with LABELS.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_uid_is_accounted_for_exactly_once(output, decisions, dead_letters, labels):
+    dropped = {uid for uid, row in decisions.items() if row["dropped_by"]}
+    survivors = {uid for uid, row in decisions.items() if not row["dropped_by"]}
+    assert dropped | survivors | dead_letters.keys() == {label["uid"] for label in labels}
+    assert len(dropped) + len(survivors) + len(dead_letters) == len(labels)
+
+    funnel = json.loads((output / "funnel.json").read_text())
+    assert funnel["in"] == len(labels)
+    assert funnel["dead_letters"] == dict(Counter(letter["reason"] for letter in dead_letters.values()))
+    assert {rule["name"]: rule["dropped"] for rule in funnel["rules"] if rule["dropped"]} == Counter(
+        row["dropped_by"] for row in decisions.values() if row["dropped_by"]
+    )
+    assert funnel["survivors"] == len(survivors)
+
+
+def test_funnel_is_additive_rule_by_rule(output):
+    funnel = json.loads((output / "funnel.json").read_text())
+    left = funnel["in"] - sum(funnel["dead_letters"].values())
+    for rule in funnel["rules"]:
+        assert rule["in"] == left == rule["kept"] + rule["dropped"]
+        left = rule["kept"]
+    assert left == funnel["survivors"]
+
+
+def test_subset_is_the_copies_of_the_decisions(output, decisions):
+    subset = np.load(output / "subset.npy")
+    assert subset.dtype == np.dtype("u8,u8")
+    assert (np.sort(subset) == subset).all()
+    found = Counter(f"{int(high):016x}{int(low):016x}" for high, low in subset)
+    assert found == {uid: row["copies"] for uid, row in decisions.items() if row["copies"]}
+    assert all(row["copies"] == 0 for row in decisions.values() if row["dropped_by"])
+
+
+# Planted kind -> the least share that its own rule drops or that is dead-lettered.
+LEAST_SHARES = {
+    "exact_copy": 0.95,
+    "near_copy": 0.95,
+    "language": 0.95,
+    "frequent_caption": 0.95,
+    "names_numbers": 0.95,
+    "short_caption": 0.95,
+    "aspect": 0.95,
+    "small": 0.95,
+    "face": 0.95,
+    "truncated": 0.95,
+    "undecodable": 0.95,
+    "missing_caption": 0.95,
+    "swapped": 0.7,
+    "text_only": 0.7,
+}
+
+
+def test_planted_cases_go_by_their_own_rule_and_good_pairs_stay(output, decisions, dead_letters, labels, capsys):
+    from pipeline import tables
+    from pipeline.layout import Layout
+    from pipeline.records import Annotation
+    from transforms.rules import Thresholds, rules_of
+
+    recipe = load_recipe(str(RECIPE))
+    cross = recipe.cross_modality
+    assert cross.image_text_matching is not None
+    assert cross.flipped_clip.min is not None
+    assert cross.image_text_matching.min is not None
+    thresholds = Thresholds(cross.flipped_clip.min, cross.image_text_matching.min)
+    local, scored = rules_of(recipe, STAGES[0]), rules_of(recipe, STAGES[1], thresholds)
+    annotations: dict[str, Annotation] = {}
+    for shard in list_shards(str(POOL)):
+        annotations |= {a.uid: a for a in tables.read_annotations(Layout(str(output)), shard.name)}
+
+    total: Counter[str] = Counter()
+    gone: Counter[str] = Counter()
+    english = english_after_1 = english_after_2 = 0
+    by_rule: dict[str, Counter[str]] = defaultdict(Counter)
+    for label in labels:
+        kind, uid = label["kind"], label["uid"]
+        total[kind] += 1
+        if uid in dead_letters:
+            gone[kind] += 1
+            by_rule[kind][dead_letters[uid]["reason"]] += 1
+            continue
+        annotation = annotations[uid]
+        failing_1 = [rule.name for rule in local if not rule.keeps(annotation)]
+        failing_2 = [] if failing_1 else [rule.name for rule in scored if not rule.keeps(annotation)]
+        by_rule[kind].update(failing_1 + failing_2)
+        gone[kind] += bool(set(label["rule"].split("|")) & set(failing_1 + failing_2))
+        if not kind and label["english_noun"] == "1":
+            english += 1
+            english_after_1 += not failing_1
+            english_after_2 += not failing_1 and not failing_2
+
+    table = Table("planted", "samples", "share gone by its own rule", "every rule that it fails")
+    for kind in sorted(total):
+        if kind:
+            rules = ", ".join(f"{name} {count}" for name, count in by_rule[kind].most_common())
+            table.add_row(kind, str(total[kind]), f"{gone[kind] / total[kind]:.2f}", rules)
+    with capsys.disabled():
+        console = Console(width=110)
+        console.print()
+        console.print(table)
+        console.print(
+            f"unplanted English pairs with a noun: {english}; survive stage 1: {english_after_1 / english:.3f}; "
+            f"of those survive stage 2: {english_after_2 / english_after_1:.3f}"
+        )
+
+    assert LEAST_SHARES.keys() | {"", "digit"} == total.keys()
+    short = {kind: gone[kind] / total[kind] for kind, least in LEAST_SHARES.items() if gone[kind] < least * total[kind]}
+    assert not short
+    assert english_after_1 >= 0.85 * english
+    assert english_after_2 >= 0.8 * english_after_1
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    files = [f for name in COMPARED for f in ([folder / name] if (folder / name).is_file() else (folder / name).rglob("*"))]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files if f.is_file()}
+
+
+def test_outputs_do_not_depend_on_the_order_of_shards(output, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "list_shards", lambda pool: list_shards(pool)[::-1])
+    run_demo(tmp_path / "out")
+    assert snapshot(tmp_path / "out") == snapshot(output)
+
+
+def test_outputs_do_not_depend_on_the_number_of_worker_processes(output, tmp_path):
+    run_demo(tmp_path / "out", "--direct_num_workers=2", "--direct_running_mode=multi_processing")
+    assert snapshot(tmp_path / "out") == snapshot(output)
+
+
+def test_a_second_run_reads_no_shard_again(output, tmp_path, monkeypatch):
+    from pipeline.sources import shards
+
+    before = snapshot(output)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a finished shard was opened")
+
+    monkeypatch.setattr(shards, "read_samples", refuse)
+    run_demo(output)
+    assert snapshot(output) == before
