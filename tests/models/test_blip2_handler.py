@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import apache_beam as beam
@@ -40,10 +41,15 @@ def model(handler: Blip2Handler) -> LoadedBlip2:
     return handler.load_model()
 
 
-def generated(folder: Path, pixels: np.ndarray, prompt: str, allowed: list[int]) -> tuple[int, torch.Tensor]:
-    """The first token that `generate` answers when it must choose among `allowed`, and the scores it chose by."""
+@functools.cache
+def plain_model(folder: Path) -> tuple:
     model = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
-    processor = Blip2Processor.from_pretrained(folder, backend="pil")
+    return model, Blip2Processor.from_pretrained(folder, backend="pil")
+
+
+def generated(folder: Path, pixels: np.ndarray, prompt: str, allowed: list[int]) -> tuple[int, torch.Tensor]:
+    """What `generate` answers when it must choose among `allowed`, and the logits of its first token."""
+    model, processor = plain_model(folder)
     inputs = processor(images=Image.fromarray(pixels), text=prompt, return_tensors="pt")
     answer = model.generate(
         **inputs,
@@ -102,7 +108,7 @@ def test_one_poisoned_sample_is_isolated(handler: Blip2Handler, model: LoadedBli
         features = model.model.get_image_features
 
         def features_or_fail(pixel_values: torch.Tensor, **arguments):
-            if any(bad(image.mean(dim=(1, 2)) * 0 + image.amax()) and image.std() < 0.2 for image in pixel_values):
+            if any(bad(image) for image in pixel_values):
                 raise RuntimeError("poisoned")
             return features(pixel_values, **arguments)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import apache_beam as beam
@@ -38,10 +39,15 @@ def model(handler: BlipHandler) -> LoadedBlip:
     return handler.load_model()
 
 
+@functools.cache
+def plain_model(folder: Path, backend: str) -> tuple:
+    model = BlipForImageTextRetrieval.from_pretrained(folder).eval()
+    return model, BlipProcessor.from_pretrained(folder, backend=backend)
+
+
 def plain_probability(folder: Path, sample: Sample, backend: str) -> float:
     """By transformers' documented way, one sample at a time, its caption unpadded."""
-    model = BlipForImageTextRetrieval.from_pretrained(folder).eval()
-    processor = BlipProcessor.from_pretrained(folder, backend=backend)
+    model, processor = plain_model(folder, backend)
     picture = Image.fromarray(sample.pixels)
     inputs = processor(
         images=picture, text=sample.annotation.caption, return_tensors="pt", truncation=True, max_length=64
@@ -69,7 +75,7 @@ def test_one_poisoned_sample_is_isolated(handler: BlipHandler, model: LoadedBlip
         forward = model.model.vision_model.forward
 
         def forward_or_fail(pixel_values: torch.Tensor, **arguments):
-            if any(bad(image.mean(dim=(1, 2)) * 0 + image.amax()) and image.std() < 0.2 for image in pixel_values):
+            if any(bad(image) for image in pixel_values):
                 raise RuntimeError("poisoned")
             return forward(pixel_values, **arguments)
 
@@ -101,7 +107,8 @@ def test_only_what_passes_the_cascade_is_scored(itm_folder: Path, model: LoadedB
 
 
 @pytest.mark.parametrize(
-    ("tokens", "max_tokens", "expected"), [(1, 64, 16), (16, 64, 16), (17, 64, 32), (33, 40, 40), (64, 64, 64), (9, 9, 9)]
+    ("tokens", "max_tokens", "expected"),
+    [(1, 64, 16), (16, 64, 16), (17, 64, 32), (33, 40, 40), (64, 64, 64), (9, 9, 9)],
 )
 def test_buckets(tokens: int, max_tokens: int, expected: int):
     assert bucket(tokens, max_tokens) == expected

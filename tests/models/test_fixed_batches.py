@@ -25,7 +25,7 @@ class FakeModel:
         return np.array([[row * row] for row in rows], np.float32)
 
     def run(self, rows: list[str], size: int = 4):
-        score = FixedBatches(size, self.prepare, self.score, lambda: 1.0)
+        score = FixedBatches(size, self.prepare, self.score, lambda: 100.0)
         return score(dict(enumerate(rows)))
 
 
@@ -34,9 +34,7 @@ def test_every_call_sees_the_fixed_shape_and_every_row_is_answered_for():
     by_row, failures = model.run([str(i) for i in range(10)])
     assert {len(batch) for batch in model.batches} == {4}
     assert {row: float(score[0]) for row, score in by_row.items()} == {i: i * i for i in range(10) if i != 3}
-    assert [(f.row, f.reason, f.message) for f in failures] == [
-        (3, "model_failed", "ValueError: cannot look at this")
-    ]
+    assert [(f.row, f.reason, f.message) for f in failures] == [(3, "model_failed", "ValueError: cannot look at this")]
 
 
 @pytest.mark.parametrize("poisoned", [(0.0,), (5.0, 6.0), (0.0, 1.0, 2.0, 3.0)])
@@ -62,7 +60,7 @@ def test_a_score_that_is_no_number_is_a_failure(value: str):
 
 def test_a_broken_model_raises_instead_of_filling_the_dead_letters():
     with pytest.raises(RuntimeError, match="fails on every input"):
-        FakeModel(poison=(1.0, 2.0)).run(["2"])
+        FakeModel(poison=(100.0, 2.0)).run(["2"])
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()])

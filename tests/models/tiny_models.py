@@ -49,7 +49,7 @@ def save_clip(folder: Path) -> Path:
         },
     }
     torch.manual_seed(1)
-    model = open_clip.model.CLIP(**json.loads(json.dumps(model_cfg)))
+    model = open_clip.model.CLIP(**model_cfg)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
@@ -58,7 +58,7 @@ def save_clip(folder: Path) -> Path:
 
 
 def save_itm(folder: Path) -> Path:
-    """A BLIP image-text-matching model with its processor and a WordPiece tokenizer of letters and a few words."""
+    """A BLIP image-text-matching model, its processor, and a WordPiece tokenizer of letters."""
     letters = [*"abcdefghijklmnopqrstuvwxyz:?"]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
     words += letters + [f"##{letter}" for letter in letters] + CORPUS.split()
@@ -160,11 +160,11 @@ def save_digit(folder: Path) -> Path:
     )
     torch.manual_seed(3)
     model = Blip2ForConditionalGeneration(config)
-    with torch.no_grad():  # zeros as they are made; a trained model's are not, and then no picture matters
-        model.query_tokens.normal_()
-        for parameter in model.vision_model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-        model.language_projection.weight.mul_(10)
+    # As it is made, a picture hardly matters to the answer.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
     model.save_pretrained(folder)
     processor = Blip2Processor(BlipImageProcessor(size={"height": SIDE, "width": SIDE}), tokenizer, num_query_tokens=4)
     processor.save_pretrained(folder)
