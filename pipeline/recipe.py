@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -19,6 +20,8 @@ SINGLE_MODALITY = "single_modality"
 CROSS_MODALITY = "cross_modality"
 DISTRIBUTION_ALIGNMENT = "distribution_alignment"
 STAGES = (SINGLE_MODALITY, CROSS_MODALITY, DISTRIBUTION_ALIGNMENT)
+
+_EXPONENT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveShare = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -346,7 +349,7 @@ def load_recipe(path: str) -> Recipe:
     try:
         with FileSystems.open(path) as file:
             content = yaml.safe_load(file.read().decode("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a scheme that Beam does not know
         raise RecipeError(path, [f"cannot be read as YAML: {' '.join(str(error).split())}"]) from error
     return parse_recipe(content, path)
 
@@ -365,10 +368,20 @@ def _fault(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "recipe"
     if error["type"] == "missing":
         return f"{where}: missing; it is required"
-    given = json.dumps(error["input"], default=str)
+    given = _shown(error["input"])
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown setting (got {given}); allowed here: {', '.join(_fields_at(error['loc'][:-1]))}"
-    return f"{where}: got {given[:200]}; {error['msg'].removeprefix('Value error, ')}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "float_type" and _EXPONENT.fullmatch(str(error["input"])):
+        message += "; YAML reads an exponent as a number only after a point and with a sign, for example 1.0e-6"
+    return f"{where}: got {given[:200]}; {message}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value, default=str)
+    except (TypeError, ValueError):  # YAML has keys that JSON has not, and lists that hold themselves
+        return repr(value)
 
 
 def _fields_at(path: tuple[int | str, ...]) -> list[str]:

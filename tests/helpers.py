@@ -1,0 +1,141 @@
+"""What the tests build on: small pictures and tars on disk, records with sane defaults."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from pipeline.recipe import PoolBounds, Recipe, parse_recipe
+from pipeline.records import Annotation, Sample, Shard
+from pipeline.sources.webdataset import list_shards
+
+DEMO_RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+BOUNDS = PoolBounds()
+
+
+def picture(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:
+    """A smooth, colourful picture that differs from seed to seed, as photographs do."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, format_: str = "JPEG", **options: Any) -> bytes:
+    """The picture's file."""
+    out = io.BytesIO()
+    image.save(out, format_, **options)
+    return out.getvalue()
+
+
+def jpeg(width: int = 96, height: int = 64, seed: int = 0) -> bytes:
+    """A small JPEG file."""
+    return encode(picture(width, height, seed), "JPEG", quality=90)
+
+
+Members = list[tuple[str, bytes]]
+
+
+def sample_members(
+    key: str, caption: str = "a dog on a red bench", seed: int = 0, metadata: Mapping[str, Any] | None = None
+) -> Members:
+    """The three files of one whole sample."""
+    content = json.dumps({} if metadata is None else dict(metadata)).encode()
+    return [(f"{key}.jpg", jpeg(seed=seed)), (f"{key}.txt", caption.encode()), (f"{key}.json", content)]
+
+
+def tar_bytes(members: Iterable[tuple[str, bytes] | tarfile.TarInfo], format_: int = tarfile.USTAR_FORMAT) -> bytes:
+    """A tar of files, or of ready-made headers without content, padded to whole records of 10,240 bytes."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=format_) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+    return out.getvalue()
+
+
+def member(name: str, type_: bytes, linkname: str = "") -> tarfile.TarInfo:
+    """The header of something that is no regular file."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = type_, linkname
+    return info
+
+
+def write_pool(folder: Path, shards: Mapping[str, Iterable[tuple[str, bytes]]]) -> list[Shard]:
+    """Tars under `folder` by their relative path; the shards as the product lists them."""
+    for name, members in shards.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tar_bytes(members))
+    return list_shards(str(folder))
+
+
+def annotation(**columns: Any) -> Annotation:
+    """An annotation that passes every rule of the demo recipe, changed as said."""
+    whole = Annotation(
+        uid="0" * 32,
+        shard="00000",
+        key="k0",
+        caption="a dog on a red bench",
+        width_px=640,
+        height_px=480,
+        original_width_px=640,
+        original_height_px=480,
+        image_sha256="00" * 32,
+        perceptual_hash="0" * 16,
+        word_count=6,
+        character_count=20,
+        language="en",
+        language_probability=0.9,
+        pos_tags="DT NN IN DT JJ NN",
+        face_area_share=0.0,
+        pool_samples=1000,
+        caption_image_count=1,
+        flipped_clip_cosine=0.3,
+        match_probability=0.9,
+        digit_probability=0.1,
+    )
+    return dataclasses.replace(whole, **columns)
+
+
+def whole_sample(seed: int = 0, **columns: Any) -> Sample:
+    """A decoded sample."""
+    content = jpeg(seed=seed)
+    return Sample(annotation(**columns), {}, content, np.asarray(picture(seed=seed)))
+
+
+def uid(number: int) -> str:
+    """The uid whose 128 bits are `number`."""
+    return f"{number:032x}"
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    """The demo recipe's content, with `section__field=value` set; `...` takes a setting away."""
+    content = yaml.safe_load(DEMO_RECIPE.read_text())
+    for path, value in changes.items():
+        *sections, name = path.split("__")
+        place = content
+        for section in sections:
+            place = place[section]
+        if value is ...:
+            del place[name]
+        else:
+            place[name] = copy.deepcopy(value)
+    return content
+
+
+def recipe(**changes: Any) -> Recipe:
+    """The demo recipe, changed as in `settings`."""
+    return parse_recipe(settings(**changes), "test")
