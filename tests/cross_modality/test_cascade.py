@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pipeline import recipe
@@ -9,7 +11,7 @@ from transforms.cross_modality.cascade import match_floor, unscored, wanted
 from transforms.cross_modality.digit import has_digits
 
 
-def annotation(**scores: float | None) -> Annotation:
+def annotation(**scores: Any) -> Annotation:
     return Annotation("0" * 32, "shard", "key", "caption", **scores)
 
 

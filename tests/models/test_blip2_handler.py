@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -23,12 +24,13 @@ from tests.models.model_batches import (
 from tests.models.tiny_models import PROMPT
 from transforms.cross_modality.digit import Digit
 from transforms.models.blip2 import Blip2Handler, LoadedBlip2, digit_probability
+from transforms.models.pictures import pixels_of
 
 OTHER_PROMPT = "is there a number? Answer:"
 
 
-def settings_for(folder: Path, **changes) -> recipe.Digit:
-    return recipe.Digit(**{"model": str(folder), "batch_size": 4, "prompts": [PROMPT]} | changes)
+def settings_for(folder: Path, **changes: Any) -> recipe.Digit:
+    return recipe.Digit(**{"model": str(folder), "batch_size": 4, "prompts": [PROMPT], **changes})
 
 
 @pytest.fixture
@@ -66,10 +68,12 @@ def test_the_score_agrees_with_generate(digit_folder: Path, handler: Blip2Handle
     (scored,) = handler.run_inference(make_batch(make_sample(i) for i in range(8)), model)
     answers = set()
     for sample in scored:
-        token, logits = generated(digit_folder, sample.pixels, PROMPT, [model.yes, model.no])
+        token, logits = generated(digit_folder, pixels_of(sample), PROMPT, [model.yes, model.no])
         p = torch.softmax(logits[[model.yes, model.no]].double(), 0)[0]
-        assert sample.annotation.digit_probability == pytest.approx(float(p), abs=1e-5)
-        assert (sample.annotation.digit_probability > 0.5) == (token == model.yes)
+        found = sample.annotation.digit_probability
+        assert found is not None
+        assert found == pytest.approx(float(p), abs=1e-5)
+        assert (found > 0.5) == (token == model.yes)
         answers.add(token)
     assert answers == {model.yes, model.no}  # both answers occur, else this shows little
 

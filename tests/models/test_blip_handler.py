@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -23,10 +24,11 @@ from tests.models.model_batches import (
 )
 from transforms.cross_modality.image_text_matching import ImageTextMatching
 from transforms.models.blip import BlipHandler, LoadedBlip, bucket, match_probability
+from transforms.models.pictures import pixels_of
 
 
-def settings_for(folder: Path, **changes) -> recipe.ImageTextMatching:
-    return recipe.ImageTextMatching(**{"model": str(folder), "min": 0.5, "batch_size": 4} | changes)
+def settings_for(folder: Path, **changes: Any) -> recipe.ImageTextMatching:
+    return recipe.ImageTextMatching(**{"model": str(folder), "min": 0.5, "batch_size": 4, **changes})
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def plain_model(folder: Path, backend: str) -> tuple:
 def plain_probability(folder: Path, sample: Sample, backend: str) -> float:
     """By transformers' documented way, one sample at a time, its caption unpadded."""
     model, processor = plain_model(folder, backend)
-    picture = Image.fromarray(sample.pixels)
+    picture = Image.fromarray(pixels_of(sample))
     inputs = processor(
         images=picture, text=sample.annotation.caption, return_tensors="pt", truncation=True, max_length=64
     )
@@ -61,7 +63,7 @@ def test_scores_are_transformers_own(
     itm_folder: Path, handler: BlipHandler, model: LoadedBlip, backend: str, tolerance: float
 ):
     (scored,) = handler.run_inference(make_batch(make_sample(i) for i in range(6)), model)
-    found = [sample.annotation.match_probability for sample in scored]
+    found = [sample.annotation.match_probability or 0.0 for sample in scored]
     assert found == pytest.approx([plain_probability(itm_folder, s, backend) for s in scored], abs=tolerance)
     assert max(found) - min(found) > 0.01  # else this shows nothing
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -23,10 +24,11 @@ from tests.models.model_batches import (
 )
 from transforms.cross_modality.flipped_clip import FlippedClip
 from transforms.models.clip import ClipHandler, LoadedClip, cosine
+from transforms.models.pictures import pixels_of
 
 
-def settings_for(folder: Path, **changes) -> recipe.FlippedClip:
-    return recipe.FlippedClip(**{"model": str(folder), "min": 0.0, "batch_size": 4, "score_unflipped": True} | changes)
+def settings_for(folder: Path, **changes: Any) -> recipe.FlippedClip:
+    return recipe.FlippedClip(**{"model": str(folder), "min": 0.0, "batch_size": 4, "score_unflipped": True, **changes})
 
 
 @pytest.fixture
@@ -54,10 +56,15 @@ def plain_features(folder: Path, picture: Image.Image, caption: str) -> tuple[np
     return text[0].numpy(), image[0].numpy()
 
 
+def embedding_of(sample: Sample) -> np.ndarray:
+    assert sample.annotation.embedding is not None
+    return np.frombuffer(sample.annotation.embedding, np.float16).astype(np.float32)
+
+
 def test_scores_are_open_clips_own_on_the_mirrored_picture(clip_folder: Path, handler: ClipHandler, model: LoadedClip):
     (scored,) = handler.run_inference(make_batch(make_sample(i) for i in range(6)), model)
     for sample in scored:
-        picture = Image.fromarray(sample.pixels)
+        picture = Image.fromarray(pixels_of(sample))
         text, mirrored = plain_features(
             clip_folder, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), sample.annotation.caption
         )
@@ -65,7 +72,7 @@ def test_scores_are_open_clips_own_on_the_mirrored_picture(clip_folder: Path, ha
         assert sample.annotation.flipped_clip_cosine == pytest.approx(float(text @ mirrored), abs=2e-6)
         assert sample.annotation.unflipped_clip_cosine == pytest.approx(float(text @ upright), abs=2e-6)
         assert abs(float(text @ mirrored) - float(text @ upright)) > 1e-4  # else this shows nothing
-        embedding = np.frombuffer(sample.annotation.embedding, np.float16).astype(np.float32)
+        embedding = embedding_of(sample)
         np.testing.assert_allclose(embedding, upright, atol=1e-3)
         assert np.linalg.norm(embedding) == pytest.approx(1, abs=2e-3)
 
@@ -80,8 +87,8 @@ def test_without_the_unflipped_score_the_rest_is_the_same_and_the_embedding_is_t
     for one, other in zip(both, flipped, strict=True):
         assert one.annotation.flipped_clip_cosine == other.annotation.flipped_clip_cosine
         assert other.annotation.unflipped_clip_cosine is None
-        _, mirrored = plain_features(clip_folder, Image.fromarray(one.pixels[:, ::-1].copy()), "")
-        embedding = np.frombuffer(other.annotation.embedding, np.float16).astype(np.float32)
+        _, mirrored = plain_features(clip_folder, Image.fromarray(pixels_of(one)[:, ::-1].copy()), "")
+        embedding = embedding_of(other)
         np.testing.assert_allclose(embedding, mirrored, atol=1e-3)
 
 

@@ -42,15 +42,15 @@ class KeepFractionThreshold(beam.PTransform):
         keys = scores | "As ordered integers" >> beam.Map(ordered_bits).with_output_types(int)
         place = (
             keys
-            | "Upper half" >> beam.Map(_upper_half).with_output_types(int)
+            | "Upper half" >> beam.Map(upper_half).with_output_types(int)
             | "Count upper halves" >> beam.CombineGlobally(Counts())
-            | "Find the upper half" >> beam.Map(_place_in_upper, self._fraction)
+            | "Find the upper half" >> beam.Map(place_in_upper, self._fraction)
         )
         return (
             keys
-            | "Lower half" >> beam.FlatMap(_lower_half_at, beam.pvalue.AsSingleton(place)).with_output_types(int)
+            | "Lower half" >> beam.FlatMap(lower_half_at, beam.pvalue.AsSingleton(place)).with_output_types(int)
             | "Count lower halves" >> beam.CombineGlobally(Counts())
-            | "Find the threshold" >> beam.Map(_threshold, beam.pvalue.AsSingleton(place))
+            | "Find the threshold" >> beam.Map(threshold_at, beam.pvalue.AsSingleton(place))
         )
 
 
@@ -74,7 +74,7 @@ class Counts(beam.CombineFn):
         return dict(accumulator)
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where the threshold lies: its upper half, and its rank among the scores of that half."""
 
     upper: int
@@ -99,21 +99,25 @@ def _index(count: int, fraction: float) -> int:
     return min(int(count * fraction), count - 1)
 
 
-def _upper_half(ordered: int) -> int:
+def upper_half(ordered: int) -> int:
+    """What the first pass counts."""
     return ordered >> 16
 
 
-def _lower_half_at(ordered: int, place: _Place | None) -> list[int]:
+def lower_half_at(ordered: int, place: Place | None) -> list[int]:
+    """What the second pass counts: the lower half of a score whose upper half is the place's."""
     return [ordered & 0xFFFF] if place is not None and ordered >> 16 == place.upper else []
 
 
-def _place_in_upper(counts: Mapping[int, int], fraction: float) -> _Place | None:
+def place_in_upper(counts: Mapping[int, int], fraction: float) -> Place | None:
+    """The threshold's place, from the counts of all upper halves."""
     if not counts:
         return None
-    return _Place(*_from_the_top(counts, _index(sum(counts.values()), fraction)))
+    return Place(*_from_the_top(counts, _index(sum(counts.values()), fraction)))
 
 
-def _threshold(counts: Mapping[int, int], place: _Place | None) -> float | None:
+def threshold_at(counts: Mapping[int, int], place: Place | None) -> float | None:
+    """The threshold, from the counts of the lower halves at its place."""
     if place is None:
         return None
     lower, _ = _from_the_top(counts, place.rank)
