@@ -33,7 +33,7 @@ from transforms.cross_modality.flipped_clip import FlippedClip
 from transforms.cross_modality.image_text_matching import ImageTextMatching
 from transforms.distribution_alignment.cids import ClusterImportance, load_tasks
 from transforms.distribution_alignment.clusters import AssignClusters, TrainCentroids
-from transforms.distribution_alignment.copies import AssignCopies, ClusterTable
+from transforms.distribution_alignment.copies import PLACEMENTS, TALLIES, AssignCopies, ClusterTable
 from transforms.distribution_alignment.semantic_dedup import SemanticDedup
 from transforms.rules import first_failing, rules_of
 from transforms.single_modality.captions import CaptionLength
@@ -130,10 +130,10 @@ def distribution_alignment(pipeline: beam.Pipeline, job: Job) -> None:
         tasks = pipeline | "Task centroids" >> beam.Create([load_tasks(settings.cids.tasks)])
     allocation = ranked | "Cluster importance" >> ClusterImportance(settings, centroids, pool_count, tasks)
     copies = ranked | "Copies" >> AssignCopies(settings, seed, allocation)
-    placements = copies[AssignCopies.PLACEMENTS]
+    placements = copies[PLACEMENTS]
 
     _ = (
-        copies[AssignCopies.TALLIES]
+        copies[TALLIES]
         | "Cluster table" >> ClusterTable(allocation)
         | "Write clusters" >> beam.ParDo(WriteClusters(layout))
     )

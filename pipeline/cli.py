@@ -115,7 +115,7 @@ def _show(funnel: dict[str, Any], layout: Layout) -> None:
     table.add_row("", "samples found", "", "", f"{funnel['in']:,}")
     left = funnel["in"]
     for reason, count in funnel["dead_letters"].items():
-        table.add_row("", f"dead letter: {reason}", f"{left:,}", f"{count:,}", f"{left - count:,}")
+        table.add_row("dead letter", reason, f"{left:,}", f"{count:,}", f"{left - count:,}")
         left -= count
     for rule in funnel["rules"]:
         table.add_row(rule["stage"], rule["name"], *(f"{rule[column]:,}" for column in ("in", "dropped", "kept")))

@@ -34,8 +34,13 @@ class Layout:
         return files.join(self.output, "decisions", f"part-{shard}.parquet")
 
     def progress(self, stage: str, shard: str) -> str:
-        """How many samples of a shard a stage has done so far; the folder goes when the run ends."""
-        return files.join(self.output, ".progress", stage, shard)
+        """How many samples of a shard a stage has done so far."""
+        return files.join(self.progress_folder, stage, f"{shard}.count")
+
+    @property
+    def progress_folder(self) -> str:
+        """Goes when the run ends."""
+        return files.join(self.output, ".progress")
 
     @property
     def centroids(self) -> str:

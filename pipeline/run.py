@@ -65,15 +65,15 @@ def run(
     resolved = _with_tagger(recipe, found)
     job = build.Job(resolved, tuple(shards), layout, found)
     times = {}
-    for stage in stages:
-        started = time.monotonic()
-        with progress.stage(stage, layout, shards):
-            _run_stage(stage, job, beam_options)
-        times[stage] = round(time.monotonic() - started, 3)
+    try:
+        for stage in stages:
+            started = time.monotonic()
+            with progress.stage(stage, layout, shards):
+                _run_stage(stage, job, beam_options)
+            times[stage] = round(time.monotonic() - started, 3)
+    finally:
+        files.delete_if_there(layout.progress_folder)
     files.write_json(layout.run, {"seconds": times, "shards": len(shards)})
-    progress_folder = files.join(layout.output, ".progress")
-    if files.exists(progress_folder):
-        FileSystems.delete([progress_folder])
     done = files.exists(layout.funnel)
     return Outcome(json.loads(files.read_bytes(layout.funnel)) if done else None, layout)
 

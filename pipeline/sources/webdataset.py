@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tarfile
 import urllib.parse
 from collections.abc import Iterator
@@ -20,6 +21,16 @@ from pipeline.records import Annotation, DeadLetter, Sample, Shard, dead_letter,
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
+_GLOB = re.compile(r"[*?[]")
+_MAX_EXTENDED_HEADERS = 8  # in a row
+_MAX_EXTENDED_HEADER_BYTES = 2**20
+
+
+_EXTENDED_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
+)  # fmt: skip
+_FIELDS = {"txt": "caption", "json": "metadata"} | dict.fromkeys(IMAGE_EXTENSIONS, "image")
+
 
 class NoShards(ValueError):
     """A pool path under which no tar was found."""
@@ -31,20 +42,27 @@ def list_shards(pool: str) -> list[Shard]:
     A shard is named by its escaped path relative to the pool, so that no name can leave an output folder.
     Raises NoShards.
     """
-    folder, pattern = pool, files.join(pool, "**.tar")
     if pool.endswith(".tar"):
-        folder, pattern = pool.rsplit("/", 1)[0] if "/" in pool else "", pool
+        pattern = pool if "/" in pool else f"./{pool}"  # Beam lists no folder that is not named
+        folder = _GLOB.split(pattern)[0].rpartition("/")[0]
+    else:
+        folder = pool.rstrip("/") or pool
+        pattern = files.join(_GLOB.sub(r"[\g<0>]", folder), "**.tar")
     found = FileSystems.match([pattern])[0].metadata_list
     if not found:
         raise NoShards(f"{pool}: no *.tar in it; give a folder of webdataset tars, or a pattern that ends in .tar")
     return sorted(
         Shard(
-            name=urllib.parse.quote(_relative(metadata.path, folder).removesuffix(".tar"), safe=""),
+            name=_escaped(_relative(metadata.path, folder).removesuffix(".tar")),
             path=metadata.path,
             fingerprint=f"{metadata.size_in_bytes}-{metadata.last_updated_in_seconds:.3f}",
         )
         for metadata in found
     )
+
+
+def _escaped(name: str) -> str:
+    return urllib.parse.quote(name, safe="", errors="surrogateescape")
 
 
 def _relative(path: str, folder: str) -> str:
@@ -114,42 +132,46 @@ def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[_Members]:
     group: _Members | None = None
     offset = 0
     try:
-        tar = tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictTarInfo)  # noqa: SIM115 (holds nothing open)
+        tar = tarfile.open(  # noqa: SIM115 (holds nothing open)
+            fileobj=file, mode="r|", tarinfo=_StrictTarInfo, encoding="utf-8", errors="surrogateescape"
+        )
         for member in tar:
             tar.members.clear()  # type: ignore[attr-defined]  # the stream never looks back, and a tar may have millions
             offset = member.offset
-            if member.isdir():
-                continue
+            member.name = _text(member.name)
             key, extension = _split(member.name)
+            if member.isdir() or extension not in _FIELDS:
+                continue
             if group is not None and group.key != key:
                 yield group
                 group = None
             # A group is handed on only when the next key shows that it is whole, so a member that
             # breaks off takes its own sample into the tar's dead letter and no other.
             group = group or _Members(key)
-            _take(tar, member, extension, group, bounds)
+            _take(tar, member, _FIELDS[extension], group, bounds)
     except (tarfile.TarError, EOFError) as error:
         raise _BrokenTar(f"at byte {offset}: {error}; what follows was not read") from error
     if group is not None:
         yield group
 
 
+def _text(name: str) -> str:
+    """A member's name with what is no UTF-8 escaped, because tables hold only text."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _split(name: str) -> tuple[str, str]:
+    """The key and the extension of a member; no extension where the file is hidden, as webdataset has it."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
+    return folder + slash + stem, extension.lower() if stem else ""
 
 
-def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, group: _Members, bounds: PoolBounds) -> None:
+def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, field: str, group: _Members, bounds: PoolBounds) -> None:
     """Read one member into its group, or note what is wrong with it."""
-    if extension in IMAGE_EXTENSIONS:
-        field, limit_bytes = "image", bounds.max_image_bytes
-    elif extension == "txt":
-        field, limit_bytes = "caption", bounds.max_caption_bytes
-    elif extension == "json":
-        field, limit_bytes = "metadata", bounds.max_json_bytes
-    else:
-        return
+    limit_bytes = {
+        "image": bounds.max_image_bytes, "caption": bounds.max_caption_bytes, "metadata": bounds.max_json_bytes
+    }[field]  # fmt: skip
     if not member.isreg():
         group.fault = group.fault or ("unsupported_member", f"{member.name} is a link or a device, not a file")
     elif getattr(group, field) is not None:
@@ -168,13 +190,27 @@ class _BrokenTar(Exception):
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Headers whose damage is told, instead of silently ending the archive."""
+    """Headers whose damage is told, instead of silently ending the archive, and whose size is bounded."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictTarInfo:
         try:
             return super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+        except (tarfile.EOFHeaderError, _BrokenTar):  # type: ignore[attr-defined]
             raise
-        except tarfile.HeaderError as error:
+        except Exception as error:  # tarfile raises anything at all on hostile headers
             raise _BrokenTar(f"at byte {tarfile_.offset}: {error}; what follows was not read") from error
+
+    def _proc_member(self, tarfile_: Any) -> Any:
+        # What tarfile calls for each header. It reads an extended one whole, and follows it by recursion.
+        tarfile_.extended = getattr(tarfile_, "extended", 0) + 1 if self.type in _EXTENDED_HEADERS else 0
+        if tarfile_.extended > _MAX_EXTENDED_HEADERS:
+            raise tarfile.HeaderError(f"more than {_MAX_EXTENDED_HEADERS} extended headers in a row")
+        if tarfile_.extended and self.size > _MAX_EXTENDED_HEADER_BYTES:
+            raise tarfile.HeaderError(f"an extended header of {self.size} bytes")
+        return super()._proc_member(tarfile_)  # type: ignore[misc]
+
+    def _refuse_sparse(self, *_: object) -> None:
+        raise tarfile.HeaderError("a sparse file, which is not read")
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
