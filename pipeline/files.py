@@ -8,6 +8,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -23,6 +26,11 @@ class IncompleteWrite(OSError):
 def join(folder: str, *names: str) -> str:
     """`folder` and `names` as one path."""
     return FileSystems.join(folder, *names)
+
+
+def literal(path: str) -> str:
+    """The pattern that `path` alone matches, for Beam's functions that take patterns."""
+    return re.sub(r"[*?[]", r"[\g<0>]", path)
 
 
 def exists(path: str) -> bool:
@@ -53,7 +61,7 @@ def write_aside(path: str) -> Iterator[BinaryIO]:
 
     Raises IncompleteWrite where the file is not there, or not whole, afterwards.
     """
-    make_folder(path.rsplit("/", 1)[0])
+    make_folder(path.rpartition("/")[0])
     aside = f"{path}.tmp-{uuid.uuid4().hex}"
     counter = _CountingWriter(
         FileSystems.create(aside, compression_type=CompressionTypes.UNCOMPRESSED)
@@ -64,14 +72,21 @@ def write_aside(path: str) -> Iterator[BinaryIO]:
         FileSystems.rename([aside], [path])
     except BaseException:
         with contextlib.suppress(BeamIOError, OSError):
-            FileSystems.delete([aside])
+            _delete(aside)
         raise
-    found = FileSystems.match([path])[0].metadata_list
-    if [metadata.size_in_bytes for metadata in found] != [counter.written_bytes]:
+    found_bytes = _size_bytes(path)
+    if found_bytes != counter.written_bytes:
         raise IncompleteWrite(
-            f"{path}: wrote {counter.written_bytes} bytes, found {found or 'nothing'}; "
+            f"{path}: wrote {counter.written_bytes} bytes, found {'nothing' if found_bytes is None else found_bytes}; "
             "check the space and permissions there, then run again"
         )
+
+
+def _size_bytes(path: str) -> int | None:
+    # Not `match`, which takes a folder named `out[1]` for a pattern.
+    with contextlib.suppress(BeamIOError):
+        return FileSystems.get_filesystem(path).metadata(path).size_in_bytes
+    return None
 
 
 def write_bytes(path: str, content: bytes) -> None:
@@ -88,7 +103,16 @@ def write_json(path: str, content: Any) -> None:
 def delete_if_there(path: str) -> None:
     """Delete `path` where it exists."""
     if FileSystems.exists(path):
-        FileSystems.delete([path])
+        _delete(path)
+
+
+def _delete(path: str) -> None:
+    if "://" in path:
+        FileSystems.delete([literal(path)])
+    elif os.path.isdir(path):  # Beam would take its name for a pattern
+        shutil.rmtree(path)
+    else:
+        os.remove(path)
 
 
 def make_folder(path: str) -> None:

@@ -102,7 +102,8 @@ def _claim(layout: Layout, content: dict[str, Any]) -> None:
                 f"{layout.output}: holds another run (it differs in {', '.join(differing)}); name another --output"
             )
         return
-    if files.exists(layout.output) and FileSystems.match([files.join(layout.output, "**")])[0].metadata_list:
+    content_of_folder = files.join(files.literal(layout.output), "**")
+    if files.exists(layout.output) and FileSystems.match([content_of_folder])[0].metadata_list:
         raise UsageError(f"{layout.output}: is not empty and holds no run of pairsift; name another --output")
     files.write_json(layout.manifest, content)
 

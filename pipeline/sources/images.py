@@ -24,7 +24,8 @@ def decode(content: bytes, max_pixels: int, draft_side_px: int | None = None) ->
 
     With `draft_side_px` the pixels may come smaller, but with both sides at least that long where the image has them:
     JPEG decodes at a reduced DCT size, which is several times faster. Colours convert as open_clip's transform does
-    (alpha is dropped, EXIF rotation ignored). Raises UndecodableImage.
+    (alpha is dropped, EXIF rotation ignored), but 16-bit grey is scaled, where Pillow would clip it to white.
+    Raises UndecodableImage.
     """
     try:
         with warnings.catch_warnings():
@@ -35,6 +36,9 @@ def decode(content: bytes, max_pixels: int, draft_side_px: int | None = None) ->
                     raise UndecodableImage("image_too_large", f"{size[0]}x{size[1]} px; the recipe allows {max_pixels}")
                 if draft_side_px is not None:
                     image.draft("RGB", (draft_side_px, draft_side_px))
+                if image.mode.startswith("I"):
+                    grey = (np.asarray(image) >> 8).astype(np.uint8)
+                    return np.repeat(grey[:, :, None], 3, axis=2), size
                 return np.asarray(image.convert("RGB")), size
     except UndecodableImage:
         raise

@@ -47,7 +47,7 @@ def list_shards(pool: str) -> list[Shard]:
         folder = _GLOB.split(pattern)[0].rpartition("/")[0]
     else:
         folder = pool.rstrip("/") or pool
-        pattern = files.join(_GLOB.sub(r"[\g<0>]", folder), "**.tar")
+        pattern = files.join(files.literal(folder), "**.tar")
     found = FileSystems.match([pattern])[0].metadata_list
     if not found:
         raise NoShards(f"{pool}: no *.tar in it; give a folder of webdataset tars, or a pattern that ends in .tar")
