@@ -1,0 +1,190 @@
+"""Faces: how much of an image they cover.
+
+Source: arXiv 2309.15954 drops images whose facial area is a large share of the image; it prints neither detector nor
+threshold. Ours: the union of the face boxes over the image area, at most 0.4. Boxes come from the pool's metadata
+(DataComp's `face_bboxes`, found by SCRFD) where it has them, else from YuNet where its model file is given, else from
+a Haar cascade of the OpenCV wheel, chosen by measurement (docs/faces.md).
+
+A box is [x0, y0, x1, y1] with 0 <= x0 <= x1 <= 1 as shares of the width, y as shares of the height.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import apache_beam as beam
+import cv2
+import numpy as np
+
+from pipeline import files, recipe
+from pipeline.records import Sample
+from transforms.annotate import AnnotateSamples
+
+Box = list[float]
+
+MAX_BOXES = 256  # more of them in one image's metadata are not believed; union_area takes quadratic time
+
+CASCADE = "haarcascade_frontalface_alt2.xml"
+CASCADE_SIDE = 128  # pixels of the longer side, on which a face must be at least a fifth of that
+CASCADE_PADDING = 32  # the cascade misses faces that touch the border: give it one
+YUNET_SIDE = 320
+YUNET_MIN_SCORE = 0.9  # OpenCV's own default
+
+
+class Detector(Protocol):
+    """What finds faces in an RGB image (uint8, height x width x 3)."""
+
+    @property
+    def side(self) -> int:
+        """Pixels of the longer side that it wants."""
+
+    def find(self, rgb: np.ndarray) -> Sequence[Sequence[float]]:
+        """Faces as (x, y, width, height) in pixels."""
+
+
+@dataclass(frozen=True)
+class HaarCascade:
+    """OpenCV's frontal-face cascade."""
+
+    classifier: Any
+    side: int = CASCADE_SIDE
+
+    def find(self, rgb: np.ndarray) -> Sequence[Sequence[float]]:
+        grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+        pad = CASCADE_PADDING
+        grey = cv2.copyMakeBorder(grey, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+        smallest = self.side // 5
+        found = self.classifier.detectMultiScale(grey, 1.1, 5, minSize=(smallest, smallest))
+        return [(x - pad, y - pad, w, h) for x, y, w, h in found]
+
+
+@dataclass(frozen=True)
+class YuNet:
+    """OpenCV's FaceDetectorYN with a model file."""
+
+    network: Any
+    side: int = YUNET_SIDE
+
+    def find(self, rgb: np.ndarray) -> Sequence[Sequence[float]]:
+        height, width = rgb.shape[:2]
+        self.network.setInputSize((width, height))
+        _, rows = self.network.detect(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+        return [] if rows is None else rows[:, :4].tolist()
+
+
+def load_detector(yunet_model: str | None = None) -> Detector:
+    """YuNet from its local ONNX file where one is given, else the Haar cascade. Nothing is ever downloaded.
+
+    Holds OpenCV to one thread in this process, so that its answers do not depend on how work was split.
+    Raises FileNotFoundError for a missing file, ValueError for one that OpenCV cannot read as YuNet.
+    """
+    cv2.setNumThreads(1)
+    if yunet_model is None:
+        classifier = cv2.CascadeClassifier(os.path.join(cv2.data.haarcascades, CASCADE))
+        if classifier.empty():
+            raise FileNotFoundError(f"the installed OpenCV has no {CASCADE}; opencv-python-headless 4 does")
+        return HaarCascade(classifier)
+    if not os.path.isfile(yunet_model):
+        raise FileNotFoundError(f"face model {yunet_model!r} is not there")
+    try:
+        network = cv2.FaceDetectorYN.create(yunet_model, "", (YUNET_SIDE, YUNET_SIDE), YUNET_MIN_SCORE)
+    except cv2.error as error:
+        raise ValueError(f"face model {yunet_model!r} cannot be read: {error}") from error
+    return YuNet(network)
+
+
+def model_identity(settings: recipe.FaceArea) -> dict[str, str]:
+    """What the manifest says of the detector: its name and the sha256 of its file."""
+    path = settings.yunet_model or os.path.join(cv2.data.haarcascades, CASCADE)
+    return {"name": settings.yunet_model or CASCADE, "sha256": files.sha256(path)}
+
+
+def detect(detector: Detector, rgb: np.ndarray) -> list[Box]:
+    """The face boxes of an RGB image (uint8, height x width x 3), clipped to it, in a fixed order."""
+    height, width = rgb.shape[:2]
+    scale = detector.side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+    boxes = []
+    for x, y, w, h in detector.find(small):
+        box = [x / size[0], y / size[1], (x + w) / size[0], (y + h) / size[1]]
+        if all(map(math.isfinite, box)):
+            boxes.append([min(max(edge, 0.0), 1.0) for edge in box])
+    return sorted(boxes)
+
+
+def boxes_from_metadata(value: object) -> list[Box] | None:
+    """The boxes that a pool's metadata states, clipped to the image; None where absent or malformed.
+
+    Malformed is all that is not a list of at most `MAX_BOXES` boxes, each of four finite numbers in order. So is a
+    coordinate more than one image outside: such boxes are pixels, and clipping them would hide that.
+    """
+    if not isinstance(value, list | tuple) or len(value) > MAX_BOXES:
+        return None
+    boxes = []
+    for item in value:
+        if not isinstance(item, list | tuple) or len(item) != 4:
+            return None
+        # The comparison also refuses NaN, and whole numbers too large for a float.
+        if not all(type(edge) in (int, float) and -1 <= edge <= 2 for edge in item):
+            return None
+        x0, y0, x1, y1 = (min(max(float(edge), 0.0), 1.0) for edge in item)
+        if item[0] > item[2] or item[1] > item[3]:
+            return None
+        boxes.append([x0, y0, x1, y1])
+    return boxes
+
+
+def union_area(boxes: Sequence[Sequence[float]]) -> float:
+    """The share of the image, in [0, 1], that boxes within it cover together; overlaps count once.
+
+    A vertical line sweeps over the boxes' edges: between two neighbouring edges the covered height is constant, and
+    is the total length of the merged [y0, y1] of the boxes that reach across. O(n^2 log n) for n boxes.
+    """
+    edges = sorted({edge for x0, _, x1, _ in boxes for edge in (x0, x1)})
+    strips = []
+    for left, right in itertools.pairwise(edges):
+        covered, top = 0.0, 0.0
+        for y0, y1 in sorted((y0, y1) for x0, y0, x1, y1 in boxes if x0 <= left and right <= x1):
+            covered += max(0.0, y1 - max(y0, top))
+            top = max(top, y1)
+        strips.append((right - left) * covered)
+    return min(1.0, math.fsum(strips))
+
+
+def keeps(face_area_share: float, max_share: float) -> bool:
+    """Whether an image with this share of faces stays."""
+    return face_area_share <= max_share
+
+
+class FaceArea(beam.PTransform):
+    """Adds `face_area_share`: by the boxes of the pool's `face_bboxes`, else by the detector's."""
+
+    def __init__(self, settings: recipe.FaceArea) -> None:
+        super().__init__()
+        self._settings = settings
+
+    def expand(self, batches: beam.PCollection) -> beam.PCollection:
+        return batches | "Measure faces" >> beam.ParDo(_MeasureFaces(self._settings))
+
+
+class _MeasureFaces(AnnotateSamples):
+    stage, reason = recipe.SINGLE_MODALITY, "face_area_failed"
+
+    def __init__(self, settings: recipe.FaceArea) -> None:
+        self._settings = settings
+
+    def setup(self) -> None:
+        self._detector = load_detector(self._settings.yunet_model)
+
+    def columns(self, sample: Sample) -> dict[str, Any]:
+        boxes = boxes_from_metadata(sample.metadata.get("face_bboxes"))
+        if boxes is None:
+            assert sample.pixels is not None  # decoded by the reader
+            boxes = detect(self._detector, sample.pixels)
+        return {"face_area_share": union_area(boxes)}
