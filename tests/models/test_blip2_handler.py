@@ -11,7 +11,7 @@ import torch
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 from PIL import Image
-from transformers import Blip2ForConditionalGeneration, Blip2Processor
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, T5Config
 
 from pipeline import recipe
 from tests.models.model_batches import (
@@ -76,6 +76,34 @@ def test_the_score_agrees_with_generate(digit_folder: Path, handler: Blip2Handle
         assert (found > 0.5) == (token == model.yes)
         answers.add(token)
     assert answers == {model.yes, model.no}  # both answers occur, else this shows little
+
+
+def test_an_encoder_decoder_is_read_where_its_answer_starts():
+    """As FLAN-T5: the first token of the answer is the decoder's."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Blip2Config(
+        vision_config={**vision, "image_size": 32, "patch_size": 8},
+        qformer_config={**vision, "vocab_size": 10, "encoder_hidden_size": 32},
+        text_config=T5Config(
+            vocab_size=40, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+        ).to_dict(),
+        num_query_tokens=4,
+        image_token_index=39,
+    )
+    torch.manual_seed(0)
+    model = Blip2ForConditionalGeneration(config).eval()
+    prompt = torch.tensor([39] * 4 + [5, 6, 1])
+    pixels = list(torch.randn(3, 3, 32, 32))
+    with torch.inference_mode():
+        found = LoadedBlip2(model, None, torch.device("cpu"), (prompt,), 7, 8).score(pixels)
+        answer = model.generate(
+            pixel_values=torch.stack(pixels),
+            input_ids=prompt.repeat(3, 1),
+            max_new_tokens=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    np.testing.assert_allclose(found[:, 0], answer.logits[0][:, [7, 8]], atol=1e-5)
 
 
 def test_the_answers_are_the_words_as_they_follow_the_colon(model: LoadedBlip2):

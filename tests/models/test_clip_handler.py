@@ -23,7 +23,7 @@ from tests.models.model_batches import (
     scores,
 )
 from transforms.cross_modality.flipped_clip import FlippedClip
-from transforms.models.clip import ClipHandler, LoadedClip, cosine
+from transforms.models.clip import ClipHandler, LoadedClip, cosine, shortened
 from transforms.models.pictures import pixels_of
 
 
@@ -137,6 +137,13 @@ def test_an_undecoded_sample_is_a_programming_error(handler: ClipHandler, model:
     undecoded = Sample(make_sample(1).annotation, {}, b"", None)
     with pytest.raises(AssertionError, match="undecoded"):
         handler.run_inference(make_batch([undecoded]), model)
+
+
+@pytest.mark.parametrize("caption", ["a red square " * 2000, "a" + " " * 9000 + "b", "&amp;" * 3000, "é" * 9000])
+def test_a_long_caption_is_cut_behind_its_last_token(caption: str):
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    assert len(shortened(caption)) <= 4096
+    assert torch.equal(tokenizer([caption]), tokenizer([shortened(caption)]))
 
 
 def test_cosine_is_float32s_and_does_not_depend_on_batching():

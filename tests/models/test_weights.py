@@ -95,7 +95,7 @@ def test_a_model_loads_from_a_remote_folder(store: Path, clip_folder: Path):
 
 
 def test_a_bundled_model_that_this_installation_lacks():
-    with pytest.raises(FileNotFoundError, match="bundled:nothing: this installation holds no such model"):
+    with pytest.raises(FileNotFoundError, match="bundled:nothing: this installation holds no such file"):
         weights.local_path("bundled:nothing")
 
 

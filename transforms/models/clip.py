@@ -24,6 +24,10 @@ from transforms.models.weights import clip_source
 # pixels would then take gigabytes. Such a sample is a dead letter.
 _MAX_ASPECT = 500
 
+# open_clip's tokenizer takes time in the square of a word's length, 20 seconds for 16,000 letters.
+# CLIP's longest token has 32 bytes, so its 77 tokens never reach this far into a caption.
+_MAX_CHARACTERS = 4096
+
 
 class _Input(NamedTuple):
     """One sample as the model takes it: views (v, 3, h, w), the flipped one first, and tokens."""
@@ -50,7 +54,7 @@ class LoadedClip:
             raise ValueError(f"{width} x {height} pixels: one side is more than {_MAX_ASPECT} times the other")
         views = [pixels[:, ::-1], pixels] if self.score_unflipped else [pixels[:, ::-1]]
         images = [self.preprocess(Image.fromarray(np.ascontiguousarray(view))) for view in views]
-        return _Input(torch.stack(images), self.tokenize(sample.annotation.caption)[0])
+        return _Input(torch.stack(images), self.tokenize(shortened(sample.annotation.caption))[0])
 
     def probe(self) -> _Input:
         """What any sound model can score."""
@@ -107,6 +111,11 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
         features, failures = score(dict(enumerate(batch)))
         columns = {row: _columns(*of_row) for row, of_row in features.items()}
         return with_results(batch, "flipped_clip", columns, failures)
+
+
+def shortened(caption: str) -> str:
+    """The caption, cut far behind its last token; spaces are collapsed as the tokenizer does."""
+    return caption if len(caption) <= _MAX_CHARACTERS else " ".join(caption.split())[:_MAX_CHARACTERS]
 
 
 def cosine(text: np.ndarray, image: np.ndarray) -> float:

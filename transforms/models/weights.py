@@ -1,9 +1,10 @@
 """Where a model's files come from, and what exactly was loaded.
 
-A model is named by `bundled:clip|itm|digit` (the small demo models that this package holds), a
-local folder, a folder of an object store (`gs://…`, copied once to this machine), or a name that
-the library itself resolves (an open_clip architecture with its tag, a hub name with its revision).
-Only safetensors files are read, or pickles that torch confines to tensors (`weights_only`).
+A model is named by `bundled:clip|itm|digit` (the small demo models that this package holds, with
+`bundled:tasks`, task centroids made by that CLIP), a local folder, a folder of an object store
+(`gs://…`, copied once to this machine), or a name that the library itself resolves (an open_clip
+architecture with its tag, a hub name with its revision). Only safetensors files are read, or
+pickles that torch confines to tensors (`weights_only`).
 """
 
 from __future__ import annotations
@@ -94,10 +95,11 @@ def model_identity(
 def local_path(name: str) -> str:
     """`name` as the libraries can open it: bundled and remote files as local paths."""
     if name.startswith(_BUNDLED):
-        folder = importlib.resources.files("pipeline") / "demo" / "models" / name.removeprefix(_BUNDLED)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{name}: this installation holds no such model")
-        return str(folder)
+        demo, bundled = importlib.resources.files("pipeline") / "demo", name.removeprefix(_BUNDLED)
+        for path in (demo / "models" / bundled, demo / f"{bundled}.npz"):
+            if path.is_dir() or path.is_file():
+                return str(path)
+        raise FileNotFoundError(f"{name}: this installation holds no such file")
     return _fetched(name) if "://" in name else name
 
 
