@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,15 @@ def test_scores_are_transformers_own(
 
 def test_a_score_ignores_the_batch_mates(handler: BlipHandler, model: LoadedBlip):
     assert_scores_ignore_batch_mates(lambda batch: handler.run_inference(batch, model)[0])
+
+
+def test_threads_share_the_model(handler: BlipHandler, model: LoadedBlip):
+    batches = [make_batch([make_sample(i), make_sample(i + 1)]) for i in range(8)]
+    expected = [scores(handler.run_inference(batch, model)[0]) for batch in batches]
+    fresh = handler.load_model()
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda batch: scores(handler.run_inference(batch, fresh)[0]), batches))
+    assert found == expected
 
 
 def test_one_poisoned_sample_is_isolated(handler: BlipHandler, model: LoadedBlip, monkeypatch: pytest.MonkeyPatch):

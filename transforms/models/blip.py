@@ -99,7 +99,11 @@ class BlipHandler(SampleBatchHandler[LoadedBlip]):
                 f"image_text_matching.max_tokens: got {self._settings.max_tokens}; "
                 f"{self._settings.model} takes at most {positions}"
             )
-        return LoadedBlip(model, processor, device, self._settings.max_tokens)
+        loaded = LoadedBlip(model, processor, device, self._settings.max_tokens)
+        # The tokenizer takes its truncation from the first call. Made here, no thread makes that
+        # change while another one is reading.
+        loaded.probe(0)
+        return loaded
 
     def annotate(self, batch: SampleBatch, model: LoadedBlip) -> SampleBatch:
         buckets: dict[int, dict[int, _Captioned]] = {}

@@ -48,17 +48,16 @@ class LoadedBlip2:
         return torch.stack(logits, dim=1)[..., [self.yes, self.no]].float().cpu().numpy()
 
     def _first_answer_logits(self, prompts: torch.Tensor, image: Any) -> torch.Tensor:
-        decoder_input_ids = None
-        # an encoder-decoder such as FLAN-T5 answers from its start token on
-        if not self.model.config.use_decoder_only_language_model:
+        answer: dict[str, Any] = {"logits_to_keep": 1}
+        if not self.model.config.use_decoder_only_language_model:  # as FLAN-T5
             start = self.model.config.text_config.decoder_start_token_id
-            decoder_input_ids = torch.full((len(prompts), 1), start, device=self.device)
+            answer = {"decoder_input_ids": torch.full((len(prompts), 1), start, device=self.device)}
         output = self.model(
             pixel_values=None,
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
-            decoder_input_ids=decoder_input_ids,
             mm_encoder_outputs={"image": image},
+            **answer,
         )
         return output.logits[:, -1]
 
