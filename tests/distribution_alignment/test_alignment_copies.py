@@ -11,6 +11,7 @@ from pipeline.recipe import DigitEnhancement, QualityDuplication, Target
 from transforms.distribution_alignment.copies import (
     UnreachableTargetError,
     expected_copies,
+    scaled,
     share_of_each,
     solve_scale,
     target_copies,
@@ -37,7 +38,7 @@ def arrays_of(clusters):
 
 
 def every_expectation(scale, importance, sizes, quality, cap):
-    factors = scale * share_of_each(importance, sizes, quality)
+    factors = scaled(scale, share_of_each(importance, sizes, quality))
     return [
         [expected_copies(float(f), rank, int(n), quality, cap) for rank in range(n)]
         for f, n in zip(factors, sizes, strict=True)
@@ -111,6 +112,14 @@ def test_a_target_the_cap_cannot_reach_says_which_and_by_how_much():
     )
     with pytest.raises(UnreachableTargetError, match=message):
         solve_scale(9.0, importance, sizes, QualityDuplication(), 2.0)
+
+
+def test_every_sample_at_the_cap_however_small_its_share():
+    importance, sizes = np.array([1.0, 1e-320, 0.0]), np.array([3, 2, 4])
+    flat = QualityDuplication(w1=1.0, w2=1.0)
+    scale = solve_scale(5.0, importance, sizes, flat, 1.0)
+    assert scale == math.inf
+    assert every_expectation(scale, importance, sizes, flat, 1.0) == [[1] * 3, [1] * 2, [0] * 4]
 
 
 def test_nothing_can_be_copied_without_samples():

@@ -87,7 +87,8 @@ def task_similarity(centroids: np.ndarray, tasks: Mapping[str, np.ndarray]) -> d
     similarities = {}
     for task, vectors in sorted(tasks.items()):
         best = np.full(len(centroids), -np.inf)
-        for vector in _same_width(task, vectors, centroids):
+        _check_width(task, vectors, centroids)
+        for vector in vectors:
             np.maximum(best, exact_products_with(centroids, vector), out=best)
         similarities[task] = best
     return similarities
@@ -101,18 +102,18 @@ def task_shares(centroids: np.ndarray, sizes: np.ndarray, tasks: Mapping[str, np
     for task, vectors in sorted(tasks.items()):
         shares[task] = np.zeros(len(sizes))
         if len(filled):
-            nearest = assign(_same_width(task, vectors, centroids), np.ascontiguousarray(centroids[filled]))
+            _check_width(task, vectors, centroids)
+            nearest = assign(vectors, np.ascontiguousarray(centroids[filled]))
             shares[task][filled] = np.bincount(nearest, minlength=len(filled)) / len(vectors)
     return shares
 
 
-def _same_width(task: str, vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+def _check_width(task: str, vectors: np.ndarray, centroids: np.ndarray) -> None:
     if len(centroids) and vectors.shape[1] != centroids.shape[1]:
         raise ValueError(
             f"task {task} has {vectors.shape[1]} dimensions, the clusters {centroids.shape[1]}: "
             "they come from different models"
         )
-    return vectors[:0] if len(centroids) == 0 else vectors
 
 
 def likeness_shares(similarity: np.ndarray, sizes: np.ndarray, settings: Cids) -> np.ndarray:
@@ -178,7 +179,7 @@ def allocate(
     quality = settings.quality_duplication or quality_duplication.WITHOUT
     target = copies.target_copies(settings.target, pool_count, survivor_count)
     scale = copies.solve_scale(target, importance, sizes, quality, settings.max_copies)
-    factors = scale * copies.share_of_each(importance, sizes, quality)
+    factors = copies.scaled(scale, copies.share_of_each(importance, sizes, quality))
     return Allocation(sizes, similarities, importance, factors, target, scale)
 
 

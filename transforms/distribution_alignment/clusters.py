@@ -172,7 +172,7 @@ def _hashed(candidate: Candidate, seed: int) -> tuple[float, str, bytes]:
 
 
 def _train(sample: Sequence[tuple[float, str, bytes]], settings: Clusters, seed: int, output_path: str) -> str:
-    units = stored_units([embedding for _, _, embedding in sorted(sample)])
+    units = stored_units([embedding for _, _, embedding in sample])
     return write_centroids(output_path, train_centroids(units, settings.count, settings.iterations, seed))
 
 

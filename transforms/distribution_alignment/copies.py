@@ -108,6 +108,12 @@ def share_of_each(importance: np.ndarray, sizes: np.ndarray, quality: QualityDup
     return np.where(sizes > 0, importance, 0.0) / np.maximum(sizes, 1) / quality_duplication.mean_weight(quality)
 
 
+def scaled(scale: float, shares: np.ndarray) -> np.ndarray:
+    """λ·p(c)/(n_c·w̄_c), float64 (k,): 0 where the share is, even where λ is infinite (every sample at the cap, and some
+    share too small for a finite λ to lift there)."""
+    return np.multiply(scale, shares, out=np.zeros_like(shares), where=shares > 0)
+
+
 def expected_copies(factor: float, rank: int, size: int, quality: QualityDuplication, cap: float) -> float:
     """E(x) = min(cap, factor·w(x)), with factor = λ·p(c)/(n_c·w̄_c)."""
     return min(cap, factor * quality_duplication.weight(rank, size, quality))
