@@ -87,6 +87,8 @@ class Progress:
         finished = set(self._finished(name, layout, shards)) - skip
         samples, finished_samples = 0, 0
         for shard in shards:
+            if shard.name in skip:
+                continue
             with contextlib.suppress(OSError, ValueError):  # not begun, or just being written
                 count = int(Path(layout.progress(name, shard.name)).read_text())
                 samples += count

@@ -29,7 +29,7 @@ SINGLE_MODALITY = pa.schema(
         ("language", pa.string()),
         ("language_probability", pa.float32()),
         ("pos_tags", pa.string()),
-        ("face_area_share", pa.float32()),
+        ("face_area_share", pa.float64()),  # a share of exactly 0.4 must stay 0.4: it is on its threshold
     ]
 )
 POOL_WIDE = pa.schema(
@@ -91,7 +91,11 @@ def is_finished(path: str, made_from: str) -> bool:
     if not files.exists(path):
         return False
     with files.open_binary(path) as file:
-        return (pq.read_schema(file).metadata or {}).get(_MADE_FROM) == made_from.encode()
+        try:
+            metadata = pq.read_schema(file).metadata or {}
+        except pa.ArrowInvalid:  # not whole: made again
+            return False
+    return metadata.get(_MADE_FROM) == made_from.encode()
 
 
 def annotation_row(annotation: Annotation) -> dict:
