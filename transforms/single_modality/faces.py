@@ -114,7 +114,7 @@ def detect(detector: Detector, rgb: np.ndarray) -> list[Box]:
     for x, y, w, h in detector.find(small):
         box = [x / size[0], y / size[1], (x + w) / size[0], (y + h) / size[1]]
         if all(map(math.isfinite, box)):
-            boxes.append([min(max(edge, 0.0), 1.0) for edge in box])
+            boxes.append([min(max(float(edge), 0.0), 1.0) for edge in box])
     return sorted(boxes)
 
 
