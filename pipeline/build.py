@@ -31,7 +31,7 @@ from pipeline.sources.shards import ReadShards
 from transforms.cross_modality.digit import Digit
 from transforms.cross_modality.flipped_clip import FlippedClip
 from transforms.cross_modality.image_text_matching import ImageTextMatching
-from transforms.distribution_alignment.cids import ClusterImportance, load_tasks
+from transforms.distribution_alignment.cids import ClusterImportance, ReadTasks
 from transforms.distribution_alignment.clusters import AssignClusters, TrainCentroids
 from transforms.distribution_alignment.copies import PLACEMENTS, TALLIES, AssignCopies, ClusterTable
 from transforms.distribution_alignment.semantic_dedup import SemanticDedup
@@ -125,9 +125,7 @@ def distribution_alignment(pipeline: beam.Pipeline, job: Job) -> None:
     centroids = candidates | "Train centroids" >> TrainCentroids(settings.clusters, seed, layout.centroids)
     members = candidates | "Assign clusters" >> AssignClusters(centroids)
     ranked = members | "Semantic dedup" >> SemanticDedup(settings.semantic_dedup)
-    tasks = None
-    if settings.cids:
-        tasks = pipeline | "Task centroids" >> beam.Create([load_tasks(settings.cids.tasks)])
+    tasks = pipeline | "Task centroids" >> ReadTasks(settings.cids) if settings.cids else None
     allocation = ranked | "Cluster importance" >> ClusterImportance(settings, centroids, pool_count, tasks)
     copies = ranked | "Copies" >> AssignCopies(settings, seed, allocation)
     placements = copies[PLACEMENTS]
