@@ -23,6 +23,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import skimage
+from cv2.data import haarcascades
 from PIL import Image
 from skimage.feature import Cascade
 
@@ -46,7 +47,7 @@ class Candidate:
 
 
 def haar(name: str, side: int, border: float, neighbours: int, step: float = 1.1) -> Candidate:
-    classifier = cv2.CascadeClassifier(f"{cv2.data.haarcascades}haarcascade_frontalface_{name}.xml")
+    classifier = cv2.CascadeClassifier(f"{haarcascades}haarcascade_frontalface_{name}.xml")
     pad, smallest = round(border * side), side // 5
 
     def find(rgb: np.ndarray) -> Found:

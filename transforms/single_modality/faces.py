@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import apache_beam as beam
 import cv2
 import numpy as np
+from cv2.data import haarcascades
 
 from pipeline import files, recipe
 from pipeline.records import Sample
@@ -85,7 +86,7 @@ def load_detector(yunet_model: str | None = None) -> Detector:
     """
     cv2.setNumThreads(1)
     if yunet_model is None:
-        classifier = cv2.CascadeClassifier(os.path.join(cv2.data.haarcascades, CASCADE))
+        classifier = cv2.CascadeClassifier(os.path.join(haarcascades, CASCADE))
         if classifier.empty():
             raise FileNotFoundError(f"the installed OpenCV has no {CASCADE}; opencv-python-headless 4 does")
         return HaarCascade(classifier)
@@ -100,7 +101,7 @@ def load_detector(yunet_model: str | None = None) -> Detector:
 
 def model_identity(settings: recipe.FaceArea) -> dict[str, str]:
     """What the manifest says of the detector: its name and the sha256 of its file."""
-    path = settings.yunet_model or os.path.join(cv2.data.haarcascades, CASCADE)
+    path = settings.yunet_model or os.path.join(haarcascades, CASCADE)
     return {"name": settings.yunet_model or CASCADE, "sha256": files.sha256(path)}
 
 
