@@ -15,7 +15,6 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.pvalue import AsSingleton
-from transforms.single_modality.faces import FaceArea
 
 from pipeline import tables
 from pipeline.layout import Layout
@@ -37,6 +36,7 @@ from transforms.distribution_alignment.copies import PLACEMENTS, TALLIES, Assign
 from transforms.distribution_alignment.semantic_dedup import SemanticDedup
 from transforms.rules import first_failing, rules_of
 from transforms.single_modality.captions import CaptionLength
+from transforms.single_modality.faces import FaceArea
 from transforms.single_modality.images import ImageFeatures
 from transforms.single_modality.language import Language
 from transforms.single_modality.pool_wide import CaptionFrequency, NearDuplicate, UniqueUids
