@@ -36,8 +36,9 @@ def decide(
     """The decision rows of one shard: a pure function of its annotations, their placements and the recipe.
 
     `unjudged` holds the keys that are dead letters of stage 2. Raises Unaccounted where a sample that no rule dropped
-    has no placement, or one that was dropped has.
+    has no placement, one that was dropped has, or a placement is nobody's.
     """
+    placements = dict(placements)
     local = rules_of(recipe, SINGLE_MODALITY)
     scored = rules_of(recipe, CROSS_MODALITY, thresholds)
     aligned = rules_of(recipe, DISTRIBUTION_ALIGNMENT)
@@ -47,7 +48,7 @@ def decide(
         if dropped_by is None and annotation.key in unjudged:
             continue
         dropped_by = dropped_by or first_failing(annotation, scored)
-        placement = placements.get(annotation.uid)
+        placement = placements.pop(annotation.uid, None)
         if (dropped_by is None) != (placement is not None):
             where = f"{annotation.uid} ({annotation.key} of shard {annotation.shard})"
             raise Unaccounted(f"{where}: dropped by {dropped_by}, yet its placement is {placement}")
@@ -63,6 +64,8 @@ def decide(
             final = annotation.with_columns(semantic_duplicate_of=row["semantic_duplicate_of"])
             row["dropped_by"] = first_failing(final, aligned)
         rows.append(row)
+    if placements:
+        raise Unaccounted(f"placed, yet not in the shard or not judged: {', '.join(sorted(placements)[:3])}")
     return rows
 
 
@@ -92,7 +95,7 @@ class WriteDecisions(beam.DoFn):
         }
         rows = decide(
             tables.read_annotations(self._layout, shard),
-            {placement.uid: placement for placement in groups[self.PLACEMENTS]},
+            _by_uid(groups[self.PLACEMENTS]),
             {letter.key for letter in letters[CROSS_MODALITY]},
             self._recipe,
             Thresholds(*thresholds),
@@ -104,6 +107,14 @@ class WriteDecisions(beam.DoFn):
         _reconcile(shard, counts)
         tables.write_table(self._layout.decisions(shard), rows, tables.DECISIONS)
         yield counts
+
+
+def _by_uid(placements: Iterable[Placement]) -> dict[str, Placement]:
+    found: dict[str, Placement] = {}
+    for placement in placements:
+        if found.setdefault(placement.uid, placement) is not placement:
+            raise Unaccounted(f"{placement.uid} of shard {placement.shard}: placed twice")
+    return found
 
 
 def _reconcile(where: str, counts: Tally) -> None:

@@ -51,6 +51,8 @@ def better_neighbours(
 ) -> dict[str, Rank]:
     """For each hash of `left`, the best rank better than its own among the hashes of `right` within `max_hamming`;
     hashes without one are left out."""
+    if not right:  # a tile may be empty
+        return {}
     right = sorted(right, key=_rank_of)
     right_bits = _bits([hash_ for hash_, _ in right])
     best: dict[str, Rank] = {}
