@@ -1,0 +1,213 @@
+"""The three graphs: their labels, and that pixels never leave the fused stage that read them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pytest
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+from pipeline import build, tables
+from pipeline.layout import Layout
+from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY, STAGES, Recipe
+from pipeline.records import Shard
+from tests.helpers import annotation, recipe, uid
+
+SHARDS = tuple(Shard(f"{n:05d}", f"/p/{n:05d}.tar", f"{n}") for n in range(3))
+NOTHING: dict[str, Any] = {stage: {} for stage in STAGES}
+
+
+def job(
+    recipe_: Recipe | None = None, shards: tuple[Shard, ...] = SHARDS, output: str = "/out", **known: Any
+) -> build.Job:
+    return build.Job(recipe_ or recipe(), shards, Layout(output), NOTHING | known)
+
+
+def graph(stage: str, job_: build.Job | None = None) -> beam.Pipeline:
+    pipeline = beam.Pipeline(FnApiRunner())
+    build.GRAPHS[stage](pipeline, job_ or job())
+    return pipeline
+
+
+def own_steps(node: Any) -> Iterator[str]:
+    """Labels of the steps that our code applies; what Beam's own composites do inside is Beam's."""
+    for part in node.parts:
+        yield part.full_label
+        if type(part.transform).__module__.startswith(("pipeline.", "transforms.")):
+            yield from own_steps(part)
+
+
+def labels(stage: str, job_: build.Job | None = None) -> list[str]:
+    return list(own_steps(graph(stage, job_).transforms_stack[0]))
+
+
+RECIPES = {
+    "demo": recipe(),
+    "keep_fraction": recipe(
+        cross_modality__flipped_clip={"model": "bundled:clip", "keep_fraction": 0.3},
+        cross_modality__image_text_matching={"model": "bundled:itm", "keep_fraction": 0.3},
+    ),
+    "least": recipe(
+        single_modality={}, cross_modality={"flipped_clip": {"model": "bundled:clip", "min": 0.0}},
+        distribution_alignment={"target": {"survivors": True}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_step_has_a_label_of_its_own(stage: str, name: str) -> None:
+    found = labels(stage, job(RECIPES[name]))
+    assert len(found) == len(set(found)) > 3
+    unnamed = [label for label in found if re.search(r"lambda|\(|<|\[", label.rpartition("/")[2])]
+    assert unnamed == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_labels_do_not_change_from_run_to_run(stage: str) -> None:
+    assert labels(stage) == labels(stage, job(recipe(seed=7), SHARDS[:1], "/elsewhere"))
+
+
+def test_an_unlabelled_step_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unlabelled(beam.PTransform):
+        __module__ = "transforms.somewhere"
+
+        def expand(self, batches: beam.PCollection) -> beam.PCollection:
+            return batches | beam.Map(lambda batch: batch)
+
+    monkeypatch.setattr(build, "CaptionLength", Unlabelled)
+    assert any("lambda" in label for label in labels(SINGLE_MODALITY))
+
+
+def test_a_rule_that_is_off_costs_no_step() -> None:
+    names = ("Caption length", "Language", "PoS pattern", "Face area", "Caption frequency", "Near duplicate")
+    assert set(names) <= set(labels(SINGLE_MODALITY))
+    assert not [label for label in labels(SINGLE_MODALITY, job(RECIPES["least"])) if label.startswith(names)]
+    assert not {"Image-text matching", "Digit"} & set(labels(CROSS_MODALITY, job(RECIPES["least"])))
+
+
+# Fusion -----------------------------------------------------------------------------------------------------------
+
+
+def fused_stages(pipeline: beam.Pipeline) -> list[set[str]]:
+    """The steps of each executable stage, as the local runner's optimiser joins them."""
+    _, stages = FnApiRunner().create_stages(pipeline.to_runner_api())
+    return [{transform.unique_name for transform in stage.transforms} for stage in stages]
+
+
+def in_one_stage(pipeline: beam.Pipeline, steps: list[str]) -> bool:
+    """Whether steps (named by the start of their label) are fused. Raises where one is not there at all."""
+    stages = fused_stages(pipeline)
+    places = []
+    for step in steps:
+        found = [n for n, stage in enumerate(stages) if any(name.startswith(step) for name in stage)]
+        assert found, step
+        places += found
+    return len(set(places)) == 1
+
+
+PER_SHARD = {
+    SINGLE_MODALITY: [
+        "Read shards/Read and decode", "Image features/", "Caption length/", "Language/", "PoS pattern/", "Face area/",
+        "Write features",
+    ],
+    CROSS_MODALITY: [
+        "Read kept/Read and decode", "Flipped CLIP/", "Image-text matching/", "Digit/", "Write scores",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", PER_SHARD)
+def test_read_decode_score_and_write_are_one_fused_stage(stage: str) -> None:
+    assert in_one_stage(graph(stage), PER_SHARD[stage])
+
+
+@pytest.mark.parametrize(("stage", "step"), [(SINGLE_MODALITY, "Language"), (CROSS_MODALITY, "ImageTextMatching")])
+def test_a_shuffle_between_would_be_seen(stage: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = getattr(build, step)
+
+    class Torn(beam.PTransform):
+        def __init__(self, *settings: Any) -> None:
+            super().__init__()
+            self._settings = settings
+
+        def expand(self, batches: beam.PCollection) -> beam.PCollection:
+            return batches | "Tear" >> beam.Reshuffle() | "Whole" >> plain(*self._settings)
+
+    monkeypatch.setattr(build, step, Torn)
+    assert not in_one_stage(graph(stage), PER_SHARD[stage])
+
+
+def test_a_hint_on_one_model_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another environment breaks fusion; a hint belongs on the whole of the stage."""
+    plain: Any = getattr(build, "Digit")  # noqa: B009 (the graph's own name for it)
+    hint = "type:nvidia-tesla-t4;count:1;install-nvidia-driver"
+    monkeypatch.setattr(build, "Digit", lambda *settings: plain(*settings).with_resource_hints(accelerator=hint))
+    assert not in_one_stage(graph(CROSS_MODALITY), PER_SHARD[CROSS_MODALITY])
+
+
+@pytest.mark.parametrize("stage", PER_SHARD)
+def test_the_shards_are_spread_before_they_are_read(stage: str) -> None:
+    assert not in_one_stage(graph(stage), ["Shards/", PER_SHARD[stage][0]])
+
+
+def test_the_pool_s_rows_are_read_after_the_tables_are_written() -> None:
+    assert not in_one_stage(graph(SINGLE_MODALITY), ["Write features", "Read features/"])
+
+
+# What is done again -----------------------------------------------------------------------------------------------
+
+
+def single(**changes: Any) -> str:
+    return build._SingleModalityWork(job(recipe(**changes))).made_from(SHARDS[0])
+
+
+def test_stage_1_is_done_again_when_what_it_rests_on_changed() -> None:
+    base = single()
+    assert base == single()
+    assert single(pool={"max_image_bytes": 10}) != base
+    assert single(single_modality__language={"allowed": ["en"], "model": "other.bin"}) != base
+    known = job(single_modality={"pos_tagger": "another"})
+    assert build._SingleModalityWork(known).made_from(SHARDS[0]) != base
+    assert build._SingleModalityWork(job()).made_from(SHARDS[0]._replace(fingerprint="changed")) != base
+    moved = SHARDS[0]._replace(path="/elsewhere/00000.tar")
+    assert build._SingleModalityWork(job(output="/elsewhere")).made_from(moved) == base
+
+
+def test_stage_1_is_not_done_again_for_what_later_stages_do() -> None:
+    assert single(seed=5, name="other", cross_modality__flipped_clip__min=0.3) == single()
+    assert single(distribution_alignment__max_copies=20) == single()
+
+
+@pytest.fixture
+def annotated(tmp_path: Path) -> Path:
+    """A shard of which stage 1 kept k0 and k2."""
+    layout = Layout(str(tmp_path))
+    rows = [annotation(uid=uid(n), shard="00000", key=f"k{n}", word_count=6 if n % 2 == 0 else 1) for n in range(4)]
+    tables.write_table(layout.single_modality("00000"), map(tables.annotation_row, rows), tables.SINGLE_MODALITY)  # type: ignore[arg-type]
+    tables.write_table(layout.pool_wide("00000"), map(tables.annotation_row, rows[:3]), tables.POOL_WIDE)  # type: ignore[arg-type]
+    return tmp_path
+
+
+def test_stage_2_wants_what_stage_1_kept(annotated: Path) -> None:
+    wanted = build._CrossModalityWork(job(output=str(annotated))).wanted(SHARDS[0])
+    assert set(wanted) == {"k0", "k2"}
+    assert {key: a.uid for key, a in wanted.items()} == {"k0": uid(0), "k2": uid(2)}
+
+
+def test_stage_2_is_finished_until_what_it_rests_on_changes(annotated: Path) -> None:
+    def work(**changes: Any) -> build._CrossModalityWork:
+        return build._CrossModalityWork(job(recipe(**changes), output=str(annotated)))
+
+    layout, shard = Layout(str(annotated)), SHARDS[0]
+    assert not work().is_finished(shard)
+    tables.write_table(layout.cross_modality("00000"), [], tables.CROSS_MODALITY, work().made_from(shard))
+    assert work().is_finished(shard)
+    assert work(distribution_alignment__max_copies=20, seed=3).is_finished(shard)
+    assert not work(cross_modality__flipped_clip__batch_size=3).is_finished(shard)
+    assert not work(single_modality__caption_length={"min_words": 1}).is_finished(shard)  # more is kept
+    assert not work().is_finished(shard._replace(fingerprint="changed"))
