@@ -30,7 +30,7 @@ Box = list[float]
 
 MAX_BOXES = 256  # more of them in one image's metadata are not believed; union_area takes quadratic time
 
-CASCADE = "haarcascade_frontalface_alt2.xml"
+CASCADE = "haarcascade_frontalface_default.xml"
 CASCADE_SIDE = 128  # pixels of the longer side, on which a face must be at least a fifth of that
 CASCADE_PADDING = 32  # the cascade misses faces that touch the border: give it one
 YUNET_SIDE = 320
