@@ -38,7 +38,7 @@ setup(
         "typer>=0.29",
     ],
     extras_require={
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML", "uv"],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "scikit-image", "types-PyYAML", "uv"],
         # Cannot be installed beside Beam 2.77 (protobuf): for an environment of its own.
         "tfio": ["tensorflow-cpu==2.16.2", "tensorflow-io==0.37.1"],
     },
