@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import importlib
 import io
 import json
 import random
@@ -308,9 +309,7 @@ class Builder:
 
     def digits(self) -> None:
         """Pictures that a number is written onto, and a caption that names it."""
-        for _, (picture, image, caption) in zip(
-            range(COUNTS["digit"]), self.pictures(), strict=False
-        ):
+        for _, (picture, image, caption) in zip(range(COUNTS["digit"]), self.pictures(), strict=False):
             rng = random.Random(f"{SEED}/digit/{picture.path}")
             text = lettering.number(rng)
             image = lettering.stamp(image, text, rng, self.fonts, rng.uniform(0.25, 0.45))
@@ -350,12 +349,10 @@ class Builder:
 
     def faces(self) -> None:
         """Crops of NASA's public-domain portrait of an astronaut, in which the face fills > 0.4."""
-        import skimage.data
+        astronaut = importlib.import_module("skimage.data").astronaut  # a need of this tool only
 
-        portrait = Image.fromarray(skimage.data.astronaut())
-        finder = cv2.CascadeClassifier(
-            cv2.data.haarcascades + "haarcascade_frontalface_default.xml"
-        )
+        portrait = Image.fromarray(astronaut())
+        finder = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_default.xml")
         grey = cv2.cvtColor(np.asarray(portrait), cv2.COLOR_RGB2GRAY)
         x, y, side, _ = (int(v) for v in finder.detectMultiScale(grey, 1.1, 5, minSize=(60, 60))[0])
         for i, caption in enumerate(FACE_CAPTIONS):
@@ -392,9 +389,7 @@ class Builder:
 
     def copies(self) -> None:
         """Copies of samples that pass the other rules; the copy never outranks its original."""
-        for _, (picture, image, caption) in zip(
-            range(COUNTS["exact_copy"]), self.pictures(), strict=False
-        ):
+        for _, (picture, image, caption) in zip(range(COUNTS["exact_copy"]), self.pictures(), strict=False):
             original = self.add("", image, caption, picture.path)
             other = self.captioner.forms(picture)[2]
             self.samples.append(
@@ -406,7 +401,7 @@ class Builder:
                     "exact_copy",
                     picture.path,
                     original,
-                )  # fmt: skip
+                )
             )
         robust = (found for found in self.pictures() if not symmetric(found[1]))
         for _, (picture, image, caption) in zip(range(COUNTS["near_copy"]), robust, strict=False):
@@ -415,8 +410,8 @@ class Builder:
             smaller, larger = MIN_SIDE + 6 + rng.randrange(20), rng.uniform(1 / 0.8, 1.04)
             original = self.add("", scaled(image, round(smaller * larger)), caption, picture.path)
             trim = [rng.uniform(0.001, 0.004) * n for n in (*image.size, *image.size)]
-            box = (trim[0], trim[1], image.width - trim[2], image.height - trim[3])
-            copy = scaled(image.crop(tuple(round(v) for v in box)), smaller)
+            right, bottom = image.width - round(trim[2]), image.height - round(trim[3])
+            copy = scaled(image.crop((round(trim[0]), round(trim[1]), right, bottom)), smaller)
             quality = rng.randrange(50, 85)
             suffix = rng.choice(("jpg", "jpg", "webp"))
             self.samples.append(
@@ -428,7 +423,7 @@ class Builder:
                     "near_copy",
                     picture.path,
                     original,
-                )  # fmt: skip
+                )
             )
 
     def captions(self) -> None:
@@ -439,9 +434,7 @@ class Builder:
             *(("names_numbers", text) for text in NAMES_NUMBERS),
             *(("short_caption", text) for text in SHORT),
         ]
-        for (kind, text), (picture, image, _) in zip(
-            planted, self.pictures(clean=False), strict=False
-        ):
+        for (kind, text), (picture, image, _) in zip(planted, self.pictures(clean=False), strict=False):
             self.add(kind, image, text, picture.path)
 
     def shapes(self) -> None:
@@ -462,17 +455,13 @@ class Builder:
                 f"a long banner that shows the drawings of {names} in a row",
                 drawn[0][0].path,
             )
-        for _, (picture, image, caption) in zip(
-            range(COUNTS["small"]), self.pictures(clean=False), strict=False
-        ):
+        for _, (picture, image, caption) in zip(range(COUNTS["small"]), self.pictures(clean=False), strict=False):
             shorter = 48 + int(unit(f"small/{picture.path}") * 140)
             self.add("small", scaled(image, shorter), caption, picture.path)
 
     def broken(self) -> None:
         """Files that are cut off, are no pictures at all, or have no caption."""
-        for _, (picture, image, caption) in zip(
-            range(COUNTS["truncated"]), self.pictures(clean=False), strict=False
-        ):
+        for _, (picture, image, caption) in zip(range(COUNTS["truncated"]), self.pictures(clean=False), strict=False):
             data = encode(image, "jpg")
             data = data[: int(len(data) * (0.3 + 0.3 * unit(f"cut/{picture.path}")))]
             name = f"truncated/{picture.path}"
@@ -485,9 +474,7 @@ class Builder:
             caption = f"a drawing that the server no longer has, number {i}"
             suffix = ("jpg", "png", "webp")[i % 3]
             self.samples.append(Sample(name, data, suffix, caption, "undecodable", "made"))
-        for _, (picture, image, _) in zip(
-            range(COUNTS["missing_caption"]), self.pictures(clean=False), strict=False
-        ):
+        for _, (picture, image, _) in zip(range(COUNTS["missing_caption"]), self.pictures(clean=False), strict=False):
             self.add("missing_caption", image, None, picture.path)
 
 

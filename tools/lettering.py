@@ -74,9 +74,7 @@ def plate(text: str, size: tuple[int, int], rng: random.Random, folder: Path) ->
     return image
 
 
-def stamp(
-    image: Image.Image, text: str, rng: random.Random, folder: Path, share: float
-) -> Image.Image:
+def stamp(image: Image.Image, text: str, rng: random.Random, folder: Path, share: float) -> Image.Image:
     """The picture with the text on a plate over about `share` of its height, somewhere."""
     image = image.copy()
     width, height = image.size
@@ -108,9 +106,7 @@ def _write(
     font: ImageFont.FreeTypeFont,
     ink: Colour,
 ) -> None:
-    ImageDraw.Draw(image).multiline_text(
-        centre, text, fill=ink, font=font, anchor="mm", align="center", spacing=4
-    )
+    ImageDraw.Draw(image).multiline_text(centre, text, fill=ink, font=font, anchor="mm", align="center", spacing=4)
 
 
 def number(rng: random.Random) -> str:

@@ -200,10 +200,14 @@ class Captioner:
         title = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", title.replace("_", " "))
         return re.sub(r"[\s\-]*\b\d+$", "", title).strip(" -#") or p.path.split("/")[-2]
 
+    @staticmethod
+    def topic(p: Picture) -> str:
+        """The folder that the collection's editors filed it under."""
+        return p.path.split("/")[0].replace("_", " ")
+
     def words(self, p: Picture) -> str:
-        """What one would write in place of the picture: its subject in two words or more."""
-        subject, keywords = self.subject(p), self.keywords(p)
-        return subject if " " in subject or not keywords else f"{subject} {keywords[0]}"
+        """What one would write in place of the picture: its subject and its topic."""
+        return f"{self.subject(p)} {self.topic(p)}"
 
     @staticmethod
     def _file_name(p: Picture) -> str:
@@ -222,9 +226,11 @@ class Captioner:
     def keywords(self, p: Picture) -> list[str]:
         """What the keywords and the folders say beyond the title, at most five."""
         subject = self.subject(p).lower()
-        seen = []
-        for word in (*p.keywords, *reversed(p.path.split("/")[:-1])):
+        seen: list[str] = []
+        for word in (*p.keywords, *reversed(p.path.split("/")[1:-1])):
             word = word.lower().strip()
+            if word.rstrip("s") == self.topic(p).rstrip("s"):
+                continue
             if word in _FILING or word.startswith("hash(") or word in p.author.lower():
                 continue
             word = word.replace("_", " ").replace("-", " ")
@@ -249,21 +255,20 @@ class Captioner:
 
     def forms(self, p: Picture) -> list[str]:
         """Every informative caption of the picture; the first is the plainest."""
-        subject, keywords = self.subject(p), self.keywords(p)
+        subject, keywords, topic = self.subject(p), self.keywords(p), self.topic(p)
         description = self.description(p)
-        listed = ", ".join(keywords)
-        first = keywords[0] if keywords else "object"
+        listed = ", ".join([*keywords, topic])
         forms = [
-            f"clip art of {subject}" + (f" with {listed}" if listed else ""),
-            f"{subject}, a picture of {' and '.join(keywords[:3]) or 'an object'}",
-            f"a drawing of {subject} in the {first} collection",
-            f"free {first} clip art showing {subject}" + (f" ({listed})" if listed else ""),
+            f"clip art of {subject} with {listed}",
+            f"{subject}, a picture of {' and '.join([*keywords[:2], topic])}",
+            f"a drawing of {subject} in the {topic} collection",
+            f"free {topic} clip art showing {subject}" + (f" ({', '.join(keywords)})" if keywords else ""),
         ]
         if description:
             if no_digits(subject) in no_digits(description):
-                forms += [description] * 2
+                forms += [f"{description} ({topic} clip art)"] * 2
             else:
-                forms += [f"{subject}: {description}"] * 2
+                forms += [f"{subject}: {description} ({topic})"] * 2
         return forms
 
     def caption(self, p: Picture) -> str:

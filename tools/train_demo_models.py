@@ -1,0 +1,841 @@
+"""Train the three small models of the demo, and measure them on pictures that none of them saw.
+
+    python -m tools.train_demo_models all [--work DIR] [--clip-minutes 30] …
+    python -m tools.train_demo_models {data,clip,itm,digit,tasks,evaluate}
+
+The models have the architectures of the real ones (open_clip CLIP, BLIP image-text matching,
+BLIP-2 with OPT) and are loaded by the same code; they are good for the demo and for tests only.
+Each is trained within a wall-time budget; with the same number of steps the same seed repeats a
+run. The image tower of CLIP is the starting point of the other two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import tokenizers
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from tools import lettering
+from tools.openclipart import (
+    Captioner,
+    Picture,
+    WordNet,
+    has_number,
+    load_pictures,
+    load_rgb,
+)
+
+SEED = 20230915
+SIDE = 64
+MODEL_CFG: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": SIDE, "patch_size": 8, "width": 128, "layers": 6,
+                   "head_width": 32, "no_ln_pre": True},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
+}  # fmt: skip
+PREPROCESS_CFG: dict[str, Any] = {
+    "mean": list(open_clip.OPENAI_DATASET_MEAN),
+    "std": list(open_clip.OPENAI_DATASET_STD),
+    "interpolation": "bicubic",
+    "resize_mode": "squash",
+}
+_MAYBE_DIGITS = re.compile(
+    r"clock|card|calend|number|digit|roadsign|speed|time|watch|phone|keyb|calcul|dice|domino|money|"
+    r"coin|\bled|ruler|billiard|date|stamp|year|gauge|meter|sport",
+    re.I,
+)
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+class Corpus:
+    """Pictures and captions of all splits; pixels at the models' size, nothing decoded later."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.root: Path = args.openclipart
+        self.fonts: Path = args.fonts
+        cached = args.work / "pictures.npz"
+        if cached.exists():
+            with np.load(cached, allow_pickle=False) as stored:
+                rows, self.pixels = json.loads(str(stored["pictures"])), stored["pixels"]
+            self.pictures = [Picture(**{**r, "keywords": tuple(r["keywords"])}) for r in rows]
+        else:
+            self.pictures, self.pixels = load_pictures(self.root, SIDE)
+            rows = json.dumps([vars(p) for p in self.pictures])
+            np.savez(cached, pictures=np.array(rows), pixels=self.pixels)
+        self.captioner = Captioner(self.pictures)
+
+    def split(self, name: str) -> list[int]:
+        return [i for i, p in enumerate(self.pictures) if p.split == name]
+
+    def large(self, index: int) -> Image.Image:
+        """The picture about as large as it stands in the pool."""
+        image = load_rgb(self.root, self.pictures[index])
+        assert image is not None
+        factor = 210 / min(image.size)
+        size = round(image.width * factor), round(image.height * factor)
+        return image.resize(size, Image.Resampling.LANCZOS)
+
+    def written(self, kind: str, indices: Sequence[int], tag: str) -> Iterator[tuple[Image.Image, str, int]]:
+        """Pictures with writing: (picture, what is written, index).
+
+        plate: the words of a picture's caption and nothing else; stamp: those words on the picture;
+        letters, number: random letters or a number on the picture; number_plate, letter_plate:
+        the same on a plain ground.
+        """
+        for index in indices:
+            rng = random.Random(f"{SEED}/{tag}/{kind}/{self.pictures[index].path}")
+            shorter = 160
+            size = (round(shorter * rng.uniform(1, 1.6)), shorter)
+            if kind.startswith("number"):
+                text = lettering.number(rng)
+            elif kind.startswith("letter"):
+                text = "".join(rng.choices(lettering.DIGIT_FREE, k=rng.randint(1, 5)))
+            else:
+                text = self.captioner.words(self.pictures[index])
+            if kind.endswith("plate"):
+                image = lettering.plate(text, size, rng, self.fonts)
+            else:
+                share = rng.uniform(0.22, 0.5)
+                image = lettering.stamp(self.large(index), text, rng, self.fonts, share)
+            yield image, text, index
+
+
+def small(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+
+def training_set(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """All that the models train on, made once: pixels, kind, picture index, what is written."""
+    cached = args.work / "training.npz"
+    if cached.exists():
+        with np.load(cached, allow_pickle=False) as stored:
+            return dict(stored)
+    corpus = Corpus(args)
+    train = corpus.split("train")
+    pixels = [corpus.pixels[i] for i in train]
+    kinds, texts, index = ["plain"] * len(train), [""] * len(train), list(train)
+    plans = [("plate", 0), ("plate", 1), ("plate", 2), ("stamp", 0), ("number", 0),
+             ("number_plate", 0), ("letter_plate", 0), ("letter", 0)]  # fmt: skip
+    for kind, round_ in plans:
+        chosen = train if kind in {"plate", "stamp", "number"} else train[::2]
+        for image, text, i in corpus.written(kind, chosen, f"train {round_}"):
+            pixels.append(small(image))
+            kinds.append(kind)
+            texts.append(text)
+            index.append(i)
+    result = {"pixels": np.stack(pixels), "kinds": np.array(kinds), "texts": np.array(texts),
+              "index": np.array(index)}  # fmt: skip
+    np.savez(cached, **result)  # type: ignore[arg-type]
+    return result
+
+
+def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift, scale, stretch, a little rotation and colour; never a flip. In and out 0..1."""
+    n = len(batch)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(n, *shape, generator=generator) * (high - low) + low
+
+    zoom, stretch, angle = uniform(0.65, 1.15), uniform(0.85, 1.18), uniform(-0.15, 0.15)
+    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+    shift = uniform(-0.15, 0.15, 2)
+    theta = torch.stack(
+        [
+            torch.stack([cos * stretch, -sin, shift[:, 0]], 1),
+            torch.stack([sin, cos / stretch, shift[:, 1]], 1),
+        ],
+        1,
+    )
+    grid = F.affine_grid(theta, list(batch.shape), align_corners=False)
+    moved = 1 - F.grid_sample(1 - batch, grid, align_corners=False)  # white beyond the border
+    grey = moved.mean(1, keepdim=True)
+    moved = torch.lerp(moved, grey.expand_as(moved), uniform(0, 1, 1, 1, 1) ** 3)
+    gain = uniform(0.6, 1.25, 3, 1, 1) * uniform(0.8, 1.1, 1, 1, 1)
+    noise = torch.randn(batch.shape, generator=generator) * uniform(0, 0.06, 1, 1, 1)
+    return (1 - (1 - moved) * gain + noise).clamp(0, 1)
+
+
+def normalise(batch: Tensor) -> Tensor:
+    mean = torch.tensor(PREPROCESS_CFG["mean"]).view(1, 3, 1, 1)
+    return (batch - mean) / torch.tensor(PREPROCESS_CFG["std"]).view(1, 3, 1, 1)
+
+
+def as_tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+class Budget:
+    """A one-cycle learning rate over wall time, so that a run always ends where it should."""
+
+    def __init__(self, minutes: float, peak: float) -> None:
+        self.start, self.seconds, self.peak, self.steps = time.monotonic(), minutes * 60, peak, 0
+
+    @property
+    def progress(self) -> float:
+        return min((time.monotonic() - self.start) / self.seconds, 1.0)
+
+    def rate(self) -> float:
+        self.steps += 1
+        warm = min(self.steps / 50, 1.0)
+        return self.peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress)))
+
+
+def optimiser(model: nn.Module, decay: float = 0.1) -> torch.optim.AdamW:
+    """AdamW; no decay on embeddings, norms and biases."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (plain if p.ndim < 2 or "embed" in name else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
+
+
+def step(model: nn.Module, optim: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+    for group in optim.param_groups:
+        group["lr"] = rate
+    optim.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optim.step()
+
+
+# ---------------------------------------------------------------------------------------- CLIP
+
+
+def caption_for(corpus: Corpus, kind: str, text: str, index: int, rng: random.Random) -> str:
+    """A caption for one training picture, drawn anew each time."""
+    if kind == "number_plate":
+        return rng.choice(("the number {}", "a sign with the number {}")).format(text)
+    if kind in {"letter", "letter_plate"}:
+        raise ValueError("random letters have no caption")
+    caption = rng.choice(corpus.captioner.forms(corpus.pictures[index]))
+    return f"{caption} with the number {text}" if kind == "number" else caption
+
+
+def train_clip(args: argparse.Namespace) -> None:
+    torch.manual_seed(SEED)
+    rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
+    corpus, data = Corpus(args), training_set(args)
+    rows = {kind: np.flatnonzero(data["kinds"] == kind)
+            for kind in ("plain", "plate", "stamp", "number", "number_plate")}  # fmt: skip
+    shares = (("plain", 0.74), ("plate", 0.12), ("stamp", 0.04), ("number", 0.07), ("number_plate", 0.03))  # fmt: skip
+    topics = {i: sorted({p.path.split("/")[0] for p in corpus.pictures}).index(p.path.split("/")[0])
+              for i, p in enumerate(corpus.pictures)}  # fmt: skip
+    subject = {}  # pictures of the same subject are no negatives of each other
+    for i in set(data["index"].tolist()):
+        p = corpus.pictures[i]
+        key = corpus.captioner.subject(p).lower(), *corpus.captioner.keywords(p)
+        subject[i] = int(hashlib.sha256(str(key).encode()).hexdigest()[:12], 16)
+    # Patches are dropped for most of the time: half the work, and less to memorise.
+    vision = {**MODEL_CFG["vision_cfg"], "patch_dropout": 0.5}
+    model: Any = open_clip.CLIP(**{**MODEL_CFG, "vision_cfg": vision})
+    tokenizer = open_clip.SimpleTokenizer(context_length=24)
+    # Only the tokens that occur are trained, as a small table: a tenth of the optimiser's work.
+    every = tokenizer([c for i in set(data["index"].tolist())
+                       for c in corpus.captioner.forms(corpus.pictures[i])])  # fmt: skip
+    numbers = tokenizer(sorted({f"a sign with the number {t}" for t in data["texts"][rows["number"]]}
+                               | {f"the number {t}" for t in data["texts"][rows["number_plate"]]}))  # fmt: skip
+    used = torch.unique(torch.cat([every, numbers]))
+    full = model.token_embedding
+    model.token_embedding = nn.Embedding(len(used), full.embedding_dim)
+    model.token_embedding.weight.data.copy_(full.weight.data[used])
+    optim, budget = optimiser(model, 0.2), Budget(args.clip_minutes, 1.2e-3)
+    queues: dict[str, list[int]] = {kind: [] for kind in rows}
+    report, losses = 0.0, list[float]()
+    while budget.progress < 1:
+        model.visual.patch_dropout.prob = 0.5 if budget.progress < 0.7 else 0.0
+        chosen = []
+        for kind, share in shares:
+            for _ in range(round(args.batch * share)):
+                if not queues[kind]:
+                    queues[kind] = rng.sample(rows[kind].tolist(), len(rows[kind]))
+                chosen.append(queues[kind].pop())
+        captions = [
+            caption_for(corpus, str(data["kinds"][r]), str(data["texts"][r]), int(data["index"][r]), rng)
+            for r in chosen
+        ]
+        tokens = tokenizer(captions)
+        images = normalise(augment(as_tensor(data["pixels"][chosen]), generator))
+        same = torch.tensor(
+            [subject[int(data["index"][r])] if data["kinds"][r] != "number_plate" else -r
+             for r in chosen]
+        )  # fmt: skip
+        number = torch.tensor([data["kinds"][r] == "number" for r in chosen])
+        alike = (same[:, None] == same[None]) & (number[:, None] == number[None])
+        alike = alike | torch.eye(len(chosen), dtype=torch.bool)
+        of_topic = torch.tensor([topics[int(data["index"][r])] for r in chosen])
+        # Half the target is the pair itself, half every pair of its topic: with a few thousand
+        # pictures, telling each from all others alone is learnt by heart and carries over to none.
+        topic = (of_topic[:, None] == of_topic[None]) | alike
+        target = 0.5 * alike / alike.sum(1, keepdim=True) + 0.5 * topic / topic.sum(1, keepdim=True)
+        rate = budget.rate()
+        with torch.autocast("cpu", torch.bfloat16):
+            image, text, scale = model(images, torch.searchsorted(used, tokens))
+        logits = image.float() @ text.float().T * scale.float()
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        step(model, optim, loss, rate)
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(50))
+        losses.append(loss.item())
+        if time.monotonic() - report > 30:
+            report = time.monotonic()
+            print(f"clip {budget.progress:.0%} step {budget.steps} loss {np.mean(losses[-40:]):.3f} "
+                  f"scale {model.logit_scale.exp():.1f}", flush=True)  # fmt: skip
+            save_clip(model, full, used, args.work / "clip")
+    save_clip(model, full, used, args.output / "clip")
+
+
+def save_clip(model: Any, full: nn.Embedding, used: Tensor, folder: Path) -> None:
+    """The model in open_clip's folder form, fp16; the trained rows go back into the whole table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+    table = full.weight.detach().half()
+    table[used] = weights["token_embedding.weight"]
+    weights["token_embedding.weight"] = table
+    save_file(weights, folder / "open_clip_model.safetensors", {"format": "pt"})
+
+
+# ----------------------------------------------------------------------- image-text matching
+
+
+def vision_tower(clip: Any) -> dict[str, Tensor]:
+    """CLIP's image tower under the names of BLIP's and BLIP-2's.
+
+    The tower has no norm before its first layer, as theirs have none, and a bias on the keys
+    changes no attention: the three compute the same.
+    """
+    source = {k: v.detach().clone() for k, v in clip.visual.state_dict().items()}
+    tower = {
+        "embeddings.class_embedding": source["class_embedding"].view(1, 1, -1),
+        "embeddings.position_embedding": source["positional_embedding"].unsqueeze(0),
+        "embeddings.patch_embedding.weight": source["conv1.weight"],
+        "embeddings.patch_embedding.bias": torch.zeros(len(source["conv1.weight"])),
+        "post_layernorm.weight": source["ln_post.weight"],
+        "post_layernorm.bias": source["ln_post.bias"],
+    }
+    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
+             "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.projection"}  # fmt: skip
+    for layer in range(MODEL_CFG["vision_cfg"]["layers"]):
+        old, new = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
+        for part in ("weight", "bias"):
+            for theirs, ours in names.items():
+                tower[f"{new}.{ours}.{part}"] = source[f"{old}.{theirs}.{part}"]
+            tower[f"{new}.self_attn.qkv.{part}"] = source[f"{old}.attn.in_proj_{part}"]
+    return tower
+
+
+def load_clip(folder: Path) -> tuple[Any, Any, Any]:
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    return model.eval(), preprocess, open_clip.get_tokenizer(name)
+
+
+@torch.no_grad()
+def vision_features(tower: nn.Module, pixels: np.ndarray, generator: torch.Generator | None = None) -> Tensor:
+    """Every token of the image tower, fp16; augmented where a generator is given."""
+    parts = []
+    for start in range(0, len(pixels), 256):
+        batch = as_tensor(pixels[start : start + 256])
+        if generator:
+            batch = augment(batch, generator)
+        parts.append(tower(normalise(batch)).last_hidden_state.half())
+    return torch.cat(parts)
+
+
+def image_processor(kind: type) -> Any:
+    return kind(
+        size={"height": SIDE, "width": SIDE},
+        image_mean=PREPROCESS_CFG["mean"],
+        image_std=PREPROCESS_CFG["std"],
+        resample=Image.Resampling.BICUBIC,
+    )
+
+
+def save_transformers(model: Any, processor: Any, folder: Path) -> None:
+    """fp16 weights, and a configuration that loads them as fp32."""
+    half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=half)
+    processor.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+        part.pop("_name_or_path", None)
+        if "dtype" in part:
+            part["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def wordpiece(captions: Sequence[str]) -> Any:
+    """A small lower-case WordPiece tokenizer, as BLIP's, of the training captions."""
+    tokenizer = Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=4000, special_tokens=special)
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]", mask_token="[MASK]", model_max_length=512,
+    )  # fmt: skip
+
+
+def train_itm(args: argparse.Namespace) -> None:
+    """BLIP's image-text matching on the frozen image tower of the demo CLIP.
+
+    Of each picture: its caption (match), a caption that CLIP finds close, and a random one (no
+    match). A plate that only shows its caption's words is no match.
+    """
+    torch.manual_seed(SEED)
+    rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
+    corpus, data = Corpus(args), training_set(args)
+    clip, _, clip_tokenizer = load_clip(args.output / "clip")
+    train = corpus.split("train")
+    forms = {i: corpus.captioner.forms(corpus.pictures[i]) for i in train}
+    numbers = [f"the number {n}" for n in sorted(set(data["texts"][data["kinds"] == "number"]))]
+    tokenizer = wordpiece([c for of in forms.values() for c in of] + numbers)
+    width = MODEL_CFG["vision_cfg"]["width"]
+    config = transformers.BlipConfig(
+        vision_config={"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 6,
+                       "num_attention_heads": 4, "image_size": SIDE, "patch_size": 8,
+                       "layer_norm_eps": 1e-5, "projection_dim": 64},
+        text_config={"vocab_size": len(tokenizer), "hidden_size": width, "projection_dim": 64,
+                     "intermediate_size": 4 * width, "num_hidden_layers": 3,
+                     "num_attention_heads": 4, "max_position_embeddings": 512,
+                     "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+                     "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0},
+        image_text_hidden_size=64, projection_dim=64,
+    )  # fmt: skip
+    model = transformers.BlipForImageTextRetrieval(config)
+    model.vision_model.load_state_dict(vision_tower(clip))
+    model.vision_model.requires_grad_(False)
+    with torch.no_grad():  # a word starts from what CLIP makes of its letters
+        table = model.text_encoder.embeddings.word_embeddings.weight
+        for token, row in tokenizer.get_vocab().items():
+            if not token.startswith("["):
+                pieces = clip_tokenizer.encode(token.removeprefix("##"))
+                if pieces:
+                    table[row] = clip.token_embedding.weight[pieces].mean(0)
+
+    rows: dict[str, list[int]] = {}
+    for kind in ("plain", "stamp", "number", "plate"):
+        every = np.flatnonzero(data["kinds"] == kind).tolist()
+        rows[kind] = rng.sample(every, len(every) if kind == "plain" else 800)
+    banks: list[tuple[str, Tensor, list[int]]] = []
+    for kind, members in rows.items():
+        for copy in range(2 if kind == "plain" else 1):
+            source = generator if copy else None
+            bank = vision_features(model.vision_model, data["pixels"][members], source)
+            banks.append((kind, bank, members))
+    print("itm: features ready", flush=True)
+
+    with torch.no_grad():
+        plain = [int(data["index"][r]) for r in rows["plain"]]
+        pixels = data["pixels"][rows["plain"]]
+        images = torch.cat([clip.encode_image(normalise(as_tensor(pixels[s : s + 256])), normalize=True)
+                            for s in range(0, len(pixels), 256)])  # fmt: skip
+        texts = torch.cat([clip.encode_text(clip_tokenizer([forms[i][0] for i in plain[s : s + 256]]),
+                                            normalize=True)
+                           for s in range(0, len(plain), 256)])  # fmt: skip
+        near = (images @ texts.T).topk(120).indices.tolist()
+    names = {i: {corpus.captioner.subject(corpus.pictures[i]).lower(),
+                 corpus.captioner.description(corpus.pictures[i])} - {""} for i in train}  # fmt: skip
+    hard = {}
+    for i, others in zip(plain, near, strict=True):
+        hard[i] = [plain[o] for o in others if not names[plain[o]] & names[i]][10:]
+
+    shares = {"plain": 0.36, "stamp": 0.06, "number": 0.08, "plate": 0.1}
+    optim, budget = optimiser(model, 0.05), Budget(args.itm_minutes, 6e-4)
+    report, losses = 0.0, list[float]()
+    while budget.progress < 1:
+        captions: list[str] = []
+        features: list[Tensor] = []
+        labels: list[int] = []
+        for kind, bank, members in banks:
+            for _ in range(round(72 * shares[kind])):
+                at = rng.randrange(len(members))
+                row = members[at]
+                i, text = int(data["index"][row]), str(data["texts"][row])
+                other = rng.choice(train)
+                while names[other] & names[i]:
+                    other = rng.choice(train)
+                wrong = [rng.choice(hard[i]), other]
+                tail = f" with the number {text}" if kind == "number" else ""
+                drawn = [rng.choice(forms[j]) + tail for j in (i, *wrong)]
+                captions += drawn[:1] if kind == "plate" else drawn
+                matches = [0] if kind == "plate" else [1, 0, 0]
+                labels += matches
+                features += [bank[at]] * len(matches)
+        tokens = tokenizer(captions, padding=True, truncation=True, max_length=32, return_tensors="pt")
+        seen, rate = torch.stack(features).float(), budget.rate()
+        with torch.autocast("cpu", torch.bfloat16):
+            states = model.text_encoder(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"],
+                encoder_hidden_states=seen,
+            ).last_hidden_state  # fmt: skip
+            logits = model.itm_head(states[:, 0])
+        loss = F.cross_entropy(logits.float(), torch.tensor(labels), label_smoothing=0.02)
+        step(model, optim, loss, rate)
+        losses.append(loss.item())
+        if time.monotonic() - report > 30:
+            report = time.monotonic()
+            print(f"itm {budget.progress:.0%} step {budget.steps} loss {np.mean(losses[-60:]):.3f}", flush=True)
+    processor = transformers.BlipProcessor(image_processor(BlipImageProcessorPil), tokenizer)
+    save_transformers(model, processor, args.output / "itm")
+
+
+# ------------------------------------------------------------------------------------- digits
+
+PROMPTS = (
+    "Question: is there any digit or number written in the image? Answer:",
+    "Question: are there any digits or numbers in the picture? Answer:",
+    "Question: does the image show a number? Answer:",
+)
+
+
+def byte_pairs(texts: Sequence[str]) -> Any:
+    """A small byte-level BPE tokenizer, as OPT's: the text is led by </s>, the space is the word's."""
+    tokenizer = Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<image>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", unk_token="</s>",
+        pad_token="<pad>", padding_side="left",
+    )  # fmt: skip
+
+
+def train_digit(args: argparse.Namespace) -> None:
+    """BLIP-2 asked whether digits are written in the picture; the answers are " yes" and " no".
+
+    Pictures with numbers against pictures, plates and stamps with words or random letters. The
+    image tower starts as CLIP's; its first two layers stay so.
+    """
+    torch.manual_seed(SEED)
+    rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
+    corpus, data = Corpus(args), training_set(args)
+    answers = [f"{prompt} {word}" for prompt in PROMPTS for word in ("yes", "no")] * 50
+    tokenizer = byte_pairs(answers)
+    clip, _, _ = load_clip(args.output / "clip")
+    width, hidden = MODEL_CFG["vision_cfg"]["width"], 64
+    config = transformers.Blip2Config(
+        vision_config={"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 6,
+                       "num_attention_heads": 4, "image_size": SIDE, "patch_size": 8,
+                       "layer_norm_eps": 1e-5},
+        qformer_config={"vocab_size": 8, "hidden_size": hidden, "num_hidden_layers": 2,
+                        "num_attention_heads": 4, "intermediate_size": 4 * hidden,
+                        "cross_attention_frequency": 1, "max_position_embeddings": 8},
+        text_config={"model_type": "opt", "vocab_size": len(tokenizer), "hidden_size": hidden,
+                     "word_embed_proj_dim": hidden, "ffn_dim": 4 * hidden, "num_hidden_layers": 2,
+                     "num_attention_heads": 4, "max_position_embeddings": 64,
+                     "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1},
+        num_query_tokens=4, image_text_hidden_size=hidden,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    model: Any = transformers.Blip2ForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():  # BLIP-2's own initial values are near 0
+        if parameter.ndim >= 2 and "norm" not in name:
+            nn.init.trunc_normal_(parameter, std=0.02 if "embed" in name else 0.05)
+    model.vision_model.load_state_dict(vision_tower(clip))
+    model.vision_model.embeddings.requires_grad_(False)
+    for layer in model.vision_model.encoder.layers[:2]:
+        layer.requires_grad_(False)
+    model.train()
+    processor = transformers.Blip2Processor(image_processor(BlipImageProcessorPil), tokenizer, num_query_tokens=4)
+    blank = Image.new("RGB", (SIDE, SIDE))
+    prompts = [processor(images=blank, text=p, return_tensors="pt")["input_ids"] for p in PROMPTS]
+    yes, no = (tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in ("yes", "no"))
+    assert len(yes) == len(no) == 1
+    answers_at = [no[0], yes[0]]
+
+    kinds = {k: np.flatnonzero(data["kinds"] == k).tolist() for k in sorted(set(data["kinds"]))}
+    cards = [r for r in kinds["plain"] if has_number(corpus.pictures[int(data["index"][r])])]
+    nothing = [r for r in kinds["plain"] if not may_have_digits(corpus.pictures[int(data["index"][r])])]
+    shares = ((kinds["number"], 26, 1), (kinds["number_plate"], 4, 1), (cards, 2, 1),
+              (kinds["stamp"], 9, 0), (kinds["letter"], 11, 0), (kinds["plate"], 2, 0),
+              (kinds["letter_plate"], 4, 0), (nothing, 6, 0))  # fmt: skip
+    optim, budget = optimiser(model, 0.02), Budget(args.digit_minutes, 1e-3)
+    report, losses = 0.0, list[float]()
+    while budget.progress < 1:
+        chosen = [r for rows, count, _ in shares for r in rng.choices(rows, k=count)]
+        labels = torch.tensor([y for _, count, y in shares for _ in range(count)])
+        images = normalise(augment(as_tensor(data["pixels"][chosen]), generator))
+        rate = budget.rate()
+        with torch.autocast("cpu", torch.bfloat16):
+            ids = rng.choice(prompts).expand(len(chosen), -1)
+            logits = model(pixel_values=images, input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        last = logits[:, -1].float()
+        # The whole vocabulary competes at first, so that the answer is one of the two words.
+        loss = F.cross_entropy(last, torch.tensor(answers_at)[labels]) + F.cross_entropy(last[:, answers_at], labels)
+        step(model, optim, loss, rate)
+        losses.append(loss.item() / 2)
+        if time.monotonic() - report > 30:
+            report = time.monotonic()
+            print(f"digit {budget.progress:.0%} step {budget.steps} loss {np.mean(losses[-60:]):.3f}", flush=True)
+    save_transformers(model, processor, args.output / "digit")
+
+
+def may_have_digits(p: Picture) -> bool:
+    """Whether digits may stand in a picture by itself; such pictures are no negatives."""
+    return bool(_MAYBE_DIGITS.search(f"{p.path} {p.title} {p.description} {' '.join(p.keywords)}"))
+
+
+# ------------------------------------------------------------------------- tasks and figures
+
+
+@torch.no_grad()
+def embed(clip: Any, preprocess: Any, images: Sequence[Image.Image]) -> np.ndarray:
+    parts = [
+        clip.encode_image(torch.stack([preprocess(i) for i in images[s : s + 64]]), normalize=True)
+        for s in range(0, len(images), 64)
+    ]
+    return torch.cat(parts).numpy()
+
+
+def make_tasks(args: argparse.Namespace) -> None:
+    """Centroids of two downstream tasks in the demo CLIP's space, of unflipped pictures."""
+    corpus = Corpus(args)
+    folder = args.output / "clip"
+    clip, preprocess, _ = load_clip(folder)
+    digits = []
+    for digit in range(10):
+        rng = random.Random(f"{SEED}/task/{digit}")
+        plates = [lettering.plate(str(digit), (200, 200), rng, corpus.fonts) for _ in range(24)]
+        digits.append(embed(clip, preprocess, plates).mean(0))
+    animals = [i for i in corpus.split("train") if corpus.pictures[i].path.startswith("animals/")]
+    points = embed(clip, preprocess, [Image.fromarray(corpus.pixels[i]) for i in animals])
+    centroids = points[np.random.default_rng(SEED).permutation(len(points))[:8]]
+    for _ in range(20):  # spherical k-means
+        nearest = (points @ centroids.T).argmax(1)
+        centroids = np.stack([points[nearest == c].sum(0) if (nearest == c).any() else centroids[c]
+                              for c in range(8)])  # fmt: skip
+        centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
+    tasks = np.stack(digits)
+    tasks /= np.linalg.norm(tasks, axis=1, keepdims=True)
+    weights = hashlib.sha256((folder / "open_clip_model.safetensors").read_bytes()).hexdigest()
+    np.savez(args.output.parent / "tasks.npz", digits=tasks.astype(np.float32),
+             animals=centroids.astype(np.float32), __model__=np.array(weights))  # fmt: skip
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """The share of (positive, negative) pairs in the right order; ties count half."""
+    order = np.sort(negative)
+    below = np.searchsorted(order, positive, "left") + np.searchsorted(order, positive, "right")
+    return float(below.mean() / (2 * len(negative)))
+
+
+@torch.no_grad()
+def evaluate(args: argparse.Namespace) -> None:
+    """Every figure on held-out pictures, and the thresholds of the demo recipe chosen there."""
+    corpus = Corpus(args)
+    wordnet = WordNet(args.wordnet)
+    held_out = corpus.split("held_out")
+    caption = {i: corpus.captioner.caption(corpus.pictures[i]) for i in held_out}
+    clip, preprocess, tokenize = load_clip(args.output / "clip")
+    itm = transformers.BlipForImageTextRetrieval.from_pretrained(args.output / "itm", dtype=torch.float32)
+    itm_processor = transformers.BlipProcessor.from_pretrained(args.output / "itm", backend="pil")
+    itm.eval()
+
+    def scores(images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            texts = torch.cat([clip.encode_text(tokenize(list(captions[s : s + 128])), normalize=True)
+                               for s in range(0, len(captions), 128)]).numpy()  # fmt: skip
+        mirrored = [i.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for i in images]
+        matches = []
+        for s in range(0, len(images), 64):
+            inputs = itm_processor(images=images[s : s + 64], text=list(captions[s : s + 64]),
+                                   padding=True, truncation=True, max_length=64, return_tensors="pt")  # fmt: skip
+            with torch.no_grad():
+                matches.append(itm(**inputs).itm_score.softmax(-1)[:, 1].numpy())
+        return {
+            "flipped": (embed(clip, preprocess, mirrored) * texts).sum(1),
+            "unflipped": (embed(clip, preprocess, images) * texts).sum(1),
+            "itm": np.concatenate(matches),
+        }
+
+    images = {i: corpus.large(i) for i in held_out}
+    partner = swap_partners(corpus, held_out)
+    true = scores([images[i] for i in held_out], [caption[i] for i in held_out])
+    swapped = scores([images[i] for i in held_out], [caption[partner[i]] for i in held_out])
+    plates = list(corpus.written("plate", held_out, "held out"))
+    text_only = scores([image for image, _, _ in plates], [caption[i] for _, _, i in plates])
+    other_text = scores([image for image, _, _ in plates], [caption[partner[i]] for _, _, i in plates])
+
+    english = np.array([wordnet.english_with_noun(caption[i]) for i in held_out])
+    flipped_min, itm_min = thresholds(true, swapped, text_only)
+
+    def passes(of: dict[str, np.ndarray]) -> np.ndarray:
+        return (of["flipped"] >= flipped_min) & (of["itm"] >= itm_min)
+
+    yes, kinds, digit_scores = digit_figures(args, corpus, held_out, images)
+    digit_min = balanced_threshold(digit_scores[yes], digit_scores[~yes])
+    result = {
+        "pictures": {"held_out": len(held_out), "train": len(corpus.split("train"))},
+        "clip": {
+            "auc_true_swapped_unflipped": auc(true["unflipped"], swapped["unflipped"]),
+            "auc_true_swapped_flipped": auc(true["flipped"], swapped["flipped"]),
+            "auc_lost_by_flipping": auc(true["unflipped"], swapped["unflipped"])
+            - auc(true["flipped"], swapped["flipped"]),
+            "mean_true_unflipped": float(true["unflipped"].mean()),
+            "mean_true_flipped": float(true["flipped"].mean()),
+            "mean_text_only_unflipped": float(text_only["unflipped"].mean()),
+            "mean_text_only_flipped": float(text_only["flipped"].mean()),
+            "true_lowered_by_flipping": float((true["unflipped"] - true["flipped"]).mean()),
+            "text_only_lowered_by_flipping": float(
+                (text_only["unflipped"] - text_only["flipped"]).mean()
+            ),
+            "auc_reading_unflipped": auc(text_only["unflipped"], other_text["unflipped"]),
+            "auc_reading_flipped": auc(text_only["flipped"], other_text["flipped"]),
+        },
+        "itm": {
+            "auc_true_swapped": auc(true["itm"], swapped["itm"]),
+            "auc_true_text_only": auc(true["itm"], text_only["itm"]),
+        },
+        "digit": {
+            "auc": auc(digit_scores[yes], digit_scores[~yes]),
+            **{f"auc_numbers_on_pictures_vs_{k}": auc(digit_scores[kinds == "number"], digit_scores[kinds == k])
+               for k in ("letter", "stamp", "plain")},
+        },
+        "thresholds": {"flipped_clip_min": flipped_min, "image_text_matching_min": itm_min,
+                       "digit_min": digit_min},
+        "at_thresholds": {
+            "true_kept": float(passes(true).mean()),
+            "true_english_kept": float(passes(true)[english].mean()),
+            "swapped_dropped": float(1 - passes(swapped).mean()),
+            "text_only_dropped": float(1 - passes(text_only).mean()),
+            "true_kept_by_clip": float((true["flipped"] >= flipped_min).mean()),
+            "true_kept_by_itm": float((true["itm"] >= itm_min).mean()),
+            "digit_pictures_found": float((digit_scores[yes] >= digit_min).mean()),
+            "others_taken_for_digits": float((digit_scores[~yes] >= digit_min).mean()),
+        },
+    }  # fmt: skip
+    rounded = json.loads(json.dumps(result), parse_float=lambda v: round(float(v), 4))
+    text = json.dumps(rounded, indent=2)
+    (args.output / "held_out.json").write_text(text + "\n")
+    print(text)
+
+
+def swap_partners(corpus: Corpus, indices: Sequence[int]) -> dict[int, int]:
+    """For each picture one of another folder and another subject, whose caption it gets."""
+    rng = random.Random(f"{SEED}/swap")
+    partner = {}
+    for i in indices:
+        here, subject = corpus.pictures[i], corpus.captioner.subject(corpus.pictures[i]).lower()
+        while True:
+            j = rng.choice(indices)
+            there = corpus.pictures[j]
+            other = there.path.split("/")[0] != here.path.split("/")[0]
+            if other and corpus.captioner.subject(there).lower() != subject:
+                partner[i] = j
+                break
+    return partner
+
+
+def thresholds(
+    true: dict[str, np.ndarray], swapped: dict[str, np.ndarray], text_only: dict[str, np.ndarray]
+) -> tuple[float, float]:
+    """The pair of minima that keeps 0.9 of the true pairs and drops most of the others.
+
+    Of all splits of the 0.1 between the two rules, the one with the largest sum of what is dropped
+    of the swapped and of the text-only pairs.
+    """
+    best = (-1.0, 0.0, 0.0)
+    for share in np.linspace(0.0, 0.1, 41):
+        low = float(np.quantile(true["flipped"], share))
+        kept = true["flipped"] >= low
+        rest = max((kept.mean() - 0.9) / kept.mean(), 0.0)
+        match = float(np.quantile(true["itm"][kept], rest))
+        dropped = [((of["flipped"] < low) | (of["itm"] < match)).mean() for of in (swapped, text_only)]
+        best = max(best, (float(sum(dropped)), low, match))
+    return round(best[1], 4), round(best[2], 4)
+
+
+def balanced_threshold(positive: np.ndarray, negative: np.ndarray) -> float:
+    """The score that gives the best mean of the two kinds' shares on the right side."""
+    candidates = np.quantile(np.concatenate([positive, negative]), np.linspace(0, 1, 201))
+    right = [((positive >= c).mean() + (negative < c).mean(), c) for c in candidates]
+    return round(float(max(right)[1]), 4)
+
+
+@torch.no_grad()
+def digit_figures(
+    args: argparse.Namespace, corpus: Corpus, held_out: Sequence[int], images: dict[int, Image.Image]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores of numbers against words, random letters and plain pictures."""
+    folder = args.output / "digit"
+    model = transformers.Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    processor = transformers.Blip2Processor.from_pretrained(folder, backend="pil")
+    model.eval()
+    plain = [i for i in held_out if not may_have_digits(corpus.pictures[i])]
+    cases = [(images[i], "plain") for i in plain]
+    for kind in ("number", "number_plate", "stamp", "letter", "plate", "letter_plate"):
+        chosen = held_out if kind in {"number", "stamp", "letter"} else held_out[::3]
+        cases += [(image, kind) for image, _, _ in corpus.written(kind, chosen, "held out")]
+    words = (processor.tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0] for w in ("yes", "no"))
+    yes, no = words
+    parts = []
+    for s in range(0, len(cases), 64):
+        batch = [image for image, _ in cases[s : s + 64]]
+        inputs = processor(images=batch, text=[PROMPTS[0]] * len(batch), return_tensors="pt")
+        logits = model(**inputs).logits[:, -1].float()
+        parts.append((logits[:, yes] - logits[:, no]).sigmoid().numpy())
+    kinds = np.array([kind for _, kind in cases])
+    return np.char.startswith(kinds, "number"), kinds, np.concatenate(parts)
+
+
+def main() -> None:
+    commands = {"data": training_set, "clip": train_clip, "itm": train_itm, "digit": train_digit,
+                "tasks": make_tasks, "evaluate": evaluate}  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=[*commands, "all"])
+    parser.add_argument("--openclipart", type=Path, default=Path("/usr/share/openclipart"))
+    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
+    parser.add_argument("--fonts", type=Path, default=lettering.FONTS)
+    parser.add_argument("--output", type=Path, default=Path("pipeline/demo/models"))
+    parser.add_argument("--work", type=Path, default=Path("out/demo-models"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--clip-minutes", type=float, default=30)
+    parser.add_argument("--itm-minutes", type=float, default=15)
+    parser.add_argument("--digit-minutes", type=float, default=8)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    for name in commands if args.command == "all" else [args.command]:
+        commands[name](args)
+
+
+if __name__ == "__main__":
+    main()
