@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_BEAM = {"allow_extra_args": True, "ignore_unknown_options": True}
+_BEAM = {"allow_extra_args": True}  # after `--`; an unknown option before it is a fault
 _errors = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines, for machines.")]
@@ -53,7 +53,7 @@ def run(
     unknown = [stage for stage in chosen if stage not in STAGES]
     if unknown:
         _fail(2, f"--stages: got {', '.join(unknown)}; allowed: {', '.join(STAGES)}", as_json)
-    _run(_recipe(recipe, as_json), pool, output, sorted(chosen, key=STAGES.index), context.args, as_json, verbose)
+    _run(_recipe(recipe, as_json), pool, output, sorted(set(chosen), key=STAGES.index), context.args, as_json, verbose)
 
 
 @app.command(context_settings=_BEAM)

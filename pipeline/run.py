@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
 import torch
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from pipeline import build, files
@@ -50,6 +51,7 @@ def run(
     NoShards) before anything is written where the pool has no tars, a model's files are missing, the folder belongs to
     another run, or the recipe asks for a GPU that a local run has not.
     """
+    PipelineOptions(beam_options).get_all_options()  # exits with status 2 where Beam refuses a value
     shards = list_shards(pool)
     layout = Layout(output.rstrip("/"))
     needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages and _is_local(beam_options)
@@ -88,24 +90,35 @@ def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> None:
 
 
 def _is_local(beam_options: list[str]) -> bool:
-    named = [o.split("=", 1)[-1] for o in beam_options if o.startswith("--runner")]
-    return not named or named[-1] in LOCAL_RUNNERS
+    named = PipelineOptions(beam_options).view_as(StandardOptions).runner
+    return named is None or named in LOCAL_RUNNERS
 
 
 def _claim(layout: Layout, content: dict[str, Any]) -> None:
     """Write the manifest into a new or empty output folder; raise UsageError where another run's outputs lie."""
     if files.exists(layout.manifest):
-        there = json.loads(files.read_bytes(layout.manifest))
+        there = _mapping(files.read_bytes(layout.manifest))
         differing = sorted(key for key in content if there.get(key) != content[key])
         if differing:
             raise UsageError(
                 f"{layout.output}: holds another run (it differs in {', '.join(differing)}); name another --output"
             )
         return
+    if "://" not in layout.output and Path(layout.output).is_file():
+        raise UsageError(f"{layout.output}: is a file; name a folder")
     content_of_folder = files.join(files.literal(layout.output), "**")
     if files.exists(layout.output) and FileSystems.match([content_of_folder])[0].metadata_list:
         raise UsageError(f"{layout.output}: is not empty and holds no run of pairsift; name another --output")
     files.write_json(layout.manifest, content)
+
+
+def _mapping(text: bytes) -> dict[str, Any]:
+    """A JSON object; what is none holds nothing."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _with_tagger(recipe: Recipe, found: dict[str, Any]) -> Recipe:

@@ -1,0 +1,278 @@
+"""The command line: exit status 0, 1 or 2, one clear message, and nothing written on wrong use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+import pipeline.run as run_module
+from pipeline import files
+from pipeline.build import Job
+from pipeline.cli import app
+from pipeline.recipe import STAGES
+from pipeline.sinks.decisions import funnel
+from tests.helpers import DEMO_RECIPE, recipe, sample_members, settings, write_pool
+
+KNOWN = {stage: {} for stage in STAGES} | {"single_modality": {"pos_tagger": {"source": "bundled"}}}
+FUNNEL = funnel(
+    {("in", ""): 7, ("survivors", ""): 3, ("dropped", "language"): 2, ("dead_letters", "broken_tar"): 2,
+     ("samples", ""): 2, ("copies", ""): 5}, recipe(),
+)  # fmt: skip
+
+
+def pairsift(*arguments: str) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a pool in it, where models need not be there and stages are told and not run."""
+    write_pool(tmp_path / "pool", {"a.tar": sample_members("k0")})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_module, "identities", lambda recipe: KNOWN)
+
+    def stage(name: str, job: Job, beam_options: list[str]) -> None:
+        with open(tmp_path / "stages.txt", "a") as file:
+            file.write(f"{name} {' '.join(beam_options)}\n")
+        if name == "distribution_alignment":
+            files.write_json(job.layout.funnel, FUNNEL)
+
+    monkeypatch.setattr(run_module, "_run_stage", stage)
+    return tmp_path
+
+
+def stages_run(place: Path) -> list[str]:
+    path = place / "stages.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wrong_use(place: Path, *arguments: str, message: str) -> None:
+    """Status 2, the message in words or as a JSON line, and nothing written."""
+    before = tree(place)
+    for more in ([], ["--json"]):
+        result = pairsift(arguments[0], *more, *arguments[1:])
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.output.split())
+        assert "Traceback" not in result.output
+        assert tree(place) == before
+        if more and result.stdout:
+            assert all(isinstance(json.loads(line), dict) for line in result.stdout.splitlines())
+
+
+# validate ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sound_recipe() -> None:
+    result = pairsift("validate", str(DEMO_RECIPE))
+    assert result.exit_code == 0
+    assert "near_duplicate, caption_length" in result.stdout
+    answer = json.loads(pairsift("validate", "--json", str(DEMO_RECIPE)).stdout)
+    assert answer == {"recipe": str(DEMO_RECIPE), "faults": []}
+
+
+def test_every_fault_is_told_on_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(settings(seed=-1, surprise="[bold]x[/bold]", name=3)))
+    result = pairsift("validate", str(path))
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith(f"pairsift: {path}: ") for line in lines)
+    assert "[bold]" in result.stderr  # what the recipe holds is no markup
+    (line,) = pairsift("validate", "--json", str(path)).stdout.splitlines()
+    assert len(json.loads(line)["faults"]) == 3
+
+
+def test_an_unreadable_recipe(tmp_path: Path) -> None:
+    wrong_use(tmp_path, "validate", str(tmp_path / "none.yaml"), message="cannot be read as YAML")
+    wrong_use(tmp_path, "validate", message="Missing argument")
+
+
+# run: wrong use ---------------------------------------------------------------------------------------------------
+
+
+def run_arguments(**changes: str) -> list[str]:
+    given = {"recipe": str(DEMO_RECIPE), "input": "pool", "output": "out"} | changes
+    return ["run", given["recipe"], "--input", given["input"], "--output", given["output"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input": "nowhere"}, "nowhere: no *.tar in it"),
+        ({"input": "pool/b*.tar"}, "no *.tar in it"),
+        ({"recipe": "nowhere.yaml"}, "cannot be read as YAML"),
+        ({"recipe": "pool"}, "cannot be read as YAML"),
+        ({"output": "pool"}, "pool: is not empty and holds no run of pairsift"),
+        ({"output": "pool/a.tar"}, "pool/a.tar"),
+    ],
+)
+def test_wrong_use(place: Path, changes: dict[str, str], message: str) -> None:
+    wrong_use(place, *run_arguments(**changes), message=message)
+    assert stages_run(place) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--stages", "cross_modalty"], "got cross_modalty; allowed: single_modality, cross_modality"),
+        (["--stages", ""], "--stages: got"),
+        (["--stage", "cross_modality"], "No such option"),
+        (["--jsn"], "No such option"),
+    ],
+)
+def test_options_that_are_not_there(place: Path, more: list[str], message: str) -> None:
+    wrong_use(place, *run_arguments(), *more, message=message)
+    assert stages_run(place) == []
+
+
+def test_a_beam_option_with_an_impossible_value(place: Path) -> None:
+    before = tree(place)
+    assert pairsift(*run_arguments(), "--", "--direct_num_workers=many").exit_code == 2
+    assert tree(place) == before
+
+
+def test_options_that_are_missing(place: Path) -> None:
+    wrong_use(place, "run", str(DEMO_RECIPE), "--input", "pool", message="--output")
+    wrong_use(place, "run", str(DEMO_RECIPE), "--output", "out", message="--input")
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("bundled:clip: not there"), ValueError("no"), LookupError("no")])
+def test_models_that_are_not_there(place: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(run_module, "identities", failing(error))
+    wrong_use(place, *run_arguments(), message=f"recipe: {error}")
+
+
+def test_a_gpu_that_is_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module.torch.cuda, "is_available", lambda: False)
+    (place / "gpu.yaml").write_text(yaml.safe_dump(settings(cross_modality__device="cuda")))
+    wrong_use(place, *run_arguments(recipe="gpu.yaml"), message="cross_modality.device is cuda")
+    assert pairsift(*run_arguments(recipe="gpu.yaml"), "--stages", "single_modality").exit_code == 0
+
+
+def test_an_output_folder_of_another_run(place: Path) -> None:
+    assert pairsift(*run_arguments()).exit_code == 0
+    (place / "other.yaml").write_text(yaml.safe_dump(settings(seed=1)))
+    message = "out: holds another run (it differs in recipe, recipe_sha256, seed)"
+    wrong_use(place, *run_arguments(recipe="other.yaml"), message=message)
+    write_pool(place / "pool2", {"a.tar": []})
+    wrong_use(place, *run_arguments(input="pool2"), message="it differs in pool")
+    assert len(stages_run(place)) == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_an_output_folder_with_a_broken_manifest(place: Path, content: str) -> None:
+    (place / "out").mkdir()
+    (place / "out" / "manifest.json").write_text(content)
+    wrong_use(place, *run_arguments(), message="out: ")
+
+
+# run: what is done ------------------------------------------------------------------------------------------------
+
+
+def test_a_run(place: Path) -> None:
+    result = pairsift(*run_arguments())
+    assert result.exit_code == 0, result.output
+    assert stages_run(place) == [f"{stage} " for stage in STAGES]
+    for shown in ("near_duplicate", "semantic_dedup", "broken_tar", "3 survivors", "2 of them", "5 copies"):
+        assert shown in result.stdout
+    assert "out/subset.npy" in result.stdout
+    content = json.loads((place / "out" / "manifest.json").read_text())
+    assert content["recipe_sha256"] == recipe().sha256
+    assert set(json.loads((place / "out" / "run.json").read_text())["seconds"]) == set(STAGES)
+
+
+def test_json_lines(place: Path) -> None:
+    result = pairsift(*run_arguments(), "--json")
+    assert result.exit_code == 0
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [event["event"] for event in events] == ["stage_done"] * 3 + ["done"]
+    assert events[-1]["funnel"] == FUNNEL
+
+
+def test_stages_run_once_each_and_in_their_order(place: Path) -> None:
+    more = ["--stages", "distribution_alignment, single_modality,single_modality"]
+    assert pairsift(*run_arguments(), *more).exit_code == 0
+    assert stages_run(place) == ["single_modality ", "distribution_alignment "]
+
+
+def test_a_run_is_gone_on_with(place: Path) -> None:
+    assert pairsift(*run_arguments(), "--stages", "single_modality").exit_code == 0
+    manifest = (place / "out" / "manifest.json").read_bytes()
+    assert pairsift(*run_arguments()).exit_code == 0
+    assert (place / "out" / "manifest.json").read_bytes() == manifest
+    assert len(stages_run(place)) == 4
+
+
+def test_without_the_last_stage_there_is_no_funnel(place: Path) -> None:
+    result = pairsift(*run_arguments(), "--json", "--stages", "single_modality")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout.splitlines()[-1])["funnel"] is None
+
+
+def test_beam_s_options_go_to_beam(place: Path) -> None:
+    result = pairsift(*run_arguments(), "--stages", "single_modality", "--", "--direct_num_workers=2", "--streaming")
+    assert result.exit_code == 0
+    assert stages_run(place) == ["single_modality --direct_num_workers=2 --streaming"]
+
+
+def test_an_empty_folder_and_an_odd_name_will_do(place: Path) -> None:
+    for name in ("empty", "out [1]", "deep/er"):
+        (place / "empty").mkdir(exist_ok=True)
+        assert pairsift(*run_arguments(output=name)).exit_code == 0, name
+        assert (place / name / "manifest.json").is_file()
+
+
+def test_a_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "_run_stage", failing(RuntimeError("Traceback…\n  at x\nthe disk is full\n")))
+    result = pairsift(*run_arguments())
+    assert result.exit_code == 1
+    assert "the disk is full (--verbose shows the whole traceback)" in " ".join(result.stderr.split())
+    (line,) = pairsift(*run_arguments(), "--json").stdout.splitlines()
+    assert json.loads(line)["event"] == "error"
+    assert isinstance(pairsift(*run_arguments(), "--verbose").exception, RuntimeError)
+    assert not (place / "out" / ".progress").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "local"),
+    [
+        ([], True), (["--runner=DirectRunner"], True), (["--runner", "DirectRunner"], True),
+        (["--runner=FnApiRunner"], True), (["--direct_num_workers=2"], True), (["--runner=DataflowRunner"], False),
+        (["--runner", "DataflowRunner"], False), (["--runner=DirectRunner", "--runner=DataflowRunner"], False),
+    ],
+)  # fmt: skip
+def test_which_runs_are_local(options: list[str], local: bool) -> None:
+    assert run_module._is_local(options) is local
+
+
+def test_the_demo_runs_the_bundled_recipe_on_the_bundled_pool(place: Path) -> None:
+    assert pairsift("demo", "--output", "out").exit_code == 0
+    content = json.loads((place / "out" / "manifest.json").read_text())
+    assert content["recipe"]["name"] == "demo"
+    assert content["pool"].endswith("pool")
+
+
+def test_help() -> None:
+    result = pairsift("--help")
+    assert result.exit_code == 0
+    for command in ("run", "demo", "validate"):
+        assert command in result.stdout
