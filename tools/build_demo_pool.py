@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import importlib
 import io
 import json
 import random
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from cv2.data import haarcascades
 from PIL import Image, ImageEnhance, ImageOps
 
 from tools import lettering
@@ -171,8 +171,8 @@ RULES = {
     "exact_copy": "near_duplicate", "near_copy": "near_duplicate", "language": "language",
     "frequent_caption": "caption_frequency", "names_numbers": "pos_pattern",
     "aspect": "aspect_ratio", "small": "min_side", "face": "face_area",
-    "short_caption": "caption_length", "swapped": "flipped_clip or image_text_matching",
-    "text_only": "flipped_clip or image_text_matching", "truncated": "undecodable_image",
+    "short_caption": "caption_length", "swapped": "flipped_clip|image_text_matching",
+    "text_only": "flipped_clip|image_text_matching", "truncated": "undecodable_image",
     "undecodable": "undecodable_image", "missing_caption": "missing_caption",
 }  # fmt: skip
 
@@ -349,10 +349,10 @@ class Builder:
 
     def faces(self) -> None:
         """Crops of NASA's public-domain portrait of an astronaut, in which the face fills > 0.4."""
-        astronaut = importlib.import_module("skimage.data").astronaut  # a need of this tool only
+        from skimage.data import astronaut  # a need of this tool only
 
         portrait = Image.fromarray(astronaut())
-        finder = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_default.xml")
+        finder = cv2.CascadeClassifier(haarcascades + "haarcascade_frontalface_default.xml")
         grey = cv2.cvtColor(np.asarray(portrait), cv2.COLOR_RGB2GRAY)
         x, y, side, _ = (int(v) for v in finder.detectMultiScale(grey, 1.1, 5, minSize=(60, 60))[0])
         for i, caption in enumerate(FACE_CAPTIONS):
