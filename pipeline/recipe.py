@@ -44,7 +44,7 @@ class PoolBounds(_Settings):
     """What is read of a pool at most; whatever exceeds a bound becomes a dead letter."""
 
     max_image_bytes: int = Field(20 * 2**20, gt=0)
-    max_image_pixels: int = Field(64_000_000, gt=0)
+    max_image_pixels: int = Field(64_000_000, gt=0, le=178_000_000)  # Pillow itself refuses more
     max_caption_bytes: int = Field(16_384, gt=0)
     max_json_bytes: int = Field(2**20, gt=0)
 

@@ -83,6 +83,11 @@ class _Members:
     metadata: bytes | None = None
     fault: tuple[str, str] | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing that a sample is made of can still come."""
+        return self.fault is None and None not in (self.image, self.caption, self.metadata)
+
 
 def read_samples(shard: Shard, bounds: PoolBounds, stage: str) -> Iterator[Sample | DeadLetter]:
     """The samples of a shard in tar order, pixels not yet decoded; a dead letter for each that is not whole.
@@ -94,7 +99,10 @@ def read_samples(shard: Shard, bounds: PoolBounds, stage: str) -> Iterator[Sampl
         with files.open_binary(shard.path) as file:
             for members in _grouped(file, bounds):
                 if members.key in seen:
-                    members.fault = ("duplicate_key", "an earlier sample of this tar has the same key")
+                    # Its uid, where the pool has none, would be the earlier sample's.
+                    message = "an earlier sample of this tar has the same key"
+                    yield DeadLetter(shard.name, members.key, "", stage, "duplicate_key", message)
+                    continue
                 seen.add(members.key)
                 yield _sample(shard, members, stage)
     except _BrokenTar as error:
@@ -104,18 +112,11 @@ def read_samples(shard: Shard, bounds: PoolBounds, stage: str) -> Iterator[Sampl
 
 
 def _sample(shard: Shard, members: _Members, stage: str) -> Sample | DeadLetter:
-    nameless = Annotation(uid_of(shard.name, members.key, {}), shard.name, members.key, "")
-    if members.fault:
-        return dead_letter(nameless, stage, *members.fault)
-    metadata: Any = {}
-    if members.metadata is not None:
-        try:
-            metadata = json.loads(members.metadata)
-        except (ValueError, RecursionError) as error:
-            return dead_letter(nameless, stage, "undecodable_json", str(error))
-        if not isinstance(metadata, dict):
-            return dead_letter(nameless, stage, "undecodable_json", f"got {type(metadata).__name__}, not an object")
-    named = dataclasses.replace(nameless, uid=uid_of(shard.name, members.key, metadata))
+    metadata, fault = _metadata(members)
+    named = Annotation(uid_of(shard.name, members.key, metadata), shard.name, members.key, "")
+    fault = members.fault or fault
+    if fault:
+        return dead_letter(named, stage, *fault)
     if members.image is None:
         return dead_letter(named, stage, "missing_image", f"no member {members.key}.{{{','.join(IMAGE_EXTENSIONS)}}}")
     if members.caption is None:
@@ -125,6 +126,19 @@ def _sample(shard: Shard, members: _Members, stage: str) -> Sample | DeadLetter:
     except UnicodeDecodeError as error:
         return dead_letter(named, stage, "undecodable_caption", str(error))
     return Sample(named.with_columns(caption=caption), metadata, members.image)
+
+
+def _metadata(members: _Members) -> tuple[dict[str, Any], tuple[str, str] | None]:
+    """The json object of a sample, and what is wrong with it (None: nothing)."""
+    if members.metadata is None:
+        return {}, None
+    try:
+        metadata = json.loads(members.metadata)
+    except (ValueError, RecursionError) as error:
+        return {}, ("undecodable_json", str(error))
+    if not isinstance(metadata, dict):
+        return {}, ("undecodable_json", f"got {type(metadata).__name__}, not an object")
+    return metadata, None
 
 
 def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[_Members]:
@@ -145,11 +159,14 @@ def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[_Members]:
             if group is not None and group.key != key:
                 yield group
                 group = None
-            # A group is handed on only when the next key shows that it is whole, so a member that
-            # breaks off takes its own sample into the tar's dead letter and no other.
             group = group or _Members(key)
             _take(tar, member, _FIELDS[extension], group, bounds)
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, _BrokenTar) as error:
+        # A sample that the break may have cost a member goes into the tar's dead letter, and no other.
+        if group is not None and group.is_whole:
+            yield group
+        if isinstance(error, _BrokenTar):
+            raise
         raise _BrokenTar(f"at byte {offset}: {error}; what follows was not read") from error
     if group is not None:
         yield group
