@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import uuid
 from collections.abc import Iterator, Sequence
 
 import apache_beam as beam
@@ -19,6 +18,7 @@ import numpy as np
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.utils.shared import Shared
 
+from pipeline import files
 from pipeline.recipe import Clusters
 from transforms.distribution_alignment.hashing import draw
 from transforms.distribution_alignment.records import Candidate, Member
@@ -130,17 +130,9 @@ def load_centroids(path: str) -> np.ndarray:
 
 
 def write_centroids(path: str, centroids: np.ndarray) -> str:
-    """Writes the .npy aside, renames it to `path` and reads it back; returns `path`. Raises OSError
-    where what then lies there is something else."""
-    buffer = io.BytesIO()
-    np.save(buffer, centroids, allow_pickle=False)
-    aside = f"{path}.tmp-{uuid.uuid4().hex}"
-    with FileSystems.create(aside, "application/octet-stream") as file:
-        file.write(buffer.getvalue())
-    FileSystems.rename([aside], [path])
-    with FileSystems.open(path) as file:
-        if file.read() != buffer.getvalue():
-            raise OSError(f"{path}: what was written is not what lies there")
+    """Writes the .npy at `path`, whole or not at all; returns `path`."""
+    with files.write_aside(path) as file:
+        np.save(file, centroids, allow_pickle=False)
     return path
 
 
