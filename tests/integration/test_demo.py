@@ -22,13 +22,15 @@ from pipeline.sources.webdataset import list_shards
 POOL = importlib.resources.files("pipeline") / "demo" / "pool"
 LABELS = importlib.resources.files("pipeline") / "demo" / "labels.csv"
 RECIPE = importlib.resources.files("recipes") / "demo.yaml"
-COMPARED = ("annotations", "decisions", "subset.npy", "funnel.json", "clusters.parquet", "centroids.npy", "dead_letters")
+COMPARED = (
+    "annotations", "decisions", "subset.npy", "funnel.json", "clusters.parquet", "centroids.npy", "dead_letters"
+)  # fmt: skip
 
 
 def run_demo(output: Path, *beam_options: str) -> dict:
-    outcome = run_module.run(
-        load_recipe(str(RECIPE)), str(POOL), str(output), list(STAGES), list(beam_options), Progress(Console(stderr=True))
-    )
+    progress = Progress(Console(stderr=True))
+    recipe = load_recipe(str(RECIPE))
+    outcome = run_module.run(recipe, str(POOL), str(output), list(STAGES), list(beam_options), progress)
     assert outcome.funnel is not None
     return outcome.funnel
 
@@ -116,7 +118,6 @@ LEAST_SHARES = {
 def test_planted_cases_go_by_their_own_rule_and_good_pairs_stay(output, decisions, dead_letters, labels, capsys):
     from pipeline import tables
     from pipeline.layout import Layout
-    from pipeline.records import Annotation
     from transforms.rules import Thresholds, rules_of
 
     recipe = load_recipe(str(RECIPE))
@@ -126,14 +127,13 @@ def test_planted_cases_go_by_their_own_rule_and_good_pairs_stay(output, decision
     assert cross.image_text_matching.min is not None
     thresholds = Thresholds(cross.flipped_clip.min, cross.image_text_matching.min)
     local, scored = rules_of(recipe, STAGES[0]), rules_of(recipe, STAGES[1], thresholds)
-    annotations: dict[str, Annotation] = {}
+    annotations = {}
     for shard in list_shards(str(POOL)):
         annotations |= {a.uid: a for a in tables.read_annotations(Layout(str(output)), shard.name)}
 
-    total: Counter[str] = Counter()
-    gone: Counter[str] = Counter()
+    total, gone = Counter(), Counter()
     english = english_after_1 = english_after_2 = 0
-    by_rule: dict[str, Counter[str]] = defaultdict(Counter)
+    by_rule = defaultdict(Counter)
     for label in labels:
         kind, uid = label["kind"], label["uid"]
         total[kind] += 1
@@ -173,8 +173,8 @@ def test_planted_cases_go_by_their_own_rule_and_good_pairs_stay(output, decision
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    files = [f for name in COMPARED for f in ([folder / name] if (folder / name).is_file() else (folder / name).rglob("*"))]
-    return {str(f.relative_to(folder)): f.read_bytes() for f in files if f.is_file()}
+    files = [file for name in COMPARED for file in (folder / name, *(folder / name).rglob("*")) if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def test_outputs_do_not_depend_on_the_order_of_shards(output, tmp_path, monkeypatch):

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import pipeline.run as run_module
 from pipeline import files
@@ -20,7 +19,7 @@ from pipeline.recipe import STAGES
 from pipeline.sinks.decisions import funnel
 from tests.helpers import DEMO_RECIPE, recipe, sample_members, settings, write_pool
 
-KNOWN = {stage: {} for stage in STAGES} | {"single_modality": {"pos_tagger": {"source": "bundled"}}}
+KNOWN: dict[str, dict] = {stage: {} for stage in STAGES} | {"single_modality": {"pos_tagger": {"source": "bundled"}}}
 FUNNEL = funnel(
     {("in", ""): 7, ("survivors", ""): 3, ("dropped", "language"): 2, ("dead_letters", "broken_tar"): 2,
      ("samples", ""): 2, ("copies", ""): 5}, recipe(),
@@ -162,7 +161,7 @@ def test_models_that_are_not_there(place: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_gpu_that_is_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (place / "gpu.yaml").write_text(yaml.safe_dump(settings(cross_modality__device="cuda")))
     wrong_use(place, *run_arguments(recipe="gpu.yaml"), message="cross_modality.device is cuda")
     assert pairsift(*run_arguments(recipe="gpu.yaml"), "--stages", "single_modality").exit_code == 0
