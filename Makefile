@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO_OUTPUT ?= out/demo
 
-.PHONY: demo test lint constraints clean
+.PHONY: demo test lint constraints bench-peers clean
 
 # Installs once; again only when what is to be installed has changed.
 .venv/installed: setup.py constraints.txt
@@ -25,5 +25,20 @@ lint: .venv/installed
 constraints: .venv/installed
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --extra dev --no-header --no-annotate --output-file constraints.txt setup.py
 
+# What benchmarks/models.py compares with, each in an environment of its own. Data-juicer's documented extra for models
+# (`generic`) pins transformers 4.57.1; torch is the one that everybody here is measured with.
+bench-peers: .venv/installed .bench/clip-retrieval/installed .bench/data-juicer/installed
+
+.bench/clip-retrieval/installed:
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .bench/clip-retrieval
+	$(BIN)/uv pip install --quiet --python .bench/clip-retrieval/bin/python clip-retrieval==2.45.0 torch==2.14.1 torchvision==0.29.1
+	touch $@
+
+.bench/data-juicer/installed:
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .bench/data-juicer
+	$(BIN)/uv pip install --quiet --python .bench/data-juicer/bin/python py-data-juicer==1.6.1 torch==2.14.1 torchvision==0.29.1 \
+		transformers==4.57.1 'ray[default]>=2.51' simhash-pybind imagededup fasttext-predict
+	touch $@
+
 clean:
-	rm -rf .venv out build *.egg-info
+	rm -rf .venv .bench out build *.egg-info

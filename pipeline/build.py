@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -27,13 +28,16 @@ from pipeline.sinks.shard_tables import WriteShardTable
 from pipeline.sinks.subset import WriteSubset
 from pipeline.sources.annotations import ReadCandidates, ReadPoolRows, ReadThresholds, count_samples
 from pipeline.sources.shards import ReadShards
+from transforms.cross_modality.cascade import match_floor
 from transforms.cross_modality.digit import Digit
 from transforms.cross_modality.flipped_clip import FlippedClip
 from transforms.cross_modality.image_text_matching import ImageTextMatching
+from transforms.cross_modality.join_wanted import JoinWanted
 from transforms.distribution_alignment.cids import ClusterImportance, ReadTasks
 from transforms.distribution_alignment.clusters import AssignClusters, TrainCentroids
 from transforms.distribution_alignment.copies import PLACEMENTS, TALLIES, AssignCopies, ClusterTable
 from transforms.distribution_alignment.semantic_dedup import SemanticDedup
+from transforms.models.prepare import load_prepare
 from transforms.rules import first_failing, rules_of
 from transforms.single_modality.captions import CaptionLength
 from transforms.single_modality.faces import FaceArea
@@ -101,13 +105,19 @@ def cross_modality(pipeline: beam.Pipeline, job: Job) -> None:
 
     read = (
         _spread(pipeline, job)
-        | "Read kept" >> ReadShards(work, job.recipe.pool, models.flipped_clip.batch_size)
+        | "Read kept" >> ReadShards(
+            work, job.recipe.pool, models.flipped_clip.batch_size, load_prepare=functools.partial(load_prepare, models)
+        )
     )  # fmt: skip
-    batches = read[ReadShards.BATCHES] | "Flipped CLIP" >> FlippedClip(models.flipped_clip, models.device)
+    prompts = models.digit.clip_prompts if models.digit else None
+    clip = FlippedClip(models.flipped_clip, models.device, models.precision, prompts)
+    batches = read[ReadShards.BATCHES] | "Flipped CLIP" >> clip
+    if matching or models.digit:
+        batches |= "Join wanted" >> JoinWanted(models)
     if matching:
-        batches |= "Image-text matching" >> ImageTextMatching(matching, models.device, floor)
+        batches |= "Image-text matching" >> ImageTextMatching(matching, models.device, floor, models.precision)
     if models.digit:
-        batches |= "Digit" >> Digit(models.digit, models.device, floor, matching.min if matching else None)
+        batches |= "Digit" >> Digit(models.digit, models.device, floor, match_floor(models), models.precision)
     _ = batches | "Write scores" >> beam.ParDo(
         WriteShardTable(job.layout, CROSS_MODALITY, Layout.cross_modality, tables.CROSS_MODALITY, work.made_from)
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline import files
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
+from transforms.models.precision import resolve
 from transforms.models.weights import local_path, model_identity
 from transforms.single_modality import faces, language, pos_pattern
 
@@ -50,6 +51,7 @@ def manifest(recipe: Recipe, pool: str, identities_: dict[str, Any]) -> dict[str
         "pool": pool,
         "seed": recipe.seed,
         "device": cross.device,
+        "precision": resolve(cross.precision, cross.device),
         "batch_sizes": {name: settings.batch_size for name, settings in sections.items() if settings},
         "models": identities_,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

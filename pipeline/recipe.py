@@ -150,10 +150,11 @@ class DigitRescue(_Settings):
 
 class FlippedClip(Threshold):
     """Cosine of caption and horizontally flipped image. `model` is an open_clip architecture (with `weights` its
-    tag or file), a folder in open_clip's hub form, or `bundled:clip`."""
+    tag or file), a folder in open_clip's hub form, `hf-hub:` and a hub name (pin its `revision`), or `bundled:clip`."""
 
     model: str
     weights: str | None = None
+    revision: str | None = None
     batch_size: int = Field(64, ge=1, le=4096)
     score_unflipped: bool = False
     digit_rescue: DigitRescue | None = None
@@ -191,6 +192,15 @@ class ImageTextMatching(Threshold):
         return self
 
 
+class ClipPrompts(_Settings):
+    """Which pictures are worth the digit question (ours; off by default): those for which CLIP gives the `positive`
+    prompts a share of at least `min_probability` in the softmax over all prompts."""
+
+    positive: list[str] = Field(["a picture with digits or numbers written in it"], min_length=1)
+    negative: list[str] = Field(["a picture without any text", "a picture with words but no numbers"], min_length=1)
+    min_probability: Share
+
+
 class Digit(_Settings):
     """The question BLIP-2 is asked; the score is p(yes) / (p(yes) + p(no)) of the first answer token, averaged over
     `prompts`. `model` is a hub name (pin its `revision`), a folder, or `bundled:digit`."""
@@ -200,19 +210,25 @@ class Digit(_Settings):
     prompts: list[str] = Field(
         ["Question: is there any digit or number written in the image? Answer:"], min_length=1
     )
+    clip_prompts: ClipPrompts | None = None
     batch_size: int = Field(16, ge=1, le=4096)
 
 
 class CrossModality(_Settings):
-    """Stage 2: models that look at image and caption together."""
+    """Stage 2: models that look at image and caption together. `precision` is what their weights are kept in; `auto`
+    is the fastest that keeps fp32's range on the hardware at hand (bf16 where it is native, else fp32 on CPUs and fp16
+    on GPUs), and moves scores by as much as docs/models.md says."""
 
     device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     flipped_clip: FlippedClip
     image_text_matching: ImageTextMatching | None = None
     digit: Digit | None = None
 
     @pydantic.model_validator(mode="after")
-    def _rescue_needs_digits(self) -> CrossModality:
+    def _consistent(self) -> CrossModality:
+        if self.device == "cpu" and self.precision == "fp16":
+            raise ValueError("`precision: fp16` is for GPUs; a CPU takes fp32, bf16 or auto")
         if self.flipped_clip.digit_rescue and not self.digit:
             raise ValueError("`flipped_clip.digit_rescue` needs the section `digit`")
         return self

@@ -69,6 +69,7 @@ class Annotation:
     flipped_clip_cosine: float | None = None
     unflipped_clip_cosine: float | None = None
     match_probability: float | None = None
+    digit_prompt_probability: float | None = None
     digit_probability: float | None = None
     embedding: bytes | None = None
     # distribution alignment
@@ -84,17 +85,42 @@ class Annotation:
 class Sample:
     """A sample on its way through one fused stage; it never crosses a shuffle.
 
-    `metadata` is the pool's json (untrusted); `pixels` are RGB uint8 of shape (height, width, 3).
+    `metadata` is the pool's json (untrusted); `pixels` are RGB uint8 of shape (height, width, 3). `inputs` is what the
+    models of stage 2 look at, by rule, or the error with which making it failed; it stands in place of the pixels.
     """
 
     annotation: Annotation
     metadata: Mapping[str, Any]
     image_bytes: bytes
     pixels: np.ndarray | None = None
+    inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def annotated(self, **columns: Any) -> Sample:
         """A copy whose annotation knows more."""
-        return dataclasses.replace(self, annotation=self.annotation.with_columns(**columns))
+        return dataclasses.replace(self, annotation=self.annotation.with_columns(**columns)) if columns else self
+
+    def without_input(self, rule: str) -> Sample:
+        """A copy that has let go of what `rule`'s model has looked at."""
+        if rule not in self.inputs:
+            return self
+        return dataclasses.replace(self, inputs={name: value for name, value in self.inputs.items() if name != rule})
+
+
+@dataclasses.dataclass(slots=True)
+class Attempt:
+    """One try at a shard, shared by all its batches. `halvings` says how often each rule's batch shape was halved.
+
+    The one record that is not frozen: a model that runs out of GPU memory names itself here, and because a fused stage
+    passes its elements by reference, the reader sees it when the batch is through, and starts the shard again.
+    """
+
+    halvings: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    out_of_memory: str | None = None
+
+    def smaller(self) -> Attempt:
+        """The next try, with the batch shape of the rule that ran out of memory halved."""
+        assert self.out_of_memory is not None
+        return Attempt({**self.halvings, self.out_of_memory: self.halvings.get(self.out_of_memory, 0) + 1})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,6 +136,7 @@ class SampleBatch:
     last: bool
     samples: tuple[Sample, ...]
     dead_letters: tuple[DeadLetter, ...] = ()
+    attempt: Attempt = dataclasses.field(default_factory=Attempt)
 
     def __len__(self) -> int:
         return len(self.samples)

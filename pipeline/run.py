@@ -20,6 +20,7 @@ from pipeline.manifest import identities, manifest
 from pipeline.progress import Progress
 from pipeline.recipe import CROSS_MODALITY, Recipe
 from pipeline.sources.webdataset import list_shards
+from transforms.models.precision import resolve
 from transforms.single_modality import pos_pattern
 
 LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
@@ -64,7 +65,7 @@ def run(
     content = manifest(recipe, pool, found)
     _claim(layout, content)
 
-    resolved = _with_tagger(recipe, found)
+    resolved = _with_precision(_with_tagger(recipe, found))
     job = build.Job(resolved, tuple(shards), layout, found)
     times = {}
     try:
@@ -131,3 +132,10 @@ def _with_tagger(recipe: Recipe, found: dict[str, Any]) -> Recipe:
     settled = settings.model_copy(update={"tagger": source})
     single = recipe.single_modality.model_copy(update={"pos_pattern": settled})
     return recipe.model_copy(update={"single_modality": single})
+
+
+def _with_precision(recipe: Recipe) -> Recipe:
+    """The recipe with `auto` settled for all workers, so that one table is never made in two precisions."""
+    cross = recipe.cross_modality
+    settled = cross.model_copy(update={"precision": resolve(cross.precision, cross.device)})
+    return recipe.model_copy(update={"cross_modality": settled})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,6 +48,7 @@ CROSS_MODALITY = pa.schema(
         ("flipped_clip_cosine", pa.float32()),
         ("unflipped_clip_cosine", pa.float32()),
         ("match_probability", pa.float32()),
+        ("digit_prompt_probability", pa.float32()),
         ("digit_probability", pa.float32()),
         ("embedding", pa.binary()),
     ]
@@ -67,15 +68,26 @@ DECISIONS = pa.schema(
 )
 
 _MADE_FROM = b"pairsift.made_from"
+_HALVINGS = b"pairsift.batch_halvings"
 
 
-def write_table(path: str, columns: Sequence[dict], schema: pa.Schema, made_from: str = "") -> None:
+def write_table(
+    path: str,
+    columns: Sequence[dict],
+    schema: pa.Schema,
+    made_from: str = "",
+    halvings: Mapping[str, int] | None = None,
+) -> None:
     """Write rows (dicts; other keys than the schema's are left out) to `path`, whole or not at all.
 
-    `made_from` names what the rows were computed from; see `is_finished`.
+    `made_from` names what the rows were computed from; see `is_finished`. `halvings` says how often each rule's batch
+    shape was halved for want of GPU memory.
     """
     rows = [{name: row.get(name) for name in schema.names} for row in columns]
-    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({_MADE_FROM: made_from.encode()}))
+    metadata = {_MADE_FROM: made_from.encode()}
+    if halvings:
+        metadata[_HALVINGS] = json.dumps(halvings, sort_keys=True).encode()
+    table = pa.Table.from_pylist(rows, schema=schema.with_metadata(metadata))
     with files.write_aside(path) as file:
         pq.write_table(table, file, compression="zstd")
 
@@ -96,6 +108,13 @@ def is_finished(path: str, made_from: str) -> bool:
         except pa.ArrowInvalid:  # not whole: made again
             return False
     return metadata.get(_MADE_FROM) == made_from.encode()
+
+
+def read_halvings(path: str) -> dict[str, int]:
+    """How often each rule's batch shape was halved for the table at `path`; empty where the recipe's were kept."""
+    with files.open_binary(path) as file:
+        metadata = pq.read_schema(file).metadata or {}
+    return json.loads(metadata.get(_HALVINGS, b"{}"))
 
 
 def annotation_row(annotation: Annotation) -> dict:

@@ -18,6 +18,8 @@ from transforms.rules import Thresholds, first_failing, rules_of
 DEAD_LETTER_STEPS = (SINGLE_MODALITY, "pool_wide", CROSS_MODALITY)
 
 IN, DROPPED, DEAD, SURVIVORS, SAMPLES, COPIES = "in", "dropped", "dead_letters", "survivors", "samples", "copies"
+NOT_ASKED, SMALLER_BATCHES = "not_asked", "smaller_batches"
+LATER_MODELS = {"image_text_matching": "match_probability", "digit": "digit_probability"}
 Tally = dict[tuple[str, str], int]
 """Counts by (what, rule or reason); what has no finer name is under ""."""
 
@@ -76,6 +78,8 @@ def tally(rows: Iterable[dict[str, Any]], letters: Iterable[DeadLetter]) -> Tall
         counts[(DROPPED, row["dropped_by"]) if row["dropped_by"] else (SURVIVORS, "")] += 1
         counts[COPIES, ""] += row["copies"]
         counts[SAMPLES, ""] += row["copies"] > 0
+        if row["flipped_clip_cosine"] is not None:
+            counts.update((NOT_ASKED, model) for model, column in LATER_MODELS.items() if row[column] is None)
     counts.update((DEAD, letter.reason) for letter in letters)
     return dict(counts)
 
@@ -104,6 +108,8 @@ class WriteDecisions(beam.DoFn):
         # Counted on its own from what stage 1 saw, so that the sum below can really fail.
         read = len(tables.read_table(self._layout.single_modality(shard), ["uid"]))
         counts[IN, ""] = read + len(letters[SINGLE_MODALITY])
+        halvings = tables.read_halvings(self._layout.cross_modality(shard))
+        counts |= {(SMALLER_BATCHES, rule): 1 for rule in halvings}
         _reconcile(shard, counts)
         tables.write_table(self._layout.decisions(shard), rows, tables.DECISIONS)
         yield counts
@@ -146,6 +152,7 @@ def funnel(total: Tally, recipe: Recipe) -> dict[str, Any]:
         dropped = total.get((DROPPED, rule.name), 0)
         rules.append({"name": rule.name, "stage": rule.stage, "in": left, "dropped": dropped, "kept": left - dropped})
         left -= dropped
+    smaller = {rule: n for (what, rule), n in sorted(total.items()) if what == SMALLER_BATCHES}
     return {
         "in": total.get((IN, ""), 0),
         "rules": rules,
@@ -153,6 +160,10 @@ def funnel(total: Tally, recipe: Recipe) -> dict[str, Any]:
         "survivors": total.get((SURVIVORS, ""), 0),
         "samples": total.get((SAMPLES, ""), 0),
         "copies": total.get((COPIES, ""), 0),
+        # scored by flipped CLIP, and then spared a dearer model by the cascade
+        NOT_ASKED: {m: total.get((NOT_ASKED, m), 0) for m in LATER_MODELS if getattr(recipe.cross_modality, m)},
+        # shards scored again at smaller batch shapes, because the GPU had too little memory
+        **({SMALLER_BATCHES: smaller} if smaller else {}),
     }
 
 

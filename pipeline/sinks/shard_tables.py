@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import apache_beam as beam
 import pyarrow as pa
@@ -42,6 +42,9 @@ class WriteShardTable(beam.DoFn):
         self._letters: list[DeadLetter] = []
 
     def process(self, batch: SampleBatch) -> Iterator[Shard]:
+        if batch.attempt.out_of_memory:  # the reader starts this shard again
+            self.start_bundle()
+            return
         if self._shard is None:
             self._shard = batch.shard
         if batch.shard != self._shard or batch.index != self._next_index:
@@ -54,19 +57,19 @@ class WriteShardTable(beam.DoFn):
         self._letters += batch.dead_letters
         self._report_progress()
         if batch.last:
-            yield self._write()
+            yield self._write(batch.attempt.halvings)
 
     def finish_bundle(self) -> None:
         if self._shard is not None:
             raise UnfusedStage(f"the bundle ended before shard {self._shard.name} did")
 
-    def _write(self) -> Shard:
+    def _write(self, halvings: Mapping[str, int]) -> Shard:
         shard = self._shard
         assert shard is not None
         # Dead letters first: the table's presence is what says that the shard is finished.
         tables.write_dead_letters(self._layout.dead_letters(self._stage, shard.name), self._letters)
         path = self._path_of(self._layout, shard.name)
-        tables.write_table(path, self._rows, self._schema, self._made_from(shard))
+        tables.write_table(path, self._rows, self._schema, self._made_from(shard), halvings)
         self.start_bundle()
         return shard
 

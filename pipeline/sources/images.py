@@ -11,6 +11,15 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 
+def silence_pillow() -> None:
+    """No hints about sizes and palettes; our own bound decides. For the whole process, because `catch_warnings` around
+    each decoding would tangle the filters of threads that decode at the same time."""
+    warnings.filterwarnings("ignore", module=r"PIL(\..*)?$")
+
+
+silence_pillow()
+
+
 class UndecodableImage(ValueError):
     """An image that cannot be decoded; `reason` is the dead letter's code."""
 
@@ -28,18 +37,16 @@ def decode(content: bytes, max_pixels: int, draft_side_px: int | None = None) ->
     Raises UndecodableImage.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's hints about sizes and palettes; our own bound decides
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                size = image.size
-                if size[0] * size[1] > max_pixels:
-                    raise UndecodableImage("image_too_large", f"{size[0]}x{size[1]} px; the recipe allows {max_pixels}")
-                if draft_side_px is not None:
-                    image.draft("RGB", (draft_side_px, draft_side_px))
-                if image.mode.startswith("I"):
-                    grey = (np.asarray(image) >> 8).astype(np.uint8)
-                    return np.repeat(grey[:, :, None], 3, axis=2), size
-                return np.asarray(image.convert("RGB")), size
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            size = image.size
+            if size[0] * size[1] > max_pixels:
+                raise UndecodableImage("image_too_large", f"{size[0]}x{size[1]} px; the recipe allows {max_pixels}")
+            if draft_side_px is not None:
+                image.draft("RGB", (draft_side_px, draft_side_px))
+            if image.mode.startswith("I"):
+                grey = (np.asarray(image) >> 8).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2), size
+            return np.asarray(image.convert("RGB")), size
     except UndecodableImage:
         raise
     except UnidentifiedImageError as error:  # its own message names a memory address

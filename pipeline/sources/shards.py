@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Protocol
 
 import apache_beam as beam
 
 from pipeline.recipe import PoolBounds
-from pipeline.records import Annotation, DeadLetter, Sample, SampleBatch, Shard, dead_letter
+from pipeline.records import Annotation, Attempt, DeadLetter, Sample, SampleBatch, Shard, dead_letter
+from pipeline.sources.ahead import in_order
 from pipeline.sources.images import UndecodableImage, decode
 from pipeline.sources.webdataset import read_samples
 
@@ -26,36 +29,73 @@ class Work(Protocol):
         """The samples to read by key, as far as they are known; None for all of the shard."""
 
 
+Prepare = Callable[[Sample], Sample]
+"""Makes of a decoded sample what the stage's models look at."""
+
+
 class ReadShards(beam.PTransform):
-    """PCollection[Shard] -> batches of its samples (main output) and the shards that need no work (`FINISHED`)."""
+    """PCollection[Shard] -> batches of its samples (main output) and the shards that need no work (`FINISHED`).
+
+    Threads decode the next batch, and prepare it where `load_prepare` is given, while the fused stage is busy with the
+    current one. `load_prepare` is called once per process, and only where a shard needs work.
+    """
 
     BATCHES, FINISHED = "batches", "finished"
 
-    def __init__(self, work: Work, bounds: PoolBounds, batch_size: int, draft_side_px: int | None = None) -> None:
+    def __init__(
+        self,
+        work: Work,
+        bounds: PoolBounds,
+        batch_size: int,
+        draft_side_px: int | None = None,
+        load_prepare: Callable[[], Prepare] | None = None,
+    ) -> None:
         super().__init__()
-        self._read = _ReadShard(work, bounds, batch_size, draft_side_px)
+        self._read = _ReadShard(work, bounds, batch_size, draft_side_px, load_prepare)
 
     def expand(self, shards: beam.PCollection) -> beam.pvalue.DoOutputsTuple:
         return shards | "Read and decode" >> beam.ParDo(self._read).with_outputs(self.FINISHED, main=self.BATCHES)
 
 
 class _ReadShard(beam.DoFn):
-    def __init__(self, work: Work, bounds: PoolBounds, batch_size: int, draft_side_px: int | None) -> None:
+    def __init__(
+        self,
+        work: Work,
+        bounds: PoolBounds,
+        batch_size: int,
+        draft_side_px: int | None,
+        load_prepare: Callable[[], Prepare] | None,
+    ) -> None:
         self._work, self._bounds = work, bounds
         self._batch_size, self._draft_side_px = batch_size, draft_side_px
+        self._load_prepare = load_prepare
+        self._prepare: Prepare | None = None
 
     def process(self, shard: Shard) -> Iterator[SampleBatch | beam.pvalue.TaggedOutput]:
         shard = Shard(*shard)
         if self._work.is_finished(shard):
             yield beam.pvalue.TaggedOutput(ReadShards.FINISHED, shard)
-        else:
-            yield from _batches(shard, self._samples(shard), self._batch_size)
+            return
+        if self._load_prepare and self._prepare is None:
+            self._prepare = self._load_prepare()
+        attempt = Attempt()
+        while True:
+            with contextlib.closing(self._decoded_samples(shard)) as samples:
+                for batch in _batches(shard, samples, self._batch_size, attempt):
+                    yield batch  # the stage's models look at it before the next line runs
+                    if attempt.out_of_memory:
+                        break
+            if not attempt.out_of_memory:
+                return
+            attempt = attempt.smaller()
+
+    def _decoded_samples(self, shard: Shard) -> Generator[Sample | DeadLetter, None, None]:
+        return in_order(self._decoded, self._samples(shard), os.cpu_count() or 1, ahead=self._batch_size)
 
     def _samples(self, shard: Shard) -> Iterator[Sample | DeadLetter]:
         wanted = self._work.wanted(shard)
         if wanted is None:
-            for found in read_samples(shard, self._bounds, self._work.stage):
-                yield found if isinstance(found, DeadLetter) else self._decoded(found)
+            yield from read_samples(shard, self._bounds, self._work.stage)
             return
         missing = dict(wanted)
         # What is already known to be broken was told by the stage that knows all of the shard.
@@ -63,14 +103,16 @@ class _ReadShard(beam.DoFn):
             key = found.key if isinstance(found, DeadLetter) else found.annotation.key
             annotation = missing.pop(key, None)
             if annotation is not None and isinstance(found, Sample):
-                yield self._decoded(Sample(annotation, found.metadata, found.image_bytes))
+                yield Sample(annotation, found.metadata, found.image_bytes)
             elif annotation is not None and isinstance(found, DeadLetter):
                 yield found._replace(uid=annotation.uid)
         for annotation in missing.values():
             message = "stage 1 saw this sample, the tar no longer holds it whole"
             yield dead_letter(annotation, self._work.stage, "vanished", message)
 
-    def _decoded(self, sample: Sample) -> Sample | DeadLetter:
+    def _decoded(self, sample: Sample | DeadLetter) -> Sample | DeadLetter:
+        if isinstance(sample, DeadLetter):
+            return sample
         try:
             pixels, (width, height) = decode(
                 sample.image_bytes, self._bounds.max_image_pixels, self._draft_side_px
@@ -78,11 +120,12 @@ class _ReadShard(beam.DoFn):
         except UndecodableImage as error:
             return dead_letter(sample.annotation, self._work.stage, error.reason, str(error))
         annotation = sample.annotation.with_columns(width_px=width, height_px=height)
-        return Sample(annotation, sample.metadata, sample.image_bytes, pixels)
+        decoded = Sample(annotation, sample.metadata, sample.image_bytes, pixels)
+        return self._prepare(decoded) if self._prepare else decoded
 
 
 def _batches(
-    shard: Shard, samples: Iterable[Sample | DeadLetter], batch_size: int
+    shard: Shard, samples: Iterable[Sample | DeadLetter], batch_size: int, attempt: Attempt
 ) -> Iterator[SampleBatch]:
     """Batches of `batch_size` samples in tar order; the last one may be smaller, or empty."""
     index = 0
@@ -93,7 +136,7 @@ def _batches(
             letters.append(sample)
             continue
         if len(whole) == batch_size:
-            yield SampleBatch(shard, index, False, tuple(whole), tuple(letters))
+            yield SampleBatch(shard, index, False, tuple(whole), tuple(letters), attempt)
             index, whole, letters = index + 1, [], []
         whole.append(sample)
-    yield SampleBatch(shard, index, True, tuple(whole), tuple(letters))
+    yield SampleBatch(shard, index, True, tuple(whole), tuple(letters), attempt)

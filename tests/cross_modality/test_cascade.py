@@ -7,7 +7,7 @@ import pytest
 from pipeline import recipe
 from pipeline.records import Annotation
 from transforms.cross_modality import flipped_clip, image_text_matching
-from transforms.cross_modality.cascade import match_floor, unscored, wanted
+from transforms.cross_modality.cascade import asked, match_floor, prompt_floor, unscored, wanted
 from transforms.cross_modality.digit import has_digits
 
 
@@ -101,3 +101,29 @@ def test_unscored_without_floors_asks_for_everything():
     assert match_floor(settings) is None
     assert unscored(annotation(flipped_clip_cosine=-1.0, match_probability=0.0), settings) == ["digit_probability"]
     assert unscored(annotation(flipped_clip_cosine=-1.0), settings) == ["match_probability"]
+
+
+PROMPTED = recipe.Digit(model="m", clip_prompts=recipe.ClipPrompts(min_probability=0.4))
+
+
+@pytest.mark.parametrize(
+    ("probability", "missing", "wanted_columns"),
+    [
+        (None, ["digit_prompt_probability"], ["match_probability"]),
+        (0.3999, [], ["match_probability"]),
+        (0.4, ["digit_probability"], ["match_probability", "digit_probability"]),
+    ],
+)
+def test_clip_s_prompts_choose_who_is_asked_about_digits(
+    probability: float | None, missing: list[str], wanted_columns: list[str]
+):
+    scored = annotation(flipped_clip_cosine=0.3, match_probability=0.9, digit_prompt_probability=probability)
+    assert unscored(scored, stage(digit=PROMPTED)) == missing
+    assert asked(scored, stage(digit=PROMPTED)) == wanted_columns
+    assert prompt_floor(PROMPTED) == 0.4
+
+
+def test_without_prompts_everything_that_passes_is_asked():
+    scored = annotation(flipped_clip_cosine=0.3, match_probability=0.9)
+    assert prompt_floor(recipe.Digit(model="m")) is None
+    assert unscored(scored, stage(digit=recipe.Digit(model="m"))) == ["digit_probability"]

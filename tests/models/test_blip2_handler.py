@@ -25,6 +25,7 @@ from tests.models.tiny_models import PROMPT
 from transforms.cross_modality.digit import Digit
 from transforms.models.blip2 import Blip2Handler, LoadedBlip2, digit_probability
 from transforms.models.pictures import pixels_of
+from transforms.models.weights import load_processor
 
 OTHER_PROMPT = "is there a number? Answer:"
 
@@ -93,11 +94,12 @@ def test_an_encoder_decoder_is_read_where_its_answer_starts():
     torch.manual_seed(0)
     model = Blip2ForConditionalGeneration(config).eval()
     prompt = torch.tensor([39] * 4 + [5, 6, 1])
-    pixels = list(torch.randn(3, 3, 32, 32))
+    table = torch.linspace(-2, 2, 256).repeat(3, 1)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
+    found = LoadedBlip2(model, None, table, (prompt,), 7, 8).score(list(pixels))
     with torch.inference_mode():
-        found = LoadedBlip2(model, None, torch.device("cpu"), (prompt,), 7, 8).score(pixels)
         answer = model.generate(
-            pixel_values=torch.stack(pixels),
+            pixel_values=table[0][torch.from_numpy(pixels).int()],
             input_ids=prompt.repeat(3, 1),
             max_new_tokens=1,
             output_logits=True,
@@ -106,8 +108,8 @@ def test_an_encoder_decoder_is_read_where_its_answer_starts():
     np.testing.assert_allclose(found[:, 0], answer.logits[0][:, [7, 8]], atol=1e-5)
 
 
-def test_the_answers_are_the_words_as_they_follow_the_colon(model: LoadedBlip2):
-    tokenizer = model.processor.tokenizer
+def test_the_answers_are_the_words_as_they_follow_the_colon(digit_folder: Path, model: LoadedBlip2):
+    tokenizer = load_processor(Blip2Processor, settings_for(digit_folder)).tokenizer
     for word, token in (("yes", model.yes), ("no", model.no)):
         assert tokenizer(f"Answer: {word}", add_special_tokens=False)["input_ids"][-1] == token
 

@@ -130,7 +130,7 @@ def test_long_captions_are_cut_at_max_tokens(itm_folder: Path):
     handler = BlipHandler(settings_for(itm_folder, max_tokens=20), "cpu", None)
     model = handler.load_model()
     sample = make_sample(1)
-    assert len(model.captioned(sample).tokens) == 20
+    assert len(model.prepare(sample).tokens) == 20
     with pytest.raises(ValueError, match="takes at most 64"):
         BlipHandler(settings_for(itm_folder, max_tokens=65), "cpu", None).load_model()
 

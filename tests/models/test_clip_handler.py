@@ -23,8 +23,17 @@ from tests.models.model_batches import (
     scores,
 )
 from transforms.cross_modality.flipped_clip import FlippedClip
-from transforms.models.clip import ClipHandler, LoadedClip, cosine, shortened
+from transforms.models.clip import (
+    ClipHandler,
+    ClipPreparation,
+    LoadedClip,
+    _preprocess_cfg,
+    cosine,
+    share_of_first,
+    shortened,
+)
 from transforms.models.pictures import pixels_of
+from transforms.models.weights import ClipSource
 
 
 def settings_for(folder: Path, **changes: Any) -> recipe.FlippedClip:
@@ -177,3 +186,81 @@ def test_the_transform_scores_whole_batches(clip_folder: Path, handler: ClipHand
     with TestPipeline("FnApiRunner") as p:
         scored = p | beam.Create(batches) | FlippedClip(settings_for(clip_folder), "cpu") | beam.Map(check)
         assert_that(scored, equal_to(expected))
+
+
+PROMPTS = recipe.ClipPrompts(positive=["digits", "a number"], negative=["a field", "a face", "no"], min_probability=0.5)
+
+
+@pytest.mark.parametrize("unflipped", [False, True])
+def test_the_share_of_the_positive_prompts_is_clips_own(clip_folder: Path, unflipped: bool):
+    handler = ClipHandler(settings_for(clip_folder, score_unflipped=unflipped), "cpu", prompts=PROMPTS)
+    (scored,) = handler.run_inference(make_batch(make_sample(i) for i in range(3)), handler.load_model())
+    plain, _, tokenizer = plain_model(clip_folder)
+    for sample in scored:
+        pixels = pixels_of(sample) if unflipped else pixels_of(sample)[:, ::-1].copy()
+        _, image = plain_features(clip_folder, Image.fromarray(pixels), "")
+        with torch.no_grad():
+            prompts = plain.encode_text(tokenizer([*PROMPTS.positive, *PROMPTS.negative]), normalize=True).numpy()
+            scale = float(plain.logit_scale.exp())
+        shares = torch.softmax(torch.from_numpy(scale * prompts @ image), 0)
+        assert sample.annotation.digit_prompt_probability == pytest.approx(float(shares[:2].sum()), abs=1e-5)
+
+
+def test_without_prompts_there_is_no_share(handler: ClipHandler, model: LoadedClip):
+    (scored,) = handler.run_inference(make_batch([make_sample(0)]), model)
+    assert scored.samples[0].annotation.digit_prompt_probability is None
+
+
+def test_share_of_first_without_overflow():
+    image = np.float32([1, 0])
+    assert share_of_first(np.float32([[1000, 0], [-1000, 0]]), image, 1) == 1.0
+    assert share_of_first(np.float32([[5, 1], [5, 2], [5, 3], [5, 4]]), image, 1) == 0.25
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_in_every_precision_a_score_ignores_the_batch_mates(clip_folder: Path, precision: str):
+    handler = ClipHandler(settings_for(clip_folder), "cpu", precision)
+    model = handler.load_model()
+    assert_scores_ignore_batch_mates(lambda batch: handler.run_inference(batch, model)[0])
+
+
+def test_bf16_is_near_fp32_and_is_not_fp32(clip_folder: Path):
+    batch = make_batch(make_sample(i) for i in range(8))
+    found = []
+    for precision in ("fp32", "bf16"):
+        handler = ClipHandler(settings_for(clip_folder), "cpu", precision)
+        (scored,) = handler.run_inference(batch, handler.load_model())
+        found.append(np.array([s.annotation.flipped_clip_cosine for s in scored]))
+    drift = np.abs(found[0] - found[1]).max()
+    assert 0 < drift < 0.02
+
+
+def test_the_tokenizer_keeps_no_more_words_than_it_may(clip_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("transforms.models.clip._MAX_CACHED_WORDS", 5)
+    prepare = ClipPreparation.load(settings_for(clip_folder))
+    plain = open_clip.get_tokenizer("ViT-B-32")
+    for start in range(0, 60, 6):
+        caption = " ".join(f"wordthat{chr(97 + (start + i) % 26)}xq" for i in range(3))
+        assert np.array_equal(prepare.tokens(caption), plain([caption], context_length=24)[0].numpy())
+    assert len(prepare._tokenize.cache) == 5  # type: ignore[attr-defined]
+
+
+def test_preprocessing_that_is_another_models_is_refused(clip_folder: Path):
+    _, _, other = open_clip.create_model_and_transforms(
+        f"local-dir:{clip_folder}", image_mean=(0.1, 0.2, 0.3)
+    )
+    with pytest.raises(ValueError, match="does more than"):
+        ClipPreparation.load(settings_for(clip_folder)).table_for(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"), [("ViT-B-32", "openai"), ("ViT-L-14", "openai"), ("ViT-B-16-SigLIP", "webli"), ("RN50", "openai")]
+)
+def test_preprocessing_without_the_model_is_what_open_clip_puts_together(name: str, tag: str):
+    cfg = _preprocess_cfg(ClipSource(name, tag, False))
+    known = open_clip.get_pretrained_cfg(name, tag)
+    side = open_clip.get_model_config(name)["vision_cfg"]["image_size"]
+    assert (cfg.size, tuple(cfg.mean), tuple(cfg.std)) == ((side, side), tuple(known["mean"]), tuple(known["std"]))
+    assert (cfg.interpolation, cfg.resize_mode) == (
+        known.get("interpolation", "bicubic"), known.get("resize_mode", "shortest")
+    )  # fmt: skip

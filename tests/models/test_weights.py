@@ -90,7 +90,7 @@ def test_a_remote_folder_that_is_not_there(store: Path):
 def test_a_model_loads_from_a_remote_folder(store: Path, clip_folder: Path):
     shutil.copytree(clip_folder, store / "bucket" / "clip")
     settings = recipe.FlippedClip(model="fakestore://bucket/clip", min=0.2)
-    assert ClipHandler(settings, "cpu").load_model().tokenize("a").shape == (1, 24)
+    assert ClipHandler(settings, "cpu").load_model().preparation.tokens("a").shape == (24,)
     assert set(weights.model_identity(settings)["sha256"]) == {"open_clip_model.safetensors"}
 
 
@@ -133,3 +133,16 @@ def test_a_tag_trained_with_quick_gelu_gets_it(architecture: str, tag: str, quic
     settings = recipe.FlippedClip(model=architecture, weights=tag, min=0.2)
     assert weights.clip_source(settings) == (architecture, tag, quick)
     assert not open_clip.get_model_config(architecture.replace("/", "-")).get("quick_gelu", False)
+
+
+def test_an_open_clip_model_on_a_hub_is_taken_at_its_revision(clip_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def snapshot(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision))
+        return str(clip_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    settings = recipe.FlippedClip(model="hf-hub:someone/clip", revision="0123abcd", min=0.2)
+    assert weights.clip_source(settings) == (f"local-dir:{clip_folder}", None, False)
+    assert asked == [("someone/clip", "0123abcd")]

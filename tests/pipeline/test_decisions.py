@@ -180,6 +180,33 @@ def test_a_funnel_names_rules_that_drop_nothing_and_stages() -> None:
     assert content["dead_letters"] == {}
 
 
+def test_the_funnel_says_which_models_were_spared_a_sample() -> None:
+    rows = decided(
+        [
+            row(1),
+            row(2, flipped_clip_cosine=0.0, match_probability=None, digit_probability=None),
+            row(3, match_probability=0.1, digit_probability=None),
+            row(4, word_count=1, flipped_clip_cosine=None, match_probability=None, digit_probability=None),
+        ],
+        [placed(1)],
+    )
+    counts = tally(rows, [])
+    assert counts["not_asked", "image_text_matching"] == 1
+    assert counts["not_asked", "digit"] == 2
+    counts["in", ""] = 4
+    assert funnel(counts, recipe())["not_asked"] == {"image_text_matching": 1, "digit": 2}
+    without = recipe(cross_modality__digit=..., distribution_alignment__digit_enhancement=...)
+    assert funnel(counts, without)["not_asked"] == {"image_text_matching": 1}
+
+
+def test_the_funnel_counts_shards_at_smaller_batches_where_there_are_any() -> None:
+    counts = {("in", ""): 1, ("survivors", ""): 1}
+    assert "smaller_batches" not in funnel(counts, recipe())
+    halved = {("smaller_batches", "digit"): 1}
+    found = funnel(add_tallies([counts, halved, halved]), recipe())
+    assert found["smaller_batches"] == {"digit": 2}
+
+
 def test_the_funnel_of_nothing() -> None:
     content = funnel({}, recipe())
     assert (content["in"], content["survivors"], content["copies"]) == (0, 0, 0)

@@ -6,21 +6,44 @@ from pipeline import recipe
 from pipeline.records import Annotation
 
 
-def wanted(annotation: Annotation, min_cosine: float | None, min_match_probability: float | None = None) -> bool:
+def wanted(
+    annotation: Annotation,
+    min_cosine: float | None,
+    min_match_probability: float | None = None,
+    min_prompt_probability: float | None = None,
+) -> bool:
     """Whether a later model is asked about a sample: it reaches every floor known beforehand.
 
     `min_cosine` is the lowest flipped-CLIP cosine that can still be kept, so with digit rescue on
     it is the rescue's: a sample between that and `min` must be asked about digits. None means that
-    no floor is known (`keep_fraction`).
+    no floor is known (`keep_fraction`), or that the setting is off.
     """
-    return _reaches(annotation.flipped_clip_cosine, min_cosine) and _reaches(
-        annotation.match_probability, min_match_probability
+    return (
+        _reaches(annotation.flipped_clip_cosine, min_cosine)
+        and _reaches(annotation.match_probability, min_match_probability)
+        and _reaches(annotation.digit_prompt_probability, min_prompt_probability)
     )
 
 
 def match_floor(settings: recipe.CrossModality) -> float | None:
     """The match probability below which nobody needs to be asked about digits."""
     return settings.image_text_matching.min if settings.image_text_matching else None
+
+
+def prompt_floor(settings: recipe.Digit) -> float | None:
+    """The share of CLIP's digit prompts below which nobody needs to be asked about digits."""
+    return settings.clip_prompts.min_probability if settings.clip_prompts else None
+
+
+def asked(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
+    """The columns of the later models that `settings` need of a sample scored by flipped CLIP, as far as its scores
+    tell: what comes after an unknown score in the cascade is known only once that is there."""
+    floor, columns = settings.flipped_clip.cascade_min_cosine, []
+    if settings.image_text_matching and wanted(annotation, floor):
+        columns.append("match_probability")
+    if settings.digit and wanted(annotation, floor, match_floor(settings), prompt_floor(settings.digit)):
+        columns.append("digit_probability")
+    return columns
 
 
 def unscored(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
@@ -30,11 +53,9 @@ def unscored(annotation: Annotation, settings: recipe.CrossModality) -> list[str
     """
     if annotation.flipped_clip_cosine is None:
         return ["flipped_clip_cosine"]
-    floor = settings.flipped_clip.cascade_min_cosine
-    if settings.image_text_matching and annotation.match_probability is None and wanted(annotation, floor):
-        return ["match_probability"]
-    asked = settings.digit and wanted(annotation, floor, match_floor(settings))
-    return ["digit_probability"] if asked and annotation.digit_probability is None else []
+    if settings.digit and settings.digit.clip_prompts and annotation.digit_prompt_probability is None:
+        return ["digit_prompt_probability"]
+    return [column for column in asked(annotation, settings) if getattr(annotation, column) is None][:1]
 
 
 def _reaches(score: float | None, floor: float | None) -> bool:

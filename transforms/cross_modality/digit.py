@@ -26,9 +26,10 @@ class Digit(beam.PTransform):
         device: str,
         min_cosine: float | None,
         min_match_probability: float | None = None,
+        precision: str = "fp32",
     ) -> None:
         super().__init__()
-        self._handler = Blip2Handler(settings, device, min_cosine, min_match_probability)
+        self._handler = Blip2Handler(settings, device, min_cosine, min_match_probability, precision)
 
     def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
         return batches | "Ask for digits" >> RunInference(self._handler)

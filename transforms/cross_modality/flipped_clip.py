@@ -38,11 +38,18 @@ def keeps(annotation: Annotation, settings: recipe.FlippedClip, min_cosine: floa
 
 
 class FlippedClip(beam.PTransform):
-    """Scores caption against mirrored picture, and embeds the picture."""
+    """Scores caption against mirrored picture, and embeds the picture; with `prompts`, says also how likely it shows
+    digits."""
 
-    def __init__(self, settings: recipe.FlippedClip, device: str) -> None:
+    def __init__(
+        self,
+        settings: recipe.FlippedClip,
+        device: str,
+        precision: str = "fp32",
+        prompts: recipe.ClipPrompts | None = None,
+    ) -> None:
         super().__init__()
-        self._handler = ClipHandler(settings, device)
+        self._handler = ClipHandler(settings, device, precision, prompts)
 
     def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
         return batches | "Score flipped CLIP" >> RunInference(self._handler)

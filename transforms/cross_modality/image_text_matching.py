@@ -27,9 +27,11 @@ def keeps(annotation: Annotation, settings: recipe.ImageTextMatching, min_probab
 class ImageTextMatching(beam.PTransform):
     """Scores how well caption and picture match, for what reaches `min_cosine` (None: all)."""
 
-    def __init__(self, settings: recipe.ImageTextMatching, device: str, min_cosine: float | None) -> None:
+    def __init__(
+        self, settings: recipe.ImageTextMatching, device: str, min_cosine: float | None, precision: str = "fp32"
+    ) -> None:
         super().__init__()
-        self._handler = BlipHandler(settings, device, min_cosine)
+        self._handler = BlipHandler(settings, device, min_cosine, precision)
 
     def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
         return batches | "Score image-text matching" >> RunInference(self._handler)

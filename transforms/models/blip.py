@@ -3,77 +3,96 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Hashable
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from transformers import BlipForImageTextRetrieval, BlipProcessor
 
 from pipeline import recipe
-from pipeline.records import Sample, SampleBatch
+from pipeline.records import Annotation, Sample
 from transforms.cross_modality.cascade import wanted
-from transforms.models.fixed_batches import PREPARATION_FAILED, Failure, FixedBatches, describe
-from transforms.models.handler import SampleBatchHandler, with_results
-from transforms.models.pictures import grey, pixels_of, processed
+from transforms.models.handler import SampleBatchHandler
+from transforms.models.pictures import Processed, grey, normalised, on_device, pixels_of
+from transforms.models.precision import dtype_on
 from transforms.models.probability import as_float32, of_two
-from transforms.models.weights import load_pretrained
+from transforms.models.weights import load_pretrained, load_processor
 
 _BUCKETS = (16, 32, 64, 128, 256, 512)
 
 
-class _Captioned(NamedTuple):
-    """A sample with its caption's tokens, padded to their bucket."""
+class BlipInput(NamedTuple):
+    """One sample as the model takes it: bytes (3, h, w), and the caption's tokens, padded to their bucket."""
 
-    sample: Sample
-    tokens: torch.Tensor
-    mask: torch.Tensor
+    pixels: np.ndarray
+    tokens: np.ndarray
+    mask: np.ndarray
 
 
-class _Input(NamedTuple):
-    pixels: torch.Tensor
-    tokens: torch.Tensor
-    mask: torch.Tensor
+class BlipPreparation:
+    """A BLIP model's own preprocessing and tokenizer."""
+
+    def __init__(self, processor: Any, max_tokens: int) -> None:
+        self.pictures = Processed(processor)
+        self._tokenizer, self._max_tokens = processor.tokenizer, max_tokens
+        # The tokenizer takes its truncation from the first call. Made here, no thread makes that
+        # change while another one is reading.
+        self.probe(0)
+
+    @classmethod
+    def load(cls, settings: recipe.ImageTextMatching) -> BlipPreparation:
+        """The preprocessing and the tokenizer that belong to the model; its weights are not looked at."""
+        return cls(load_processor(BlipProcessor, settings), settings.max_tokens)
+
+    def prepare(self, sample: Sample) -> BlipInput:
+        """The picture beside the caption's tokens, whose number names the bucket."""
+        return BlipInput(self.pictures(pixels_of(sample)), *self._tokenize(sample.annotation.caption))
+
+    def probe(self, tokens: int) -> BlipInput:
+        """What any sound model can score, in the bucket of so many tokens."""
+        return BlipInput(self.pictures(grey()), *self._tokenize("a picture", tokens))
+
+    def _tokenize(self, caption: str, at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        ids = self._tokenizer(caption, truncation=True, max_length=self._max_tokens)["input_ids"]
+        padding = bucket(max(len(ids), at_least), self._max_tokens) - len(ids)
+        return (
+            np.array(ids + [self._tokenizer.pad_token_id] * padding),
+            np.array([1] * len(ids) + [0] * padding),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBlip:
-    """A BLIP image-text-matching model with its own preprocessing."""
+    """A BLIP image-text-matching model with its own preparation."""
 
     model: Any
-    processor: Any
-    device: torch.device
-    max_tokens: int
+    preparation: BlipPreparation
+    table: torch.Tensor
+    one_at_a_time: Any = dataclasses.field(default_factory=threading.Lock)  # so that a batch finds the memory it needs
 
-    def captioned(self, sample: Sample) -> _Captioned:
-        """The sample with its tokens, whose number names its bucket."""
-        return _Captioned(sample, *self._tokenize(sample.annotation.caption))
+    def prepare(self, sample: Sample) -> BlipInput:
+        """As `BlipPreparation.prepare`."""
+        return self.preparation.prepare(sample)
 
-    def prepare(self, captioned: _Captioned) -> _Input:
-        """The picture beside the tokens."""
-        return _Input(processed(self.processor, pixels_of(captioned.sample)), captioned.tokens, captioned.mask)
-
-    def probe(self, tokens: int) -> _Input:
+    def probe(self, shape: Hashable) -> BlipInput:
         """What any sound model can score, in the bucket of so many tokens."""
-        ids, mask = self._tokenize("a picture", tokens)
-        return _Input(processed(self.processor, grey()), ids, mask)
+        assert isinstance(shape, int)
+        return self.preparation.probe(shape)
 
-    def score(self, inputs: list[_Input]) -> np.ndarray:
+    def score(self, inputs: list[BlipInput]) -> np.ndarray:
         """Match logits (rows, 2), float32: of "does not match" and of "matches"."""
-        pixels, tokens, mask = (torch.stack(column).to(self.device) for column in zip(*inputs, strict=True))
+        pixels, tokens, mask = zip(*inputs, strict=True)
+        device = self.table.device
         # the model makes its image mask on torch's default device
-        with self.device:
-            output = self.model(input_ids=tokens, pixel_values=pixels, attention_mask=mask)
-        return output.itm_score.float().cpu().numpy()
-
-    def _tokenize(self, caption: str, at_least: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
-        ids = tokenizer(caption, truncation=True, max_length=self.max_tokens)["input_ids"]
-        padding = bucket(max(len(ids), at_least), self.max_tokens) - len(ids)
-        return (
-            torch.tensor(ids + [tokenizer.pad_token_id] * padding),
-            torch.tensor([1] * len(ids) + [0] * padding),
-        )
+        with self.one_at_a_time, torch.inference_mode(), device:
+            output = self.model(
+                input_ids=on_device(np.stack(tokens), device),
+                pixel_values=normalised(pixels, self.table),
+                attention_mask=on_device(np.stack(mask), device),
+            )
+            return output.itm_score.float().cpu().numpy()
 
 
 class BlipHandler(SampleBatchHandler[LoadedBlip]):
@@ -86,46 +105,38 @@ class BlipHandler(SampleBatchHandler[LoadedBlip]):
     batch-mates.
     """
 
-    def __init__(self, settings: recipe.ImageTextMatching, device: str, min_cosine: float | None) -> None:
-        super().__init__(device)
-        self._settings = settings
-        self._min_cosine = min_cosine
+    rule: ClassVar[str] = "image_text_matching"
+
+    def __init__(
+        self,
+        settings: recipe.ImageTextMatching,
+        device: str,
+        min_cosine: float | None,
+        precision: str = "fp32",
+    ) -> None:
+        super().__init__(settings.batch_size, device)
+        self._settings, self._min_cosine, self._precision = settings, min_cosine, precision
 
     def load_on(self, device: torch.device) -> LoadedBlip:
-        model, processor = load_pretrained(BlipForImageTextRetrieval, BlipProcessor, self._settings, device)
+        dtype = dtype_on(self._precision, device)
+        model = load_pretrained(BlipForImageTextRetrieval, self._settings, device, dtype)
         positions = model.config.text_config.max_position_embeddings
         if self._settings.max_tokens > positions:
             raise ValueError(
                 f"image_text_matching.max_tokens: got {self._settings.max_tokens}; "
                 f"{self._settings.model} takes at most {positions}"
             )
-        loaded = LoadedBlip(model, processor, device, self._settings.max_tokens)
-        # The tokenizer takes its truncation from the first call. Made here, no thread makes that
-        # change while another one is reading.
-        loaded.probe(0)
-        return loaded
+        preparation = BlipPreparation.load(self._settings)
+        return LoadedBlip(model, preparation, torch.from_numpy(preparation.pictures.table).to(device, dtype))
 
-    def annotate(self, batch: SampleBatch, model: LoadedBlip) -> SampleBatch:
-        buckets: dict[int, dict[int, _Captioned]] = {}
-        failures: list[Failure] = []
-        for row, sample in enumerate(batch):
-            if wanted(sample.annotation, self._min_cosine):
-                try:
-                    captioned = model.captioned(sample)
-                # whatever the tokenizer makes of this caption is recorded with it
-                except Exception as error:
-                    failures.append(Failure(row, PREPARATION_FAILED, describe(error)))
-                else:
-                    buckets.setdefault(len(captioned.tokens), {})[row] = captioned
+    def wants(self, annotation: Annotation) -> bool:
+        return wanted(annotation, self._min_cosine)
 
-        columns: dict[int, dict[str, Any]] = {}
-        for tokens, members in buckets.items():
-            probe = functools.partial(model.probe, tokens)
-            logits, failed = FixedBatches(self._settings.batch_size, model.prepare, model.score, probe)(members)
-            for row, pair in logits.items():
-                columns[row] = {"match_probability": match_probability(pair)}
-            failures += failed
-        return with_results(batch, "image_text_matching", columns, failures)
+    def shape_of(self, prepared: BlipInput) -> Hashable:
+        return len(prepared.tokens)
+
+    def columns(self, scores: np.ndarray, model: LoadedBlip) -> dict[str, Any]:
+        return {"match_probability": match_probability(scores)}
 
 
 def bucket(token_count: int, max_tokens: int) -> int:

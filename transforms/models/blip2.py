@@ -3,55 +3,75 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import threading
+from collections.abc import Hashable
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
 from pipeline import recipe
-from pipeline.records import Sample, SampleBatch
-from transforms.cross_modality.cascade import wanted
-from transforms.models.fixed_batches import FixedBatches
-from transforms.models.handler import SampleBatchHandler, with_results
-from transforms.models.pictures import grey, pixels_of, processed
+from pipeline.records import Annotation, Sample
+from transforms.cross_modality.cascade import prompt_floor, wanted
+from transforms.models.handler import SampleBatchHandler
+from transforms.models.pictures import Processed, grey, normalised, pixels_of
+from transforms.models.precision import dtype_on
 from transforms.models.probability import as_float32, of_two
-from transforms.models.weights import load_pretrained
+from transforms.models.weights import load_pretrained, load_processor
+
+
+class Blip2Preparation:
+    """A BLIP-2 model's own preprocessing; the prompts are the same for every sample."""
+
+    def __init__(self, processor: Any) -> None:
+        self.pictures = Processed(processor)
+
+    @classmethod
+    def load(cls, settings: recipe.Digit) -> Blip2Preparation:
+        """The preprocessing that belongs to the model; its weights are not looked at."""
+        return cls(load_processor(Blip2Processor, settings))
+
+    def prepare(self, sample: Sample) -> np.ndarray:
+        """The picture as bytes (3, h, w)."""
+        return self.pictures(pixels_of(sample))
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBlip2:
-    """A BLIP-2 model with its own preprocessing, the prompts and the two answers as tokens."""
+    """A BLIP-2 model with its own preparation, the prompts and the two answers as tokens."""
 
     model: Any
-    processor: Any
-    device: torch.device
+    preparation: Blip2Preparation
+    table: torch.Tensor
     prompts: tuple[torch.Tensor, ...]
     yes: int
     no: int
+    one_at_a_time: Any = dataclasses.field(default_factory=threading.Lock)  # so that a batch finds the memory it needs
 
-    def prepare(self, sample: Sample) -> torch.Tensor:
-        """The picture; the prompts are the same for every sample."""
-        return processed(self.processor, pixels_of(sample))
+    def prepare(self, sample: Sample) -> np.ndarray:
+        """As `Blip2Preparation.prepare`."""
+        return self.preparation.prepare(sample)
 
-    def probe(self) -> torch.Tensor:
+    def probe(self, shape: Hashable = None) -> np.ndarray:
         """What any sound model can score."""
-        return processed(self.processor, grey())
+        return self.preparation.pictures(grey())
 
-    def score(self, pixels: list[torch.Tensor]) -> np.ndarray:
+    def score(self, pixels: list[np.ndarray]) -> np.ndarray:
         """Logits (rows, prompts, 2), float32: of "yes" and of "no" as the answer's first token.
 
         The picture goes through the vision tower once for all prompts.
         """
-        image = self.model.get_image_features(torch.stack(pixels).to(self.device), return_dict=True)
-        logits = [self._first_answer_logits(prompt.repeat(len(pixels), 1), image) for prompt in self.prompts]
-        return torch.stack(logits, dim=1)[..., [self.yes, self.no]].float().cpu().numpy()
+        with self.one_at_a_time, torch.inference_mode():
+            image = self.model.get_image_features(normalised(pixels, self.table), return_dict=True)
+            logits = [self._first_answer_logits(prompt.repeat(len(pixels), 1), image) for prompt in self.prompts]
+            return torch.stack(logits, dim=1)[..., [self.yes, self.no]].float().cpu().numpy()
 
     def _first_answer_logits(self, prompts: torch.Tensor, image: Any) -> torch.Tensor:
         answer: dict[str, Any] = {"logits_to_keep": 1}
         if not self.model.config.use_decoder_only_language_model:  # as FLAN-T5
             start = self.model.config.text_config.decoder_start_token_id
-            answer = {"decoder_input_ids": torch.full((len(prompts), 1), start, device=self.device)}
+            answer = {"decoder_input_ids": torch.full((len(prompts), 1), start, device=prompts.device)}
         output = self.model(
             pixel_values=None,
             input_ids=prompts,
@@ -76,41 +96,41 @@ class Blip2Handler(SampleBatchHandler[LoadedBlip2]):
     tokens for every sample, so nothing is padded.
     """
 
+    rule: ClassVar[str] = "digit"
+
     def __init__(
         self,
         settings: recipe.Digit,
         device: str,
         min_cosine: float | None,
         min_match_probability: float | None = None,
+        precision: str = "fp32",
     ) -> None:
-        super().__init__(device)
-        self._settings = settings
-        self._min_cosine = min_cosine
-        self._min_match_probability = min_match_probability
+        super().__init__(settings.batch_size, device)
+        self._settings, self._precision = settings, precision
+        self._floors = (min_cosine, min_match_probability, prompt_floor(settings))
 
     def load_on(self, device: torch.device) -> LoadedBlip2:
-        model, processor = load_pretrained(Blip2ForConditionalGeneration, Blip2Processor, self._settings, device)
+        dtype = dtype_on(self._precision, device)
+        model = load_pretrained(Blip2ForConditionalGeneration, self._settings, device, dtype)
+        processor = load_processor(Blip2Processor, self._settings)
         if processor.num_query_tokens is None:  # saved before the processor knew of them
             processor.num_query_tokens = model.config.num_query_tokens
+        preparation = Blip2Preparation(processor)
         return LoadedBlip2(
             model,
-            processor,
-            device,
+            preparation,
+            torch.from_numpy(preparation.pictures.table).to(device, dtype),
             tuple(_prompt_tokens(model, processor, prompt).to(device) for prompt in self._settings.prompts),
             _answer_token(processor.tokenizer, " yes"),
             _answer_token(processor.tokenizer, " no"),
         )
 
-    def annotate(self, batch: SampleBatch, model: LoadedBlip2) -> SampleBatch:
-        asked = {
-            row: sample
-            for row, sample in enumerate(batch)
-            if wanted(sample.annotation, self._min_cosine, self._min_match_probability)
-        }
-        score = FixedBatches(self._settings.batch_size, model.prepare, model.score, model.probe)
-        logits, failures = score(asked)
-        columns = {row: {"digit_probability": digit_probability(of)} for row, of in logits.items()}
-        return with_results(batch, "digit", columns, failures)
+    def wants(self, annotation: Annotation) -> bool:
+        return wanted(annotation, *self._floors)
+
+    def columns(self, scores: np.ndarray, model: LoadedBlip2) -> dict[str, Any]:
+        return {"digit_probability": digit_probability(scores)}
 
 
 def digit_probability(logits: np.ndarray) -> float:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import json
+import threading
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import open_clip
 import torch
+from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
 from torch.nn.functional import normalize
+from torchvision.transforms import Compose, Normalize, ToTensor
 
 from pipeline import recipe
-from pipeline.records import Sample, SampleBatch
-from transforms.models.fixed_batches import FixedBatches
-from transforms.models.handler import SampleBatchHandler, with_results
-from transforms.models.pictures import grey, pixels_of
+from pipeline.records import Sample
+from transforms.models.handler import SampleBatchHandler
+from transforms.models.pictures import byte_table, grey, normalised, on_device, pixels_of
+from transforms.models.precision import DTYPES, dtype_on
 from transforms.models.probability import as_float32
-from transforms.models.weights import clip_source
+from transforms.models.weights import LOCAL, ClipSource, clip_source
 
 # open_clip scales the shorter side to its input size before it crops; a picture of 1 x 60,000
 # pixels would then take gigabytes. Such a sample is a dead letter.
@@ -29,54 +35,117 @@ _MAX_ASPECT = 500
 _MAX_CHARACTERS = 4096
 
 
-class _Input(NamedTuple):
-    """One sample as the model takes it: views (v, 3, h, w), the flipped one first, and tokens."""
-
-    views: torch.Tensor
-    tokens: torch.Tensor
+# Words whose tokens open_clip's tokenizer keeps; left to itself it keeps every word of the pool for good.
+_MAX_CACHED_WORDS = 200_000
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedClip:
-    """An open_clip model with its own preprocessing and tokenizer (transformers' skips ftfy)."""
+class ClipInput(NamedTuple):
+    """One sample as the model takes it: bytes (v, 3, h, w), the flipped view first, and tokens."""
 
-    model: Any
-    preprocess: Callable[[Image.Image], torch.Tensor]
-    tokenize: Callable[[str], torch.Tensor]
-    device: torch.device
-    score_unflipped: bool
+    views: np.ndarray
+    tokens: np.ndarray
 
-    def prepare(self, sample: Sample) -> _Input:
+
+class ClipPreparation:
+    """An open_clip model's own preprocessing and tokenizer (transformers' skips ftfy)."""
+
+    def __init__(
+        self,
+        preprocess: Callable[[Image.Image], torch.Tensor],
+        tokenize: Callable[[str], torch.Tensor],
+        score_unflipped: bool,
+    ) -> None:
+        *shape, to_tensor, to_normal = preprocess.transforms  # type: ignore[attr-defined]
+        if not isinstance(to_tensor, ToTensor) or not isinstance(to_normal, Normalize):
+            raise ValueError("this model's preprocessing does not end in normalising")
+        self._shape, self._normalise = Compose(shape), Compose([to_tensor, to_normal])
+        self._tokenize, self._score_unflipped = tokenize, score_unflipped
+        if isinstance(tokenize, SimpleTokenizer):
+            tokenize.cache = _BoundedCache(tokenize.cache)
+        self.table = self.table_for(preprocess)
+
+    @classmethod
+    def load(cls, settings: recipe.FlippedClip) -> ClipPreparation:
+        """The preprocessing and the tokenizer that belong to the model; its weights are not looked at."""
+        source = clip_source(settings)
+        preprocess = image_transform_v2(_preprocess_cfg(source), is_train=False)
+        return cls(preprocess, open_clip.get_tokenizer(source.name), settings.score_unflipped)
+
+    def prepare(self, sample: Sample) -> ClipInput:
         """The sample's views and tokens."""
         pixels = pixels_of(sample)
         height, width = pixels.shape[:2]
         if max(height, width) > _MAX_ASPECT * min(height, width):
             raise ValueError(f"{width} x {height} pixels: one side is more than {_MAX_ASPECT} times the other")
-        views = [pixels[:, ::-1], pixels] if self.score_unflipped else [pixels[:, ::-1]]
-        images = [self.preprocess(Image.fromarray(np.ascontiguousarray(view))) for view in views]
-        return _Input(torch.stack(images), self.tokenize(shortened(sample.annotation.caption))[0])
+        views = [pixels[:, ::-1], pixels] if self._score_unflipped else [pixels[:, ::-1]]
+        return ClipInput(np.stack([self._bytes(view) for view in views]), self.tokens(sample.annotation.caption))
 
-    def probe(self) -> _Input:
+    def probe(self) -> ClipInput:
         """What any sound model can score."""
-        image = self.preprocess(Image.fromarray(grey()))
-        views = torch.stack([image] * (2 if self.score_unflipped else 1))
-        return _Input(views, self.tokenize("a picture")[0])
+        view = self._bytes(grey())
+        return ClipInput(np.stack([view] * (2 if self._score_unflipped else 1)), self.tokens("a picture"))
 
-    def score(self, inputs: list[_Input]) -> np.ndarray:
+    def tokens(self, caption: str) -> np.ndarray:
+        """The caption's tokens, padded to the model's context."""
+        return self._tokenize(shortened(caption))[0].numpy()
+
+    def table_for(self, preprocess: Callable[[Image.Image], torch.Tensor]) -> np.ndarray:
+        """See `pictures.byte_table`. Raises ValueError where `preprocess` is another one than this."""
+        return byte_table(
+            lambda pixels: self._normalise(Image.fromarray(pixels)).numpy(),
+            self._bytes,
+            lambda pixels: preprocess(Image.fromarray(pixels)).numpy(),
+        )
+
+    def _bytes(self, pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(self._shape(Image.fromarray(np.ascontiguousarray(pixels)))).transpose(2, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedClip:
+    """An open_clip model with its own preparation."""
+
+    model: Any
+    preparation: ClipPreparation
+    table: torch.Tensor
+    one_at_a_time: Any = dataclasses.field(default_factory=threading.Lock)  # so that a batch finds the memory it needs
+
+    def prepare(self, sample: Sample) -> ClipInput:
+        """As `ClipPreparation.prepare`."""
+        return self.preparation.prepare(sample)
+
+    def probe(self, shape: Hashable = None) -> ClipInput:
+        """What any sound model can score."""
+        return self.preparation.probe()
+
+    def score(self, inputs: list[ClipInput]) -> np.ndarray:
         """L2-normalised float32 features (rows, 1 + v, d): the caption's, then each view's.
 
         Each view is a forward pass of its own, so that the flipped score is the same whether or not
         the unflipped image is scored too.
         """
-        features = [self.model.encode_text(torch.stack([row.tokens for row in inputs]).to(self.device))]
-        for view in range(len(inputs[0].views)):
-            images = torch.stack([row.views[view] for row in inputs]).to(self.device)
-            features.append(self.model.encode_image(images))
-        return torch.stack([normalize(f.float(), dim=-1) for f in features], dim=1).cpu().numpy()
+        with self.one_at_a_time, torch.inference_mode():
+            features = [self._text(np.stack([row.tokens for row in inputs]))]
+            for view in range(len(inputs[0].views)):
+                features.append(self.model.encode_image(normalised([row.views[view] for row in inputs], self.table)))
+            return torch.stack([normalize(f.float(), dim=-1) for f in features], dim=1).cpu().numpy()
+
+    def prompt_logits(self, prompts: tuple[str, ...]) -> np.ndarray:
+        """float32 (k, d): whose product with an image feature is CLIP's logit for each prompt.
+
+        A prompt has a batch to itself, so its vector does not depend on the others.
+        """
+        with self.one_at_a_time, torch.inference_mode():
+            features = [self._text(self.preparation.tokens(prompt)[None]).float() for prompt in prompts]
+            return (normalize(torch.cat(features), dim=-1) * self.model.logit_scale.exp().float()).cpu().numpy()
+
+    def _text(self, tokens: np.ndarray) -> torch.Tensor:
+        return self.model.encode_text(on_device(tokens, self.table.device))
 
 
 class ClipHandler(SampleBatchHandler[LoadedClip]):
-    """Fills in `flipped_clip_cosine`, `embedding` and, by option, `unflipped_clip_cosine`.
+    """Fills in `flipped_clip_cosine`, `embedding` and, by option, `unflipped_clip_cosine` and
+    `digit_prompt_probability`.
 
         cosine = cos(text(caption), image(mirror(picture)))     (arXiv 2309.15954, "flipped-CLIP")
 
@@ -87,30 +156,78 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
     is scored, else of the flipped one, which costs nothing more. The unflipped is the better one,
     because task centroids are made of unflipped images and digits and letters do not survive a
     mirror: two pictures that differ by their digits may lie closer together once mirrored.
+
+    With `prompts`, the same image feature also tells how likely the digit question is worth asking:
+
+        digit_prompt_probability = sum over the positive prompts of softmax(scale * cos(prompt, picture))    (ours)
     """
 
-    def __init__(self, settings: recipe.FlippedClip, device: str) -> None:
-        super().__init__(device)
-        self._settings = settings
+    rule: ClassVar[str] = "flipped_clip"
+
+    def __init__(
+        self,
+        settings: recipe.FlippedClip,
+        device: str,
+        precision: str = "fp32",
+        prompts: recipe.ClipPrompts | None = None,
+    ) -> None:
+        super().__init__(settings.batch_size, device)
+        self._settings, self._precision, self._prompts = settings, precision, prompts
+        self._prompt_logits: np.ndarray | None = None
 
     def load_on(self, device: torch.device) -> LoadedClip:
         source = clip_source(self._settings)
+        dtype = dtype_on(self._precision, device)
         model, preprocess = open_clip.create_model_from_pretrained(
             source.name,
             pretrained=source.pretrained,
-            precision="fp32",
+            precision=next(name for name, known in DTYPES.items() if known is dtype),
             device=device,
             force_quick_gelu=source.quick_gelu,
             weights_only=True,
         )
-        tokenize = open_clip.get_tokenizer(source.name)
-        return LoadedClip(model.eval(), preprocess, tokenize, device, self._settings.score_unflipped)
+        preparation = ClipPreparation.load(self._settings)
+        table = preparation.table_for(preprocess)
+        return LoadedClip(model.eval(), preparation, torch.from_numpy(table).to(device, dtype))
 
-    def annotate(self, batch: SampleBatch, model: LoadedClip) -> SampleBatch:
-        score = FixedBatches(self._settings.batch_size, model.prepare, model.score, model.probe)
-        features, failures = score(dict(enumerate(batch)))
-        columns = {row: _columns(*of_row) for row, of_row in features.items()}
-        return with_results(batch, "flipped_clip", columns, failures)
+    def columns(self, scores: np.ndarray, model: LoadedClip) -> dict[str, Any]:
+        text, flipped, *rest = scores
+        image = rest[0] if rest else flipped
+        return {
+            "flipped_clip_cosine": cosine(text, flipped),
+            "unflipped_clip_cosine": cosine(text, rest[0]) if rest else None,
+            "digit_prompt_probability": self._digit_prompt_probability(image, model),
+            "embedding": image.astype(np.float16).tobytes(),
+        }
+
+    def _digit_prompt_probability(self, image: np.ndarray, model: LoadedClip) -> float | None:
+        if self._prompts is None:
+            return None
+        if self._prompt_logits is None:
+            self._prompt_logits = model.prompt_logits((*self._prompts.positive, *self._prompts.negative))
+        return share_of_first(self._prompt_logits, image, len(self._prompts.positive))
+
+
+class _BoundedCache(dict[str, str]):
+    """Takes no further word once it is full. It never lets one go: another thread may be about to read it."""
+
+    def __setitem__(self, word: str, tokens: str) -> None:
+        if len(self) < _MAX_CACHED_WORDS:
+            super().__setitem__(word, tokens)
+
+
+def _preprocess_cfg(source: ClipSource) -> PreprocessCfg:
+    """What open_clip would put together for the model, without making the model."""
+    if source.name.startswith(LOCAL):
+        config = json.loads((Path(source.name.removeprefix(LOCAL)) / "open_clip_config.json").read_text())
+        model_cfg, overlay = config["model_cfg"], config.get("preprocess_cfg", {})
+    else:
+        name = source.name.replace("/", "-")
+        model_cfg = open_clip.get_model_config(name)
+        overlay = open_clip.get_pretrained_cfg(name, source.pretrained) or {}
+    side = model_cfg["vision_cfg"].get("image_size", 224)
+    size = tuple(side) if isinstance(side, list | tuple) else (side, side)
+    return PreprocessCfg(**(merge_preprocess_dict(PreprocessCfg(), overlay) | {"size": size}))
 
 
 def shortened(caption: str) -> str:
@@ -126,9 +243,8 @@ def cosine(text: np.ndarray, image: np.ndarray) -> float:
     return as_float32(np.sum(text.astype(np.float64) * image.astype(np.float64)))
 
 
-def _columns(text: np.ndarray, flipped: np.ndarray, unflipped: np.ndarray | None = None) -> dict[str, Any]:
-    return {
-        "flipped_clip_cosine": cosine(text, flipped),
-        "unflipped_clip_cosine": None if unflipped is None else cosine(text, unflipped),
-        "embedding": (flipped if unflipped is None else unflipped).astype(np.float16).tobytes(),
-    }
+def share_of_first(prompt_logits: np.ndarray, image: np.ndarray, count: int) -> float:
+    """The share that the first `count` prompts have in the softmax over all, in float64 and without overflow."""
+    logits = np.sum(prompt_logits.astype(np.float64) * image.astype(np.float64), axis=1)
+    weights = np.exp(logits - logits.max())
+    return as_float32(weights[:count].sum() / weights.sum())

@@ -16,7 +16,6 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-Row = TypeVar("Row")
 Prepared = TypeVar("Prepared")
 
 PREPARATION_FAILED = "preparation_failed"
@@ -43,35 +42,23 @@ class Scores(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedBatches(Generic[Row, Prepared]):
-    """Scores rows, `size` at a time.
+class FixedBatches(Generic[Prepared]):
+    """Scores prepared rows, `size` at a time.
 
-    `prepare` makes a model's input of one row (its failure is that row's alone). `score` takes
-    exactly `size` of them and returns an array whose first axis runs over them. `probe` is an input
-    that a sound model can score: where a row fails on its own, the probe tells a poisoned row (a
-    failure) from a broken model (which raises, because otherwise a whole pool would end in the dead
-    letters).
+    `score` takes exactly `size` of them and returns an array whose first axis runs over them. `probe` is an input that
+    a sound model can score: where a row fails on its own, the probe tells a poisoned row (a failure) from a broken
+    model (which raises, because otherwise a whole pool would end in the dead letters).
     """
 
     size: int
-    prepare: Callable[[Row], Prepared]
     score: Callable[[list[Prepared]], np.ndarray]
     probe: Callable[[], Prepared]
 
-    def __call__(self, rows: Mapping[int, Row]) -> Scores:
+    def __call__(self, rows: Mapping[int, Prepared]) -> Scores:
         scores = Scores({}, [])
         items = list(rows.items())
         for start in range(0, len(items), self.size):
-            prepared: list[tuple[int, Prepared]] = []
-            for index, row in items[start : start + self.size]:
-                try:
-                    prepared.append((index, self.prepare(row)))
-                except _NOT_A_ROWS_FAULT:
-                    raise
-                # whatever a library makes of this row is recorded with the row
-                except Exception as error:
-                    scores.failures.append(Failure(index, PREPARATION_FAILED, describe(error)))
-            self._score_or_halve(prepared, scores)
+            self._score_or_halve(items[start : start + self.size], scores)
         return scores
 
     def _score_or_halve(self, prepared: list[tuple[int, Prepared]], scores: Scores) -> None:
@@ -109,6 +96,8 @@ class FixedBatches(Generic[Row, Prepared]):
     def _raise_if_broken(self, error: Exception) -> None:
         try:
             self._score_padded([self.probe()])
+        except _NOT_A_ROWS_FAULT:
+            raise
         except Exception as probe_error:
             raise RuntimeError(f"the model fails on every input: {describe(probe_error)}") from error
         logging.warning("A sample made the model fail; it goes to the dead letters: %s", describe(error))

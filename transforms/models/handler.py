@@ -2,59 +2,129 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+import functools
+import logging
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
 
+import numpy as np
 import torch
 from apache_beam.ml.inference.base import ModelHandler
 
 from pipeline.recipe import CROSS_MODALITY
-from pipeline.records import DeadLetter, Sample, SampleBatch, dead_letter
-from transforms.models.fixed_batches import Failure
+from pipeline.records import Annotation, DeadLetter, Sample, SampleBatch, dead_letter
+from transforms.models.fixed_batches import PREPARATION_FAILED, Failure, FixedBatches, describe
 from transforms.models.pictures import pixels_of
 
-LoadedModel = TypeVar("LoadedModel")
+
+class LoadedModel(Protocol):
+    """A model in its worker's memory, or a proxy of one in the memory of another process: numpy in, numpy out."""
+
+    def prepare(self, sample: Sample) -> Any:
+        """What the model looks at, made of a decoded sample."""
+
+    def probe(self, shape: Hashable) -> Any:
+        """What any sound model can score, of the given shape."""
+
+    def score(self, inputs: list[Any]) -> np.ndarray:
+        """Scores of inputs of one shape, the first axis over the inputs."""
 
 
-class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Generic[LoadedModel]):
+Loaded = TypeVar("Loaded", bound=LoadedModel)
+
+
+class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, Loaded]):
     """A RunInference handler whose element is a ready-made SampleBatch.
 
-    RunInference's own batching forms other batches on other runners and across shards, so it is
-    skipped: the element goes to `run_inference` as it is. A subclass loads its model in `load_on`
-    and fills in columns in `annotate`.
+    RunInference's own batching forms other batches on other runners and across shards, so it is skipped: the element
+    goes to `run_inference` as it is. A subclass loads its model in `load_on` and makes columns of its scores.
     """
 
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self._device = device
+    rule: ClassVar[str]
+    """The rule (or score) that the model serves; its inputs stand under this name in `Sample.inputs`."""
 
-    def load_on(self, device: torch.device) -> LoadedModel:
+    def __init__(self, batch_size: int, device: str) -> None:
+        super().__init__()
+        self._batch_size, self._device = batch_size, device
+
+    def load_on(self, device: torch.device) -> Loaded:
         """The model, ready to score on `device`; Beam takes a weak reference (so no tuple)."""
         raise NotImplementedError(type(self))
 
-    def annotate(self, batch: SampleBatch, model: LoadedModel) -> SampleBatch:
-        """The batch with this model's columns, its failed samples moved to the dead letters."""
+    def wants(self, annotation: Annotation) -> bool:
+        """Whether the model is asked about a sample."""
+        return True
+
+    def shape_of(self, prepared: Any) -> Hashable:
+        """What must be equal among the inputs of one call of the model; a function of the input alone."""
+        return None
+
+    def columns(self, scores: np.ndarray, model: Loaded) -> dict[str, Any]:
+        """What the scores of one input say of the sample."""
         raise NotImplementedError(type(self))
 
     def should_skip_batching(self) -> bool:
         return True
 
-    def load_model(self) -> LoadedModel:
+    def share_model_across_processes(self) -> bool:
+        """A GPU holds one copy, however many worker processes there are; on CPUs each process has its own."""
+        return self._device == "cuda"
+
+    def load_model(self) -> Loaded:
         return self.load_on(available_device(self._device))
 
     def run_inference(
-        self, batch: SampleBatch, model: LoadedModel, inference_args: dict[str, Any] | None = None
+        self, batch: SampleBatch, model: Loaded, inference_args: dict[str, Any] | None = None
     ) -> list[SampleBatch]:
-        for sample in batch:
-            pixels_of(sample)
-        with torch.inference_mode():
-            return [self.annotate(batch, model)]
+        if batch.attempt.out_of_memory:
+            return [batch]
+        halvings = batch.attempt.halvings.get(self.rule, 0)
+        size = max(1, self._batch_size >> halvings)
+        try:
+            return [self._annotated(batch, model, size)]
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        logging.warning("%s: out of GPU memory at %d rows; shard %s starts again", self.rule, size, batch.shard.name)
+        batch.attempt.out_of_memory = self.rule
+        return [batch]
 
     def get_num_bytes(self, batch: SampleBatch) -> int:
-        return sum(pixels_of(sample).nbytes for sample in batch)
+        """Only for Beam's metrics; its own way pickles every batch."""
+        return sum(sample.pixels.nbytes for sample in batch if sample.pixels is not None)
 
     def get_metrics_namespace(self) -> str:
         return type(self).__name__
+
+    def _annotated(self, batch: SampleBatch, model: Loaded, size: int) -> SampleBatch:
+        by_shape: dict[Hashable, dict[int, Any]] = {}
+        failures: list[Failure] = []
+        for row, sample in enumerate(batch):
+            if self.wants(sample.annotation):
+                prepared = sample.inputs.get(self.rule)
+                if prepared is None:
+                    pixels_of(sample)  # to come undecoded is no sample's fault
+                    prepared = prepared_or_error(model, sample)
+                if isinstance(prepared, Exception):
+                    failures.append(Failure(row, PREPARATION_FAILED, describe(prepared)))
+                else:
+                    by_shape.setdefault(self.shape_of(prepared), {})[row] = prepared
+        columns: dict[int, dict[str, Any]] = {}
+        for shape, rows in by_shape.items():
+            scores, failed = FixedBatches(size, model.score, functools.partial(model.probe, shape))(rows)
+            columns |= {row: self.columns(of_row, model) for row, of_row in scores.items()}
+            failures += failed
+        return _with_results(batch, self.rule, columns, failures)
+
+
+def prepared_or_error(model: LoadedModel | Any, sample: Sample) -> Any:
+    """What the model looks at, or the error that making it gave: a property of this sample, kept with it."""
+    try:
+        return model.prepare(sample)
+    except MemoryError:  # no sample's fault
+        raise
+    except Exception as error:  # whatever a library makes of this sample; becomes its dead letter
+        return error
 
 
 def available_device(name: str) -> torch.device:
@@ -67,10 +137,11 @@ def available_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def with_results(
+def _with_results(
     batch: SampleBatch, rule: str, columns: dict[int, dict[str, Any]], failures: Sequence[Failure]
 ) -> SampleBatch:
-    """The batch with `columns` filled in by row; the rows that failed become dead letters."""
+    """The batch with `columns` filled in by row, and without the model's inputs; rows that failed become dead
+    letters."""
     failed = {failure.row: failure for failure in failures}
     kept: list[Sample] = []
     letters: list[DeadLetter] = []
@@ -80,5 +151,5 @@ def with_results(
             message = f"{rule}: {failure.message}"
             letters.append(dead_letter(sample.annotation, CROSS_MODALITY, failure.reason, message))
         else:
-            kept.append(sample.annotated(**columns[row]) if row in columns else sample)
+            kept.append(sample.without_input(rule).annotated(**columns.get(row, {})))
     return batch.replace(tuple(kept), tuple(letters))

@@ -1,7 +1,13 @@
-"""Pictures on their way into a model."""
+"""Pictures on their way into a model.
+
+A model's own preprocessing ends in scaling and normalising, which make four bytes of each one and are a function of
+the byte and its channel alone. So pictures travel as the bytes before that step, and a table of 3 x 256 numbers, made
+by the model's own code, does the rest on the model's device: the same numbers to the bit, and a quarter of the copying.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +28,54 @@ def grey() -> np.ndarray:
     return np.full((64, 64, 3), 127, np.uint8)
 
 
-def processed(processor: Any, pixels: np.ndarray) -> torch.Tensor:
-    """The picture as a transformers processor makes it.
+def byte_table(
+    normalise: Callable[[np.ndarray], np.ndarray],
+    shape: Callable[[np.ndarray], np.ndarray],
+    whole: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """float32 (3, 256): what a model's preprocessing makes of each byte of each channel.
 
-    The format is named because a picture 3 pixels high would pass for one with channels first.
+    `whole` is the model's own preprocessing of a picture (h, w, 3), `shape` its part up to bytes (3, h, w), and
+    `normalise` the rest of it. Raises ValueError where the parts do not give what the whole does, to the bit.
     """
-    batch = processor.image_processor([pixels], return_tensors="pt", input_data_format="channels_last")
-    return batch["pixel_values"][0]
+    table = normalise(np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2))[:, :, 0].astype(np.float32)
+    picture = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    parts = np.stack([table[channel][plane] for channel, plane in enumerate(shape(picture))])
+    if not np.array_equal(parts, whole(picture)):
+        raise ValueError("this model's preprocessing does more than resizing, cropping and normalising")
+    return table
+
+
+def normalised(pictures: Sequence[np.ndarray], table: torch.Tensor) -> torch.Tensor:
+    """Pictures (3, h, w) of bytes as the model takes them, on the device and in the type of its `table`."""
+    pixels = on_device(np.stack(pictures), table.device).int()
+    return torch.stack([table[channel][pixels[:, channel]] for channel in range(3)], dim=1)
+
+
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array as a tensor there; to a GPU by way of pinned memory, without waiting for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class Processed:
+    """The parts of a transformers image processor, whose every picture has one size."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor.image_processor
+        self.table = byte_table(self._normalised, self, self._whole)
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """The picture (h, w, 3) at the model's size, as bytes (3, h, w)."""
+        return self._run(pixels, do_rescale=False, do_normalize=False)
+
+    def _normalised(self, pixels: np.ndarray) -> np.ndarray:
+        return self._run(pixels, do_resize=False)
+
+    def _whole(self, pixels: np.ndarray) -> np.ndarray:
+        return self._run(pixels)
+
+    def _run(self, pixels: np.ndarray, **steps: bool) -> np.ndarray:
+        # The format is named because a picture 3 pixels high would pass for one with channels first.
+        batch = self._processor([pixels], return_tensors="np", input_data_format="channels_last", **steps)
+        return batch["pixel_values"][0]

@@ -9,6 +9,7 @@ pickles that torch confines to tensors (`weights_only`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.resources
 import os
@@ -28,7 +29,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from pipeline import recipe
 
 _BUNDLED = "bundled:"
-_LOCAL = "local-dir:"  # open_clip's own prefixes
+LOCAL = "local-dir:"  # open_clip's own prefixes
 _HUB = "hf-hub:"
 
 
@@ -44,9 +45,9 @@ def clip_source(settings: recipe.FlippedClip) -> ClipSource:
     """What open_clip is to load. Raises ValueError where it would go on with random weights."""
     model = local_path(settings.model)
     if Path(model).is_dir():
-        return ClipSource(_LOCAL + model, None, False)
+        return ClipSource(LOCAL + model, None, False)
     if model.startswith(_HUB):
-        return ClipSource(model, None, False)
+        return ClipSource(LOCAL + _clip_snapshot(model.removeprefix(_HUB), settings.revision), None, False)
     if settings.weights is None:
         raise ValueError(
             f"flipped_clip.model: {settings.model!r} is no folder, so it names an architecture, which needs `weights`"
@@ -59,20 +60,25 @@ def clip_source(settings: recipe.FlippedClip) -> ClipSource:
 
 def load_pretrained(
     model_class: Any,
-    processor_class: Any,
     settings: recipe.ImageTextMatching | recipe.Digit,
     device: torch.device,
-) -> tuple[Any, Any]:
-    """A transformers model in float32, ready to score on `device`, and its processor.
-
-    The processor works on Pillow: that is what these models were trained with, to the bit;
-    transformers' default, on torchvision, differs from it in the last step of some pixels.
-    """
+    dtype: torch.dtype,
+) -> Any:
+    """A transformers model in `dtype`, ready to score on `device`."""
     transformers.utils.logging.disable_progress_bar()  # the command line draws its own
     path, revision = local_path(settings.model), settings.revision or "main"
-    model = model_class.from_pretrained(path, revision=revision, dtype=torch.float32, weights_only=True)
-    processor = processor_class.from_pretrained(path, revision=revision, backend="pil")
-    return model.eval().to(device), processor
+    model = model_class.from_pretrained(path, revision=revision, dtype=dtype, weights_only=True)
+    return model.eval().to(device)
+
+
+def load_processor(processor_class: Any, settings: recipe.ImageTextMatching | recipe.Digit) -> Any:
+    """A transformers model's processor.
+
+    It works on Pillow: that is what these models were trained with, to the bit; transformers' default, on torchvision,
+    differs from it in the last step of some pixels.
+    """
+    path, revision = local_path(settings.model), settings.revision or "main"
+    return processor_class.from_pretrained(path, revision=revision, backend="pil")
 
 
 def model_identity(
@@ -83,7 +89,9 @@ def model_identity(
     The revision is the hub's commit where its cache on this machine knows it, else what the recipe
     says (for open_clip the tag or file). Files that do not lie on this machine have no hash.
     """
-    given = settings.weights if isinstance(settings, recipe.FlippedClip) else settings.revision
+    given = settings.revision
+    if isinstance(settings, recipe.FlippedClip) and settings.weights is not None:
+        given = settings.weights
     files, commit = _weight_files(settings)
     return {
         "name": settings.model,
@@ -151,6 +159,16 @@ def _remote_files(url: str) -> list[FileMetadata]:
     return []
 
 
+def _clip_snapshot(repository: str, revision: str | None) -> str:
+    """A local copy of an open_clip model on a hub, at a revision, which open_clip's own `hf-hub:` cannot name."""
+    # Everything but weights in other formats: a safetensors file where there is one, else the tensors-only pickle.
+    fetch = functools.partial(huggingface_hub.snapshot_download, repository, revision=revision)
+    folder = fetch(allow_patterns=["*.json", "*.txt", "*.model", "open_clip_*.safetensors"])
+    if not list(Path(folder).glob("*.safetensors")):
+        folder = fetch(allow_patterns=["*.json", "*.txt", "*.model", "open_clip_pytorch_model.bin"])
+    return folder
+
+
 def _tag(model: str, tag: str) -> dict[str, Any]:
     return open_clip.get_pretrained_cfg(model.replace("/", "-"), tag) or {}
 
@@ -164,11 +182,11 @@ def _weight_files(
         if Path(path).is_dir():
             return _in_folder(Path(path))
         return _in_hub_cache(path, settings.revision)
+    if settings.model.startswith(_HUB):
+        return _in_hub_cache(settings.model.removeprefix(_HUB), settings.revision)
     source = clip_source(settings)
-    if source.name.startswith(_LOCAL):
-        return _in_folder(Path(source.name.removeprefix(_LOCAL)))
-    if source.name.startswith(_HUB):
-        return _in_hub_cache(source.name.removeprefix(_HUB), None)
+    if source.name.startswith(LOCAL):
+        return _in_folder(Path(source.name.removeprefix(LOCAL)))
     assert source.pretrained is not None
     if os.path.isfile(source.pretrained):
         return [Path(source.pretrained)], None

@@ -1,0 +1,183 @@
+"""Models of the real architectures with random weights, saved once in each format that somebody reads.
+
+Speed does not depend on the weights, and the real ones are gigabytes that a benchmark must not ask for.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from safetensors.torch import save_file
+from transformers import (
+    BertTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    BlipImageProcessor,
+    BlipProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
+
+PROMPT = "Question: is there any digit or number written in the image? Answer:"
+
+
+def save_open_clip(folder: Path, model_cfg: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A model as open_clip has it on a hub; its weights."""
+    torch.manual_seed(0)
+    state = open_clip.CLIP(**model_cfg).state_dict()
+    folder.mkdir(parents=True)
+    save_file(state, str(folder / "open_clip_model.safetensors"))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
+    return state
+
+
+def save_clip(folder: Path, architecture: str) -> None:
+    """`folder` as open_clip has it, `folder/open_clip.pt` for clip-retrieval, `folder/hf` as transformers has it."""
+    model_cfg = open_clip.get_model_config(architecture)
+    state = save_open_clip(folder, model_cfg)
+    torch.save(state, folder / "open_clip.pt")
+    _as_transformers(state, model_cfg).save_pretrained(folder / "hf")
+    side = model_cfg["vision_cfg"]["image_size"]
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder / "hf")
+    _save_clip_tokenizer(folder / "hf")
+
+
+def save_tiny_clip(folder: Path) -> None:
+    """A CLIP that costs next to nothing: stage 2 has no later model without one."""
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    save_open_clip(folder, {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text})
+
+
+def save_itm(folder: Path, words: list[str], layers: int = 12) -> None:
+    """The architecture of Salesforce/blip-itm-base-coco, over a vocabulary of the given words."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
+    vocabulary = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words])
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)})
+    text = {"num_hidden_layers": layers, "vocab_size": 30524, "pad_token_id": 0, "sep_token_id": 3, "eos_token_id": 3}
+    vision = {"num_hidden_layers": layers, "image_size": 384}
+    torch.manual_seed(0)
+    BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    BlipProcessor(BlipImageProcessor(), tokenizer).save_pretrained(folder)
+    # The same for transformers 4, which data-juicer pins and which reads no processor of transformers 5.
+    BlipImageProcessor().save_pretrained(folder / "hf4")
+    tokenizer.save_pretrained(folder / "hf4")
+    for name in ("config.json", "model.safetensors"):
+        (folder / "hf4" / name).symlink_to(folder / name)
+
+
+def save_digit(folder: Path, tokenizer: Any, layers: int | None = None) -> None:
+    """The architecture of Salesforce/blip2-opt-2.7b in bf16 (7.7 GB); with `layers`, only so many of each part."""
+    depth = {} if layers is None else {"num_hidden_layers": layers}
+    opt = {"hidden_size": 2560, "ffn_dim": 10240, "num_attention_heads": 32, "word_embed_proj_dim": 2560}
+    text = OPTConfig(**{**opt, "num_hidden_layers": 32, **depth, "vocab_size": 50304})
+    config = Blip2Config(
+        vision_config=depth,
+        qformer_config=depth,
+        text_config=text.to_dict(),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    Blip2ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    side = config.vision_config.image_size
+    processor = Blip2Processor(BlipImageProcessor(size={"height": side, "width": side}), tokenizer, num_query_tokens=32)
+    processor.save_pretrained(folder)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that knows the digit question and the two answers, as OPT's does: a space belongs to its word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["</s>", "<pad>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator([PROMPT, " yes yes no no"] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="</s>"
+    )
+
+
+def _as_transformers(state: dict[str, torch.Tensor], model_cfg: dict[str, Any]) -> CLIPModel:
+    """open_clip's weights in transformers' model of the same architecture."""
+    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    dim = model_cfg["embed_dim"]
+    config = CLIPConfig(
+        text_config={
+            "hidden_size": text["width"], "intermediate_size": 4 * text["width"], "hidden_act": "gelu",
+            "num_hidden_layers": text["layers"], "num_attention_heads": text["heads"], "projection_dim": dim,
+            "bos_token_id": 49406, "eos_token_id": 49407,
+        },
+        vision_config={
+            "hidden_size": vision["width"], "intermediate_size": 4 * vision["width"], "hidden_act": "gelu",
+            "num_hidden_layers": vision["layers"], "num_attention_heads": vision["width"] // 64,
+            "patch_size": vision["patch_size"], "image_size": vision["image_size"], "projection_dim": dim,
+        },
+        projection_dim=dim,
+    )  # fmt: skip
+    named = {
+        "logit_scale": state["logit_scale"],
+        "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
+        "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
+        "text_projection.weight": state["text_projection"].T,
+        "visual_projection.weight": state["visual.proj"].T,
+        "vision_model.embeddings.class_embedding": state["visual.class_embedding"],
+        "vision_model.embeddings.patch_embedding.weight": state["visual.conv1.weight"],
+        "vision_model.embeddings.position_embedding.weight": state["visual.positional_embedding"],
+    }
+    for theirs, ours in (
+        ("text_model.final_layer_norm", "ln_final"),
+        ("vision_model.pre_layrnorm", "visual.ln_pre"),
+        ("vision_model.post_layernorm", "visual.ln_post"),
+    ):
+        named |= {f"{theirs}.{kind}": state[f"{ours}.{kind}"] for kind in ("weight", "bias")}
+    for theirs, ours, layers in (
+        ("text_model.encoder.layers", "transformer.resblocks", text["layers"]),
+        ("vision_model.encoder.layers", "visual.transformer.resblocks", vision["layers"]),
+    ):
+        for layer in range(layers):
+            prefix = f"{ours}.{layer}."
+            block = {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}
+            for kind in ("weight", "bias"):
+                query, key, value = block[f"attn.in_proj_{kind}"].chunk(3)
+                named |= {
+                    f"{theirs}.{layer}.{name}.{kind}": tensor
+                    for name, tensor in {
+                        "self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": value,
+                        "self_attn.out_proj": block[f"attn.out_proj.{kind}"],
+                        "layer_norm1": block[f"ln_1.{kind}"], "layer_norm2": block[f"ln_2.{kind}"],
+                        "mlp.fc1": block[f"mlp.c_fc.{kind}"], "mlp.fc2": block[f"mlp.c_proj.{kind}"],
+                    }.items()
+                }  # fmt: skip
+    model = CLIPModel(config)
+    missing, unexpected = model.load_state_dict(named, strict=False)
+    if unexpected or [name for name in missing if "position_ids" not in name]:
+        raise AssertionError(f"not the same architecture: {missing} {unexpected}")
+    return model
+
+
+def _save_clip_tokenizer(folder: Path) -> None:
+    """CLIP's own vocabulary and merges, out of open_clip's package, in the two files that transformers reads."""
+    tokenizer = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(word, word): number for word, number in tokenizer.encoder.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

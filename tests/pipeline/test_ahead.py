@@ -1,0 +1,57 @@
+"""Working ahead: results in order, begun before they are asked for, and no more of them than allowed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.sources.ahead import in_order
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 20])
+@pytest.mark.parametrize("ahead", [0, 1, 5, 50])
+def test_results_come_in_order(count: int, ahead: int) -> None:
+    def square(n: int) -> int:
+        time.sleep(0.001 * (n % 3))
+        return n * n
+
+    assert list(in_order(square, range(count), threads=4, ahead=ahead)) == [n * n for n in range(count)]
+
+
+def test_what_comes_next_is_made_while_the_consumer_is_busy() -> None:
+    made = threading.Event()
+
+    def note(n: int) -> int:
+        if n == 1:
+            made.set()
+        return n
+
+    results = in_order(note, range(3), threads=1, ahead=1)
+    assert next(results) == 0
+    assert made.wait(10)
+    assert list(results) == [1, 2]
+
+
+def test_no_more_is_taken_than_allowed() -> None:
+    taken = []
+
+    def items() -> Iterator[int]:
+        for n in range(100):
+            taken.append(n)
+            yield n
+
+    results = in_order(str, items(), threads=2, ahead=4)
+    assert next(results) == "0"
+    assert len(taken) == 5
+    results.close()
+    assert len(taken) == 5
+
+
+def test_an_error_comes_where_its_result_was_due() -> None:
+    results = in_order(lambda n: 1 // n, [1, 0, 1], threads=2, ahead=2)
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
