@@ -121,6 +121,7 @@ def shares(output, dead_letters, labels, pytestconfig) -> dict[str, float]:
     English pairs that survive; printed as a table."""
     from pipeline import tables
     from pipeline.layout import Layout
+    from pipeline.records import Annotation
     from transforms.rules import Thresholds, rules_of
 
     recipe = load_recipe(str(RECIPE))
@@ -130,13 +131,14 @@ def shares(output, dead_letters, labels, pytestconfig) -> dict[str, float]:
     assert cross.image_text_matching.min is not None
     thresholds = Thresholds(cross.flipped_clip.min, cross.image_text_matching.min)
     local, scored = rules_of(recipe, STAGES[0]), rules_of(recipe, STAGES[1], thresholds)
-    annotations = {}
+    annotations: dict[str, Annotation] = {}
     for shard in list_shards(str(POOL)):
         annotations |= {a.uid: a for a in tables.read_annotations(Layout(str(output)), shard.name)}
 
-    total, gone = Counter(), Counter()
+    total: Counter[str] = Counter()
+    gone: Counter[str] = Counter()
     english = english_after_1 = english_after_2 = 0
-    by_rule = defaultdict(Counter)
+    by_rule: dict[str, Counter[str]] = defaultdict(Counter)
     for label in labels:
         kind, uid = label["kind"], label["uid"]
         total[kind] += 1
