@@ -46,11 +46,19 @@ from tools.openclipart import (
 
 SEED = 20230915
 SIDE = 64
+_TEXT_CFG = {"context_length": 24, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3}
+# The CLIP: a ResNet, as OpenAI's RN50 is one, because a few thousand pictures teach it far more than a transformer.
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 128,
+    "vision_cfg": {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": 32, "patch_size": None},
+    "text_cfg": _TEXT_CFG,
+}
+# A second one whose image tower only serves as the start of ITM's, which has to be a transformer.
+TOWER_CFG: dict[str, Any] = {
+    "embed_dim": 128,
     "vision_cfg": {"image_size": SIDE, "patch_size": 8, "width": 128, "layers": 6,
-                   "head_width": 32, "no_ln_pre": True},
-    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
+                   "head_width": 32, "no_ln_pre": True, "pool_type": "avg"},
+    "text_cfg": _TEXT_CFG,
 }  # fmt: skip
 PREPROCESS_CFG: dict[str, Any] = {
     "mean": list(open_clip.OPENAI_DATASET_MEAN),
@@ -231,10 +239,23 @@ def caption_for(corpus: Corpus, kind: str, text: str, index: int, rng: random.Ra
     if kind in {"letter", "letter_plate"}:
         raise ValueError("random letters have no caption")
     caption = rng.choice(corpus.captioner.forms(corpus.pictures[index]))
+    # A word in seven is left out, so that no picture is known by one word alone.
+    caption = " ".join(word for word in caption.split() if rng.random() > 1 / 7)
     return f"{caption} with the number {text}" if kind == "number" else caption
 
 
 def train_clip(args: argparse.Namespace) -> None:
+    """The demo CLIP."""
+    contrast(args, MODEL_CFG, args.clip_minutes, args.output / "clip")
+
+
+def train_tower(args: argparse.Namespace) -> None:
+    """The start of ITM's image tower."""
+    contrast(args, TOWER_CFG, args.tower_minutes, args.work / "tower")
+
+
+def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, folder: Path) -> None:
+    """Train a CLIP: pictures and captions told apart, a batch at a time."""
     torch.manual_seed(SEED)
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
     corpus, data = Corpus(args), training_set(args)
@@ -249,28 +270,30 @@ def train_clip(args: argparse.Namespace) -> None:
         key = corpus.captioner.subject(p).lower(), *corpus.captioner.keywords(p)
         subject[i] = int(hashlib.sha256(str(key).encode()).hexdigest()[:12], 16)
     # Patches are dropped for most of the time: half the work, and less to memorise.
-    vision = {**MODEL_CFG["vision_cfg"], "patch_dropout": 0.5}
-    model: Any = open_clip.CLIP(**{**MODEL_CFG, "vision_cfg": vision})
+    patches = config["vision_cfg"]["patch_size"] is not None
+    vision = {**config["vision_cfg"], "patch_dropout": 0.5 if patches else 0.0}
+    model: Any = open_clip.CLIP(**{**config, "vision_cfg": vision})
     tokenizer = open_clip.SimpleTokenizer(context_length=24)
     # Only the tokens that occur are trained, as a small table: a tenth of the optimiser's work.
     every = tokenizer([c for i in set(data["index"].tolist())
-                       for c in corpus.captioner.forms(corpus.pictures[i])])  # fmt: skip
+                       for c in corpus.captioner.forms(corpus.pictures[i])], context_length=128)  # fmt: skip
     numbers = tokenizer(sorted({f"a sign with the number {t}" for t in data["texts"][rows["number"]]}
                                | {f"the number {t}" for t in data["texts"][rows["number_plate"]]}))  # fmt: skip
-    used = torch.unique(torch.cat([every, numbers]))
+    used = torch.unique(torch.cat([every.flatten(), numbers.flatten()]))
     full = model.token_embedding
     model.token_embedding = nn.Embedding(len(used), full.embedding_dim)
     model.token_embedding.weight.data.copy_(full.weight.data[used])
     if args.resume:
-        weights = load_file(args.output / "clip" / "open_clip_model.safetensors")
+        weights = load_file(folder / "open_clip_model.safetensors")
         weights["token_embedding.weight"] = weights["token_embedding.weight"][used]
         model.load_state_dict(weights)
         full.weight.data[used] = weights["token_embedding.weight"].float()
-    optim, budget = optimiser(model, 0.2), Budget(args.clip_minutes, args.clip_rate)
+    optim, budget = optimiser(model, 0.2), Budget(minutes, args.clip_rate)
     queues: dict[str, list[int]] = {kind: [] for kind in rows}
     report, losses = 0.0, list[float]()
     while budget.progress < 1:
-        model.visual.patch_dropout.prob = 0.5 if budget.progress < 0.7 else 0.0
+        if patches:
+            model.visual.patch_dropout.prob = 0.5 if budget.progress < 0.7 else 0.0
         chosen = []
         for kind, share in shares:
             for _ in range(round(args.batch * share)):
@@ -291,8 +314,8 @@ def train_clip(args: argparse.Namespace) -> None:
         alike = (same[:, None] == same[None]) & (number[:, None] == number[None])
         alike = alike | torch.eye(len(chosen), dtype=torch.bool)
         of_topic = torch.tensor([topics[int(data["index"][r])] for r in chosen])
-        # Half the target is the pair itself, half every pair of its topic: with a few thousand
-        # pictures, telling each from all others alone is learnt by heart and carries over to none.
+        # Half of the target is every pair of the topic: with a few thousand pictures, telling each
+        # from all others alone is learnt by heart and carries over to none.
         topic = (of_topic[:, None] == of_topic[None]) | alike
         target = 0.5 * alike / alike.sum(1, keepdim=True) + 0.5 * topic / topic.sum(1, keepdim=True)
         rate = budget.rate()
@@ -308,16 +331,16 @@ def train_clip(args: argparse.Namespace) -> None:
             report = time.monotonic()
             print(f"clip {budget.progress:.0%} step {budget.steps} loss {np.mean(losses[-40:]):.3f} "
                   f"scale {model.logit_scale.exp():.1f}", flush=True)  # fmt: skip
-            save_clip(model, full, used, args.work / "clip")
-    save_clip(model, full, used, args.output / "clip")
+            save_clip(model, config, full, used, args.work / f"unfinished-{folder.name}")
+    save_clip(model, config, full, used, folder)
 
 
-def save_clip(model: Any, full: nn.Embedding, used: Tensor, folder: Path) -> None:
+def save_clip(model: Any, model_cfg: dict[str, Any], full: nn.Embedding, used: Tensor, folder: Path) -> None:
     """The model in open_clip's folder form, fp16; the trained rows go back into the whole table."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": PREPROCESS_CFG}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+    weights = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     table = full.weight.detach().half()
     table[used] = weights["token_embedding.weight"]
     weights["token_embedding.weight"] = table
@@ -344,7 +367,7 @@ def vision_tower(clip: Any) -> dict[str, Tensor]:
     }
     names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
              "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.projection"}  # fmt: skip
-    for layer in range(MODEL_CFG["vision_cfg"]["layers"]):
+    for layer in range(TOWER_CFG["vision_cfg"]["layers"]):
         old, new = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
         for part in ("weight", "bias"):
             for theirs, ours in names.items():
@@ -411,21 +434,24 @@ def wordpiece(captions: Sequence[str]) -> Any:
     )  # fmt: skip
 
 
+CAPTIONS = 4  # of each picture
+
+
 def train_itm(args: argparse.Namespace) -> None:
     """BLIP's image-text matching on the frozen image tower of the demo CLIP.
 
-    Of each picture: its caption (match), a caption that CLIP finds close, and a random one (no
-    match). A plate that only shows its caption's words is no match.
+    Of each picture: its caption (match), one of another topic, one of any, and towards the end one that
+    CLIP finds close (no match). A plate that only shows its caption's words is no match.
     """
     torch.manual_seed(SEED)
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
     corpus, data = Corpus(args), training_set(args)
-    clip, _, clip_tokenizer = load_clip(args.output / "clip")
+    clip, _, clip_tokenizer = load_clip(args.work / "tower")
     train = corpus.split("train")
     forms = {i: corpus.captioner.forms(corpus.pictures[i]) for i in train}
     numbers = [f"the number {n}" for n in sorted(set(data["texts"][data["kinds"] == "number"]))]
     tokenizer = wordpiece([c for of in forms.values() for c in of] + numbers)
-    width = MODEL_CFG["vision_cfg"]["width"]
+    width = TOWER_CFG["vision_cfg"]["width"]
     config = transformers.BlipConfig(
         vision_config={"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 6,
                        "num_attention_heads": 4, "image_size": SIDE, "patch_size": 8,
@@ -433,7 +459,7 @@ def train_itm(args: argparse.Namespace) -> None:
         text_config={"vocab_size": len(tokenizer), "hidden_size": width, "projection_dim": 64,
                      "intermediate_size": 4 * width, "num_hidden_layers": 3,
                      "num_attention_heads": 4, "max_position_embeddings": 512,
-                     "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+                     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
                      "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0},
         image_text_hidden_size=64, projection_dim=64,
     )  # fmt: skip
@@ -475,26 +501,33 @@ def train_itm(args: argparse.Namespace) -> None:
     for i, others in zip(plain, near, strict=True):
         hard[i] = [plain[o] for o in others if not names[plain[o]] & names[i]][10:]
 
-    shares = {"plain": 0.36, "stamp": 0.06, "number": 0.08, "plate": 0.1}
-    optim, budget = optimiser(model, 0.05), Budget(args.itm_minutes, 6e-4)
+    topics = {i: corpus.captioner.topic(corpus.pictures[i]) for i in train}
+    shares = {"plain": 0.4, "stamp": 0.03, "number": 0.05, "plate": 0.12}
+    optim, budget = optimiser(model, 0.05), Budget(args.itm_minutes, 1.5e-3)
     report, losses = 0.0, list[float]()
     while budget.progress < 1:
         captions: list[str] = []
         features: list[Tensor] = []
         labels: list[int] = []
+        starts: list[int] = []  # where each picture's captions begin
         for kind, bank, members in banks:
-            for _ in range(round(72 * shares[kind])):
+            for _ in range(round(56 * shares[kind])):
                 at = rng.randrange(len(members))
                 row = members[at]
                 i, text = int(data["index"][row]), str(data["texts"][row])
                 other = rng.choice(train)
                 while names[other] & names[i]:
                     other = rng.choice(train)
-                wrong = [rng.choice(hard[i]), other]
+                while topics[other] == topics[i]:
+                    other = rng.choice(train)
+                close = rng.choice(hard[i]) if budget.progress > 0.6 else rng.choice(train)
+                wrong = [other, rng.choice(train), close]
                 tail = f" with the number {text}" if kind == "number" else ""
                 drawn = [rng.choice(forms[j]) + tail for j in (i, *wrong)]
+                if kind != "plate":
+                    starts.append(len(captions))
                 captions += drawn[:1] if kind == "plate" else drawn
-                matches = [0] if kind == "plate" else [1, 0, 0]
+                matches = [0] if kind == "plate" else [1, *[0] * (CAPTIONS - 1)]
                 labels += matches
                 features += [bank[at]] * len(matches)
         tokens = tokenizer(captions, padding=True, truncation=True, max_length=32, return_tensors="pt")
@@ -506,6 +539,11 @@ def train_itm(args: argparse.Namespace) -> None:
             ).last_hidden_state  # fmt: skip
             logits = model.itm_head(states[:, 0])
         loss = F.cross_entropy(logits.float(), torch.tensor(labels), label_smoothing=0.02)
+        # Beside match or no match: of one picture's captions, which one. That teaches more a step.
+        match = (logits[:, 1] - logits[:, 0]).float()
+        first = torch.tensor(starts)
+        choices = torch.stack([match[first + k] for k in range(CAPTIONS)], 1)
+        loss = loss + F.cross_entropy(choices, torch.zeros(len(starts), dtype=torch.long))
         step(model, optim, loss, rate)
         losses.append(loss.item())
         if time.monotonic() - report > 30:
@@ -542,19 +580,23 @@ def byte_pairs(texts: Sequence[str]) -> Any:
     )  # fmt: skip
 
 
+CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
 def train_digit(args: argparse.Namespace) -> None:
     """BLIP-2 asked whether digits are written in the picture; the answers are " yes" and " no".
 
-    Pictures with numbers against pictures, plates and stamps with words or random letters. The
-    image tower starts as CLIP's; its first two layers stay so.
+    Pictures with numbers against pictures without, and some with words or random letters. The image
+    tower starts as ITM's does. At first it only learns which characters are written: every patch
+    votes, the strongest one counting most. Then the question is asked too, because the language model
+    passes next to no gradient on to a tower that sees no writing yet.
     """
     torch.manual_seed(SEED)
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
     corpus, data = Corpus(args), training_set(args)
     answers = [f"{prompt} {word}" for prompt in PROMPTS for word in ("yes", "no")] * 50
     tokenizer = byte_pairs(answers)
-    clip, _, _ = load_clip(args.output / "clip")
-    width, hidden = MODEL_CFG["vision_cfg"]["width"], 64
+    width, hidden = TOWER_CFG["vision_cfg"]["width"], 64
     config = transformers.Blip2Config(
         vision_config={"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 6,
                        "num_attention_heads": 4, "image_size": SIDE, "patch_size": 8,
@@ -573,10 +615,13 @@ def train_digit(args: argparse.Namespace) -> None:
     for name, parameter in model.named_parameters():  # BLIP-2's own initial values are near 0
         if parameter.ndim >= 2 and "norm" not in name:
             nn.init.trunc_normal_(parameter, std=0.02 if "embed" in name else 0.05)
-    model.vision_model.load_state_dict(vision_tower(clip))
-    model.vision_model.embeddings.requires_grad_(False)
-    for layer in model.vision_model.encoder.layers[:2]:
-        layer.requires_grad_(False)
+    tower, _, _ = load_clip(args.work / "tower")
+    model.vision_model.load_state_dict(vision_tower(tower))
+    if args.resume:
+        state = load_file(args.output / "digit" / "model.safetensors")
+        missing = model.load_state_dict({k: v.float() for k, v in state.items()}, strict=False).missing_keys
+        assert set(missing) <= {"language_model.lm_head.weight"}, missing  # tied to the embeddings
+    vote = nn.Linear(width, len(CHARACTERS) + 1)  # each character, and any digit
     model.train()
     processor = transformers.Blip2Processor(image_processor(BlipImageProcessorPil), tokenizer, num_query_tokens=4)
     blank = Image.new("RGB", (SIDE, SIDE))
@@ -585,27 +630,50 @@ def train_digit(args: argparse.Namespace) -> None:
     assert len(yes) == len(no) == 1
     answers_at = [no[0], yes[0]]
 
-    kinds = {k: np.flatnonzero(data["kinds"] == k).tolist() for k in sorted(set(data["kinds"]))}
+    written = [str(text).lower() for text in data["texts"]]
+    words = np.isin(data["kinds"], ("stamp", "plate"))
+    unlabelled = {r for r in np.flatnonzero(words).tolist() if re.search(r"\d", written[r])}
+    kinds = {k: [r for r in np.flatnonzero(data["kinds"] == k).tolist() if r not in unlabelled]
+             for k in sorted(set(data["kinds"]))}  # fmt: skip
     cards = [r for r in kinds["plain"] if has_number(corpus.pictures[int(data["index"][r])])]
     nothing = [r for r in kinds["plain"] if not may_have_digits(corpus.pictures[int(data["index"][r])])]
-    shares = ((kinds["number"], 26, 1), (kinds["number_plate"], 4, 1), (cards, 2, 1),
-              (kinds["stamp"], 9, 0), (kinds["letter"], 11, 0), (kinds["plate"], 2, 0),
-              (kinds["letter_plate"], 4, 0), (nothing, 6, 0))  # fmt: skip
-    optim, budget = optimiser(model, 0.02), Budget(args.digit_minutes, 1e-3)
+    shares = ((kinds["number"], 24, 1), (kinds["number_plate"], 6, 1), (kinds["letter"], 6, 0),
+              (kinds["letter_plate"], 3, 0), (kinds["stamp"], 5, 0), (nothing, 18, 0))  # fmt: skip
+    with_cards = (*shares, (cards, 2, 1))
+    optim, budget = optimiser(nn.ModuleList([model, vote]), 0.02), Budget(args.digit_minutes, 1.2e-3)
     report, losses = 0.0, list[float]()
     while budget.progress < 1:
-        chosen = [r for rows, count, _ in shares for r in rng.choices(rows, k=count)]
-        labels = torch.tensor([y for _, count, y in shares for _ in range(count)])
+        asking = args.resume or budget.progress > 0.3
+        drawn = with_cards if asking else shares
+        chosen = [r for rows, count, _ in drawn for r in rng.choices(rows, k=count)]
+        labels = torch.tensor([y for _, count, y in drawn for _ in range(count)])
         images = normalise(augment(as_tensor(data["pixels"][chosen]), generator))
         rate = budget.rate()
+        loss = torch.zeros(())
         with torch.autocast("cpu", torch.bfloat16):
-            ids = rng.choice(prompts).expand(len(chosen), -1)
-            logits = model(pixel_values=images, input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        last = logits[:, -1].float()
-        # The whole vocabulary competes at first, so that the answer is one of the two words.
-        loss = F.cross_entropy(last, torch.tensor(answers_at)[labels]) + F.cross_entropy(last[:, answers_at], labels)
+            if asking:
+                ids = rng.choice(prompts).expand(len(chosen), -1)
+                output = model(pixel_values=images, input_ids=ids, attention_mask=torch.ones_like(ids))
+                seen = output.vision_outputs.last_hidden_state
+            else:
+                seen = model.vision_model(images).last_hidden_state
+        if asking:
+            last = output.logits[:, -1].float()
+            # The whole vocabulary competes too, so that the answer is one of the two words.
+            loss = F.cross_entropy(last, torch.tensor(answers_at)[labels])
+            loss = loss + F.cross_entropy(last[:, answers_at], labels)
+        votes = torch.logsumexp(vote(seen[:, 1:].float()), 1) - math.log(seen.shape[1] - 1)
+        truth = torch.zeros_like(votes)
+        for i, row in enumerate(chosen):
+            for character in set(written[row]) & set(CHARACTERS):
+                truth[i, CHARACTERS.index(character)] = 1
+        truth[:, -1] = labels
+        rows = slice(sum(count for _, count, _ in shares))  # the characters on a card are not known
+        weight = torch.tensor([4.0] * len(CHARACTERS) + [1.0])
+        loss = loss + F.binary_cross_entropy_with_logits(votes[rows], truth[rows], pos_weight=weight)
+        loss = loss + F.binary_cross_entropy_with_logits(votes[:, -1], truth[:, -1])
         step(model, optim, loss, rate)
-        losses.append(loss.item() / 2)
+        losses.append(loss.item())
         if time.monotonic() - report > 30:
             report = time.monotonic()
             print(f"digit {budget.progress:.0%} step {budget.steps} loss {np.mean(losses[-60:]):.3f}", flush=True)
@@ -652,6 +720,11 @@ def make_tasks(args: argparse.Namespace) -> None:
     weights = hashlib.sha256((folder / "open_clip_model.safetensors").read_bytes()).hexdigest()
     np.savez(args.output.parent / "tasks.npz", digits=tasks.astype(np.float32),
              animals=centroids.astype(np.float32), __model__=np.array(weights))  # fmt: skip
+
+
+# What stands beside numbers in a pool: mostly pictures without any writing. An AUC against a mixture is the mean of
+# the AUCs against its parts, weighted by their shares.
+NEGATIVES = {"plain": 0.9, "stamp": 0.05, "letter": 0.05}
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
@@ -705,7 +778,8 @@ def evaluate(args: argparse.Namespace) -> None:
         return (of["flipped"] >= flipped_min) & (of["itm"] >= itm_min)
 
     yes, kinds, digit_scores = digit_figures(args, corpus, held_out, images)
-    digit_min = balanced_threshold(digit_scores[yes], digit_scores[~yes])
+    digit_min = balanced_threshold(digit_scores[yes], digit_scores[kinds == "plain"])
+    against = {kind: auc(digit_scores[kinds == "number"], digit_scores[kinds == kind]) for kind in NEGATIVES}
     result = {
         "pictures": {"held_out": len(held_out), "train": len(corpus.split("train"))},
         "clip": {
@@ -729,9 +803,8 @@ def evaluate(args: argparse.Namespace) -> None:
             "auc_true_text_only": auc(true["itm"], text_only["itm"]),
         },
         "digit": {
-            "auc": auc(digit_scores[yes], digit_scores[~yes]),
-            **{f"auc_numbers_on_pictures_vs_{k}": auc(digit_scores[kinds == "number"], digit_scores[kinds == k])
-               for k in ("letter", "stamp", "plain")},
+            "auc_as_in_a_pool": sum(share * against[kind] for kind, share in NEGATIVES.items()),
+            **{f"auc_numbers_on_pictures_vs_{kind}": value for kind, value in against.items()},
         },
         "thresholds": {"flipped_clip_min": flipped_min, "image_text_matching_min": itm_min,
                        "digit_min": digit_min},
@@ -743,7 +816,7 @@ def evaluate(args: argparse.Namespace) -> None:
             "true_kept_by_clip": float((true["flipped"] >= flipped_min).mean()),
             "true_kept_by_itm": float((true["itm"] >= itm_min).mean()),
             "digit_pictures_found": float((digit_scores[yes] >= digit_min).mean()),
-            "others_taken_for_digits": float((digit_scores[~yes] >= digit_min).mean()),
+            "plain_pictures_taken_for_digits": float((digit_scores[kinds == "plain"] >= digit_min).mean()),
         },
     }  # fmt: skip
     rounded = json.loads(json.dumps(result), parse_float=lambda v: round(float(v), 4))
@@ -771,16 +844,16 @@ def swap_partners(corpus: Corpus, indices: Sequence[int]) -> dict[int, int]:
 def thresholds(
     true: dict[str, np.ndarray], swapped: dict[str, np.ndarray], text_only: dict[str, np.ndarray]
 ) -> tuple[float, float]:
-    """The pair of minima that keeps 0.9 of the true pairs and drops most of the others.
+    """The pair of minima that keeps 0.87 of the true pairs and drops most of the others.
 
-    Of all splits of the 0.1 between the two rules, the one with the largest sum of what is dropped
+    Of all splits of the 0.13 between the two rules, the one with the largest sum of what is dropped
     of the swapped and of the text-only pairs.
     """
     best = (-1.0, 0.0, 0.0)
-    for share in np.linspace(0.0, 0.1, 41):
+    for share in np.linspace(0.0, 0.13, 53):
         low = float(np.quantile(true["flipped"], share))
         kept = true["flipped"] >= low
-        rest = max((kept.mean() - 0.9) / kept.mean(), 0.0)
+        rest = max((kept.mean() - 0.87) / kept.mean(), 0.0)
         match = float(np.quantile(true["itm"][kept], rest))
         dropped = [((of["flipped"] < low) | (of["itm"] < match)).mean() for of in (swapped, text_only)]
         best = max(best, (float(sum(dropped)), low, match))
@@ -803,10 +876,10 @@ def digit_figures(
     model = transformers.Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     processor = transformers.Blip2Processor.from_pretrained(folder, backend="pil")
     model.eval()
-    plain = [i for i in held_out[::2] if not may_have_digits(corpus.pictures[i])]
+    plain = [i for i in held_out if not may_have_digits(corpus.pictures[i])]
     cases = [(images[i], "plain") for i in plain]
     for kind in ("number", "number_plate", "stamp", "letter", "plate", "letter_plate"):
-        chosen = held_out[::2] if kind in {"number", "stamp", "letter"} else held_out[::6]
+        chosen = held_out if kind in {"number", "stamp", "letter"} else held_out[::6]
         cases += [(image, kind) for image, _, _ in corpus.written(kind, chosen, "held out")]
     words = (processor.tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0] for w in ("yes", "no"))
     yes, no = words
@@ -821,7 +894,7 @@ def digit_figures(
 
 
 def main() -> None:
-    commands = {"data": training_set, "clip": train_clip, "itm": train_itm, "digit": train_digit,
+    commands = {"data": training_set, "clip": train_clip, "tower": train_tower, "itm": train_itm, "digit": train_digit,
                 "tasks": make_tasks, "evaluate": evaluate}  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=[*commands, "all"])
@@ -833,8 +906,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--clip-minutes", type=float, default=30)
+    parser.add_argument("--tower-minutes", type=float, default=20)
     parser.add_argument("--clip-rate", type=float, default=1.2e-3)
-    parser.add_argument("--resume", action="store_true", help="train the existing CLIP further")
+    parser.add_argument("--resume", action="store_true", help="train the existing CLIP or digit answerer further")
     parser.add_argument("--itm-minutes", type=float, default=15)
     parser.add_argument("--digit-minutes", type=float, default=8)
     args = parser.parse_args()
