@@ -144,7 +144,8 @@ def test_a_threshold_of_zero_is_a_threshold() -> None:
     ],
 )
 def test_digit_rescue(cosine: float, digit: float | None, expected: str | None) -> None:
-    rescuing = recipe(cross_modality__flipped_clip__digit_rescue={"min_cosine": 0.15, "min_digit_probability": 0.5})
+    rescue = {"min_cosine": 0.15, "min_digit_probability": 0.5}
+    rescuing = recipe(cross_modality__flipped_clip__min=0.19, cross_modality__flipped_clip__digit_rescue=rescue)
     rules = rules_of(rescuing, CROSS_MODALITY, THRESHOLDS)
     assert first_failing(annotation(flipped_clip_cosine=cosine, digit_probability=digit), rules) == expected
 
