@@ -41,7 +41,7 @@ def handler(digit_folder: Path) -> Blip2Handler:
 
 @pytest.fixture
 def model(handler: Blip2Handler) -> LoadedBlip2:
-    return handler.load_model()
+    return handler.load_on(torch.device("cpu"))
 
 
 @functools.cache
@@ -172,7 +172,7 @@ def test_a_tokenizer_of_another_revision_is_an_error(digit_folder: Path, monkeyp
         lambda *given, load=Blip2Processor.from_pretrained, **named: _with_five_queries(load(*given, **named)),
     )
     with pytest.raises(ValueError, match="5 image placeholders and the model takes 4"):
-        Blip2Handler(settings_for(digit_folder), "cpu", None).load_model()
+        Blip2Handler(settings_for(digit_folder), "cpu", None).load_on(torch.device("cpu"))
 
 
 def _with_five_queries(processor: Blip2Processor) -> Blip2Processor:

@@ -39,7 +39,7 @@ def handler(itm_folder: Path) -> BlipHandler:
 
 @pytest.fixture
 def model(handler: BlipHandler) -> LoadedBlip:
-    return handler.load_model()
+    return handler.load_on(torch.device("cpu"))
 
 
 @functools.cache
@@ -128,11 +128,11 @@ def test_buckets(tokens: int, max_tokens: int, expected: int):
 
 def test_long_captions_are_cut_at_max_tokens(itm_folder: Path):
     handler = BlipHandler(settings_for(itm_folder, max_tokens=20), "cpu", None)
-    model = handler.load_model()
+    model = handler.load_on(torch.device("cpu"))
     sample = make_sample(1)
     assert len(model.prepare(sample).tokens) == 20
     with pytest.raises(ValueError, match="takes at most 64"):
-        BlipHandler(settings_for(itm_folder, max_tokens=65), "cpu", None).load_model()
+        BlipHandler(settings_for(itm_folder, max_tokens=65), "cpu", None).load_on(torch.device("cpu"))
 
 
 def test_probability_is_the_softmax_without_overflow():

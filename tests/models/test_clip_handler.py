@@ -47,7 +47,7 @@ def handler(clip_folder: Path) -> ClipHandler:
 
 @pytest.fixture
 def model(handler: ClipHandler) -> LoadedClip:
-    return handler.load_model()
+    return handler.load_on(torch.device("cpu"))
 
 
 @functools.cache
@@ -172,7 +172,7 @@ def test_cuda_without_a_gpu_raises(clip_folder: Path):
 def test_an_architecture_without_weights_raises():
     settings = recipe.FlippedClip(model="ViT-B-32", min=0.2)
     with pytest.raises(ValueError, match="needs `weights`"):
-        ClipHandler(settings, "cpu").load_model()
+        ClipHandler(settings, "cpu").load_on(torch.device("cpu"))
 
 
 def test_the_transform_scores_whole_batches(clip_folder: Path, handler: ClipHandler, model: LoadedClip):

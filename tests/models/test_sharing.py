@@ -8,6 +8,7 @@ from typing import Any
 
 import apache_beam as beam
 import pytest
+import torch
 from apache_beam.ml.inference.base import RunInference
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.util import assert_that, equal_to
@@ -29,9 +30,9 @@ class Counting(ClipHandler):
     def share_model_across_processes(self) -> bool:
         return self._shared
 
-    def load_model(self) -> LoadedClip:
+    def load_on(self, device: torch.device) -> LoadedClip:
         (self._loads / str(os.getpid())).touch()
-        return super().load_model()
+        return super().load_on(device)
 
 
 def test_a_gpu_holds_one_copy_and_cpu_processes_their_own(clip_folder: Path):
@@ -52,3 +53,17 @@ def test_two_processes(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         scored = p | beam.Create(batches) | beam.Reshuffle() | RunInference(Counting(settings, tmp_path, shared))
         assert_that(scored | beam.Map(scores), equal_to(expected))
     assert len(list(tmp_path.iterdir())) == loads
+
+
+def test_where_there_is_nothing_to_score_nothing_is_loaded(clip_folder: Path, tmp_path: Path):
+    settings = recipe.FlippedClip(model=str(clip_folder), min=0.0)
+    with beam.Pipeline("FnApiRunner") as p:
+        scored = p | beam.Create([0]) | beam.FlatMap(lambda _: []) | RunInference(Counting(settings, tmp_path, False))
+        assert_that(scored, equal_to([]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_loaded_stops_the_run_and_blames_no_sample():
+    handler = ClipHandler(recipe.FlippedClip(model="ViT-B-32", min=0.0), "cpu")
+    with pytest.raises(ValueError, match="needs `weights`"):
+        handler.run_inference(make_batch([make_sample(0)]), handler.load_model())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import torch
 from apache_beam.io.filesystem import FileMetadata
 from apache_beam.io.localfilesystem import LocalFileSystem
 
@@ -90,7 +91,7 @@ def test_a_remote_folder_that_is_not_there(store: Path):
 def test_a_model_loads_from_a_remote_folder(store: Path, clip_folder: Path):
     shutil.copytree(clip_folder, store / "bucket" / "clip")
     settings = recipe.FlippedClip(model="fakestore://bucket/clip", min=0.2)
-    assert ClipHandler(settings, "cpu").load_model().preparation.tokens("a").shape == (24,)
+    assert ClipHandler(settings, "cpu").load_on(torch.device("cpu")).preparation.tokens("a").shape == (24,)
     assert set(weights.model_identity(settings)["sha256"]) == {"open_clip_model.safetensors"}
 
 

@@ -81,6 +81,9 @@ class LoadedBlip:
         assert isinstance(shape, int)
         return self.preparation.probe(shape)
 
+    def constants(self) -> None:
+        """None needed."""
+
     def score(self, inputs: list[BlipInput]) -> np.ndarray:
         """Match logits (rows, 2), float32: of "does not match" and of "matches"."""
         pixels, tokens, mask = zip(*inputs, strict=True)
@@ -135,7 +138,7 @@ class BlipHandler(SampleBatchHandler[LoadedBlip]):
     def shape_of(self, prepared: BlipInput) -> Hashable:
         return len(prepared.tokens)
 
-    def columns(self, scores: np.ndarray, model: LoadedBlip) -> dict[str, Any]:
+    def columns(self, scores: np.ndarray, constants: Any) -> dict[str, Any]:
         return {"match_probability": match_probability(scores)}
 
 

@@ -57,6 +57,9 @@ class LoadedBlip2:
         """What any sound model can score."""
         return self.preparation.pictures(grey())
 
+    def constants(self) -> None:
+        """None needed."""
+
     def score(self, pixels: list[np.ndarray]) -> np.ndarray:
         """Logits (rows, prompts, 2), float32: of "yes" and of "no" as the answer's first token.
 
@@ -129,7 +132,7 @@ class Blip2Handler(SampleBatchHandler[LoadedBlip2]):
     def wants(self, annotation: Annotation) -> bool:
         return wanted(annotation, *self._floors)
 
-    def columns(self, scores: np.ndarray, model: LoadedBlip2) -> dict[str, Any]:
+    def columns(self, scores: np.ndarray, constants: Any) -> dict[str, Any]:
         return {"digit_probability": digit_probability(scores)}
 
 

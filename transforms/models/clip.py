@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import threading
 from collections.abc import Callable, Hashable
@@ -108,6 +109,7 @@ class LoadedClip:
     model: Any
     preparation: ClipPreparation
     table: torch.Tensor
+    prompts: tuple[str, ...] = ()
     one_at_a_time: Any = dataclasses.field(default_factory=threading.Lock)  # so that a batch finds the memory it needs
 
     def prepare(self, sample: Sample) -> ClipInput:
@@ -130,13 +132,17 @@ class LoadedClip:
                 features.append(self.model.encode_image(normalised([row.views[view] for row in inputs], self.table)))
             return torch.stack([normalize(f.float(), dim=-1) for f in features], dim=1).cpu().numpy()
 
-    def prompt_logits(self, prompts: tuple[str, ...]) -> np.ndarray:
-        """float32 (k, d): whose product with an image feature is CLIP's logit for each prompt.
+    def constants(self) -> np.ndarray | None:
+        """float32 (k, d): whose product with an image feature is CLIP's logit for each of the prompts."""
+        return self._prompt_logits
 
-        A prompt has a batch to itself, so its vector does not depend on the others.
-        """
+    @functools.cached_property
+    def _prompt_logits(self) -> np.ndarray | None:
+        if not self.prompts:
+            return None
+        # A prompt has a batch to itself, so its vector does not depend on the others.
         with self.one_at_a_time, torch.inference_mode():
-            features = [self._text(self.preparation.tokens(prompt)[None]).float() for prompt in prompts]
+            features = [self._text(self.preparation.tokens(prompt)[None]).float() for prompt in self.prompts]
             return (normalize(torch.cat(features), dim=-1) * self.model.logit_scale.exp().float()).cpu().numpy()
 
     def _text(self, tokens: np.ndarray) -> torch.Tensor:
@@ -173,7 +179,6 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
     ) -> None:
         super().__init__(settings.batch_size, device)
         self._settings, self._precision, self._prompts = settings, precision, prompts
-        self._prompt_logits: np.ndarray | None = None
 
     def load_on(self, device: torch.device) -> LoadedClip:
         source = clip_source(self._settings)
@@ -188,24 +193,22 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
         )
         preparation = ClipPreparation.load(self._settings)
         table = preparation.table_for(preprocess)
-        return LoadedClip(model.eval(), preparation, torch.from_numpy(table).to(device, dtype))
+        prompts = (*self._prompts.positive, *self._prompts.negative) if self._prompts else ()
+        return LoadedClip(model.eval(), preparation, torch.from_numpy(table).to(device, dtype), prompts)
 
-    def columns(self, scores: np.ndarray, model: LoadedClip) -> dict[str, Any]:
+    def columns(self, scores: np.ndarray, constants: np.ndarray | None) -> dict[str, Any]:
         text, flipped, *rest = scores
         image = rest[0] if rest else flipped
         return {
             "flipped_clip_cosine": cosine(text, flipped),
             "unflipped_clip_cosine": cosine(text, rest[0]) if rest else None,
-            "digit_prompt_probability": self._digit_prompt_probability(image, model),
+            "digit_prompt_probability": (
+                share_of_first(constants, image, len(self._prompts.positive))
+                if self._prompts is not None and constants is not None
+                else None
+            ),
             "embedding": image.astype(np.float16).tobytes(),
         }
-
-    def _digit_prompt_probability(self, image: np.ndarray, model: LoadedClip) -> float | None:
-        if self._prompts is None:
-            return None
-        if self._prompt_logits is None:
-            self._prompt_logits = model.prompt_logits((*self._prompts.positive, *self._prompts.negative))
-        return share_of_first(self._prompt_logits, image, len(self._prompts.positive))
 
 
 class _BoundedCache(dict[str, str]):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Hashable, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from transforms.models.pictures import pixels_of
 
 
 class LoadedModel(Protocol):
-    """A model in its worker's memory, or a proxy of one in the memory of another process: numpy in, numpy out."""
+    """A model in its worker's memory, or a proxy of one in another process's: numpy in, numpy out."""
 
     def prepare(self, sample: Sample) -> Any:
         """What the model looks at, made of a decoded sample."""
@@ -29,11 +30,47 @@ class LoadedModel(Protocol):
     def score(self, inputs: list[Any]) -> np.ndarray:
         """Scores of inputs of one shape, the first axis over the inputs."""
 
+    def constants(self) -> Any:
+        """What making columns of scores takes beside them; None where that is nothing."""
+
+
+class OnDemand:
+    """A model that is loaded when it is first asked for: over shards whose tables are there, nothing is loaded.
+
+    RunInference loads at setup, which comes before a worker knows whether any shard needs work.
+    """
+
+    def __init__(self, load: Callable[[], LoadedModel]) -> None:
+        self._load, self._lock = load, threading.Lock()
+        self._model: LoadedModel | None = None
+
+    def prepare(self, sample: Sample) -> Any:
+        """As `LoadedModel.prepare`."""
+        return self._loaded().prepare(sample)
+
+    def probe(self, shape: Hashable) -> Any:
+        """As `LoadedModel.probe`."""
+        return self._loaded().probe(shape)
+
+    def score(self, inputs: list[Any]) -> np.ndarray:
+        """As `LoadedModel.score`."""
+        return self._loaded().score(inputs)
+
+    def constants(self) -> Any:
+        """As `LoadedModel.constants`."""
+        return self._loaded().constants()
+
+    def _loaded(self) -> LoadedModel:
+        with self._lock:
+            if self._model is None:
+                self._model = self._load()
+            return self._model
+
 
 Loaded = TypeVar("Loaded", bound=LoadedModel)
 
 
-class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, Loaded]):
+class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Generic[Loaded]):
     """A RunInference handler whose element is a ready-made SampleBatch.
 
     RunInference's own batching forms other batches on other runners and across shards, so it is skipped: the element
@@ -59,8 +96,8 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, Loaded]):
         """What must be equal among the inputs of one call of the model; a function of the input alone."""
         return None
 
-    def columns(self, scores: np.ndarray, model: Loaded) -> dict[str, Any]:
-        """What the scores of one input say of the sample."""
+    def columns(self, scores: np.ndarray, constants: Any) -> dict[str, Any]:
+        """What the scores of one input, with the model's constants, say of the sample."""
         raise NotImplementedError(type(self))
 
     def should_skip_batching(self) -> bool:
@@ -70,11 +107,12 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, Loaded]):
         """A GPU holds one copy, however many worker processes there are; on CPUs each process has its own."""
         return self._device == "cuda"
 
-    def load_model(self) -> Loaded:
-        return self.load_on(available_device(self._device))
+    def load_model(self) -> LoadedModel:
+        device = available_device(self._device)
+        return OnDemand(lambda: self.load_on(device))
 
     def run_inference(
-        self, batch: SampleBatch, model: Loaded, inference_args: dict[str, Any] | None = None
+        self, batch: SampleBatch, model: LoadedModel, inference_args: dict[str, Any] | None = None
     ) -> list[SampleBatch]:
         if batch.attempt.out_of_memory:
             return [batch]
@@ -96,23 +134,26 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, Loaded]):
     def get_metrics_namespace(self) -> str:
         return type(self).__name__
 
-    def _annotated(self, batch: SampleBatch, model: Loaded, size: int) -> SampleBatch:
+    def _annotated(self, batch: SampleBatch, model: LoadedModel, size: int) -> SampleBatch:
+        wanted = {row: sample for row, sample in enumerate(batch) if self.wants(sample.annotation)}
+        if not wanted:
+            return batch
+        constants = model.constants()  # loads the model: were that to fail further down, samples would get the blame
         by_shape: dict[Hashable, dict[int, Any]] = {}
         failures: list[Failure] = []
-        for row, sample in enumerate(batch):
-            if self.wants(sample.annotation):
-                prepared = sample.inputs.get(self.rule)
-                if prepared is None:
-                    pixels_of(sample)  # to come undecoded is no sample's fault
-                    prepared = prepared_or_error(model, sample)
-                if isinstance(prepared, Exception):
-                    failures.append(Failure(row, PREPARATION_FAILED, describe(prepared)))
-                else:
-                    by_shape.setdefault(self.shape_of(prepared), {})[row] = prepared
+        for row, sample in wanted.items():
+            prepared = sample.inputs.get(self.rule)
+            if prepared is None:
+                pixels_of(sample)  # to come undecoded is no sample's fault
+                prepared = prepared_or_error(model, sample)
+            if isinstance(prepared, Exception):
+                failures.append(Failure(row, PREPARATION_FAILED, describe(prepared)))
+            else:
+                by_shape.setdefault(self.shape_of(prepared), {})[row] = prepared
         columns: dict[int, dict[str, Any]] = {}
         for shape, rows in by_shape.items():
             scores, failed = FixedBatches(size, model.score, functools.partial(model.probe, shape))(rows)
-            columns |= {row: self.columns(of_row, model) for row, of_row in scores.items()}
+            columns |= {row: self.columns(of_row, constants) for row, of_row in scores.items()}
             failures += failed
         return _with_results(batch, self.rule, columns, failures)
 
