@@ -11,7 +11,7 @@ DEMO_OUTPUT ?= out/demo
 	touch $@
 
 demo: .venv/installed
-	rm -rf $(DEMO_OUTPUT)
+	if [ -f "$(DEMO_OUTPUT)/manifest.json" ]; then rm -rf "$(DEMO_OUTPUT)"; fi
 	$(BIN)/pairsift demo --output $(DEMO_OUTPUT)
 
 test: .venv/installed lint

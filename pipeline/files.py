@@ -38,6 +38,12 @@ def exists(path: str) -> bool:
     return FileSystems.exists(path)
 
 
+def names_in(folder: str) -> set[str]:
+    """The names of the files that lie in `folder` itself; none where it is not there."""
+    found = FileSystems.match([join(literal(folder), "*")])[0].metadata_list
+    return {metadata.path.rpartition("/")[2] for metadata in found}
+
+
 def open_binary(path: str) -> Any:
     """The bytes at `path`, as they are: nothing is decompressed by its name."""
     return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
@@ -62,7 +68,8 @@ def write_aside(path: str) -> Iterator[BinaryIO]:
     Raises IncompleteWrite where the file is not there, or not whole, afterwards.
     """
     make_folder(path.rpartition("/")[0])
-    aside = f"{path}.tmp-{uuid.uuid4().hex}"
+    folder, _, name = path.rpartition("/")
+    aside = join(folder, f".{name}.tmp-{uuid.uuid4().hex}")  # hidden: readers of a folder of tables leave it out
     counter = _CountingWriter(
         FileSystems.create(aside, compression_type=CompressionTypes.UNCOMPRESSED)
     )

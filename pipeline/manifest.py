@@ -8,6 +8,8 @@ from typing import Any
 
 from pipeline import files
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
+from transforms.distribution_alignment.cids import load_tasks, task_weights
+from transforms.distribution_alignment.clusters import load_centroids
 from transforms.models.precision import resolve
 from transforms.models.weights import local_path, model_identity
 from transforms.single_modality import faces, language, pos_pattern
@@ -20,7 +22,10 @@ PACKAGES = (
 
 def identities(recipe: Recipe) -> dict[str, Any]:
     """What stands behind the scores of each stage: which taggers, detectors and models, with the hashes of their
-    weights where they lie on this machine."""
+    weights where they lie on this machine.
+
+    Whatever a later stage would stumble over (a tag or a task that is not there, a file of another form) is found here,
+    before hours are spent on the stages before it. Raises OSError, ValueError or LookupError."""
     single, cross, aligned = recipe.single_modality, recipe.cross_modality, recipe.distribution_alignment
     found: dict[str, Any] = {SINGLE_MODALITY: {}, CROSS_MODALITY: {}, DISTRIBUTION_ALIGNMENT: {}}
     if single.pos_pattern:
@@ -32,6 +37,10 @@ def identities(recipe: Recipe) -> dict[str, Any]:
         found[SINGLE_MODALITY]["face_detector"] = faces.model_identity(single.face_area)
     models = {name: getattr(cross, name) for name in ("flipped_clip", "image_text_matching", "digit")}
     found[CROSS_MODALITY] = {name: model_identity(settings) for name, settings in models.items() if settings}
+    if aligned.clusters.centroids:
+        load_centroids(aligned.clusters.centroids)
+    if aligned.cids:
+        task_weights(list(load_tasks(aligned.cids.tasks)), aligned.cids.task_weights)
     for name, path in (
         ("centroids", aligned.clusters.centroids),
         ("tasks", aligned.cids.tasks if aligned.cids else None),

@@ -22,7 +22,7 @@ from pipeline.records import Shard
 _LIVE_SECONDS = 0.5
 _PLAIN_SECONDS = 10.0
 
-_TABLE_OF = {SINGLE_MODALITY: Layout.single_modality, CROSS_MODALITY: Layout.cross_modality}
+TABLE_OF = {SINGLE_MODALITY: Layout.single_modality, CROSS_MODALITY: Layout.cross_modality}
 
 
 class Counts(NamedTuple):
@@ -59,7 +59,7 @@ class Progress:
                 while not done.wait(_PLAIN_SECONDS):
                     self._emit("progress", name, line())
 
-        if finished_before and name in _TABLE_OF:
+        if finished_before and name in TABLE_OF:
             self._emit("progress", name, f"{name}: {before.shards} of {len(shards)} shards have a table already")
         follower = threading.Thread(target=follow, daemon=True)
         follower.start()
@@ -78,11 +78,11 @@ class Progress:
 
     @staticmethod
     def _finished(name: str, layout: Layout, shards: Sequence[Shard]) -> list[str]:
-        path_of = _TABLE_OF.get(name)
+        path_of = TABLE_OF.get(name)
         return [shard.name for shard in shards if path_of and files.exists(path_of(layout, shard.name))]
 
     def _counts(self, name: str, layout: Layout, shards: Sequence[Shard], skip: frozenset[str]) -> Counts:
-        if name not in _TABLE_OF:
+        if name not in TABLE_OF:
             return Counts(0, 0, 0)
         finished = set(self._finished(name, layout, shards)) - skip
         samples, finished_samples = 0, 0
@@ -98,7 +98,7 @@ class Progress:
 
 def describe(stage: str, counts: Counts, shards: int, seconds: float) -> str:
     """One line: shards and samples done, samples a second, and the time left once a shard is finished."""
-    if stage not in _TABLE_OF:
+    if stage not in TABLE_OF:
         return f"{stage}: {seconds:.0f} s"
     rate = counts.samples / max(seconds, 1e-9)
     text = f"{stage}: {counts.shards}/{shards} shards, {counts.samples:,} samples, {rate:,.0f}/s, {seconds:.0f} s"

@@ -23,6 +23,30 @@ STAGES = (SINGLE_MODALITY, CROSS_MODALITY, DISTRIBUTION_ALIGNMENT)
 
 _EXPONENT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")
 
+PENN_TAGS = frozenset(
+    "# $ '' ( ) , . : CC CD DT EX FW IN JJ JJR JJS LS MD NN NNP NNPS NNS PDT POS PRP PRP$ RB RBR "
+    "RBS RP SYM TO UH VB VBD VBG VBN VBP VBZ WDT WP WP$ WRB ``".split()
+)
+COMMON_NOUNS = ("NN", "NNS")
+NAMES_NUMBERS_SYMBOLS = (
+    "NNP", "NNPS", "CD", "LS", "SYM", "#", "$", "''", "(", ")", ",", ".", ":", "``",
+)  # fmt: skip
+
+
+def _penn_tag(tag: str) -> str:
+    if tag not in PENN_TAGS:
+        raise ValueError(f"no Penn tag; allowed: {' '.join(sorted(PENN_TAGS))}")
+    return tag
+
+
+def _language_label(label: str) -> str:
+    if not re.fullmatch(r"[a-z]{2,3}", label):
+        raise ValueError("no label of lid.176: two or three small letters, for example en")
+    return label
+
+
+PennTag = Annotated[str, pydantic.AfterValidator(_penn_tag)]
+LanguageLabel = Annotated[str, pydantic.AfterValidator(_language_label)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveShare = Annotated[float, Field(gt=0.0, le=1.0)]
 Cosine = Annotated[float, Field(ge=-1.0, le=1.0)]
@@ -68,7 +92,7 @@ class CaptionLength(_Settings):
 class Language(_Settings):
     """Languages kept, as fastText lid.176 labels; `model` is a path to lid.176.bin, else the bundled lid.176.ftz."""
 
-    allowed: list[str] = Field(["en"], min_length=1)
+    allowed: list[LanguageLabel] = Field(["en"], min_length=1)
     model: str | None = None
 
 
@@ -77,8 +101,8 @@ class PosPattern(_Settings):
     `only_of`. The first `max_words` tokens are tagged. `tagger` is NLTK's own, the bundled one, or `auto`: NLTK's own
     where the machine has it."""
 
-    any_of: list[str] = ["NN", "NNS"]
-    only_of: list[str] = "NNP NNPS CD LS SYM # $ '' ( ) , . : ``".split()
+    any_of: list[PennTag] = Field(list(COMMON_NOUNS), min_length=1)
+    only_of: list[PennTag] = list(NAMES_NUMBERS_SYMBOLS)
     max_words: int = Field(64, ge=1, le=1024)
     tagger: Literal["auto", "nltk", "bundled"] = "auto"
 
@@ -152,6 +176,7 @@ class FlippedClip(Threshold):
     """Cosine of caption and horizontally flipped image. `model` is an open_clip architecture (with `weights` its
     tag or file), a folder in open_clip's hub form, `hf-hub:` and a hub name (pin its `revision`), or `bundled:clip`."""
 
+    min: Cosine | None = None
     model: str
     weights: str | None = None
     revision: str | None = None
@@ -160,9 +185,7 @@ class FlippedClip(Threshold):
     digit_rescue: DigitRescue | None = None
 
     @pydantic.model_validator(mode="after")
-    def _cosines(self) -> FlippedClip:
-        if self.min is not None and not -1.0 <= self.min <= 1.0:
-            raise ValueError("`min` is a cosine: from -1 to 1")
+    def _rescue_is_lower(self) -> FlippedClip:
         if self.digit_rescue:
             if self.min is None:
                 raise ValueError("`digit_rescue` needs `min`, not `keep_fraction`")
@@ -180,16 +203,11 @@ class ImageTextMatching(Threshold):
     """BLIP's probability that caption and image match. `model` is a hub name (pin its `revision`), a folder, or
     `bundled:itm`."""
 
+    min: Share | None = None
     model: str
     revision: str | None = None
     batch_size: int = Field(16, ge=1, le=4096)
     max_tokens: int = Field(64, ge=8, le=512)
-
-    @pydantic.model_validator(mode="after")
-    def _probability(self) -> ImageTextMatching:
-        if self.min is not None and not 0.0 <= self.min <= 1.0:
-            raise ValueError("`min` is a probability: from 0 to 1")
-        return self
 
 
 class ClipPrompts(_Settings):
@@ -317,6 +335,13 @@ class DistributionAlignment(_Settings):
         return self
 
 
+RULES = {
+    SINGLE_MODALITY: tuple(SingleModality.model_fields),
+    CROSS_MODALITY: ("flipped_clip", "image_text_matching"),
+    DISTRIBUTION_ALIGNMENT: ("semantic_dedup",),
+}
+
+
 class Recipe(_Settings):
     """Every setting of a run."""
 
@@ -332,6 +357,9 @@ class Recipe(_Settings):
     def _consistent(self) -> Recipe:
         if self.rule_order is not None and sorted(self.rule_order) != sorted(self.active_rules):
             raise ValueError(f"`rule_order` must name each rule that is on, once: {', '.join(self.active_rules)}")
+        stages = [next(stage for stage, names in RULES.items() if rule in names) for rule in self.rule_order or ()]
+        if stages != sorted(stages, key=STAGES.index):
+            raise ValueError("`rule_order` must name the rules of an earlier stage before those of a later one")
         if self.distribution_alignment.digit_enhancement and not self.cross_modality.digit:
             raise ValueError("`distribution_alignment.digit_enhancement` needs the section `cross_modality.digit`")
         return self
@@ -339,12 +367,9 @@ class Recipe(_Settings):
     @property
     def active_rules(self) -> list[str]:
         """Names of the rules that are on, in DESIGN's order."""
-        stages: list[tuple[_Settings, tuple[str, ...]]] = [
-            (self.single_modality, tuple(SingleModality.model_fields)),
-            (self.cross_modality, ("flipped_clip", "image_text_matching")),
-            (self.distribution_alignment, ("semantic_dedup",)),
+        return [
+            name for stage, names in RULES.items() for name in names if getattr(getattr(self, stage), name) is not None
         ]
-        return [name for section, names in stages for name in names if getattr(section, name) is not None]
 
     @property
     def sha256(self) -> str:
@@ -357,6 +382,19 @@ def section_sha256(settings: pydantic.BaseModel) -> str:
     return hashlib.sha256(json.dumps(settings.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """YAML's safe loader, but a key that is given twice is an error, where PyYAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: str) -> Recipe:
     """The recipe at `path` (local or `gs://`).
 
@@ -364,7 +402,7 @@ def load_recipe(path: str) -> Recipe:
     """
     try:
         with FileSystems.open(path) as file:
-            content = yaml.safe_load(file.read().decode("utf-8"))
+            content = yaml.load(file.read().decode("utf-8"), _UniqueKeysLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a scheme that Beam does not know
         raise RecipeError(path, [f"cannot be read as YAML: {' '.join(str(error).split())}"]) from error
     return parse_recipe(content, path)

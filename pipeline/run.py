@@ -17,8 +17,9 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from pipeline import build, files
 from pipeline.layout import Layout
 from pipeline.manifest import identities, manifest
-from pipeline.progress import Progress
-from pipeline.recipe import CROSS_MODALITY, Recipe
+from pipeline.progress import TABLE_OF, Progress
+from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, STAGES, Recipe
+from pipeline.records import Shard
 from pipeline.sources.webdataset import list_shards
 from transforms.models.precision import resolve
 from transforms.single_modality import pos_pattern
@@ -32,7 +33,7 @@ class UsageError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run came to: its funnel (None until the last stage ran) and where its files lie."""
+    """What a run came to: its funnel (None where the last stage did not run) and where its files lie."""
 
     funnel: dict[str, Any] | None
     layout: Layout
@@ -53,8 +54,10 @@ def run(
     another run, or the recipe asks for a GPU that a local run has not.
     """
     PipelineOptions(beam_options).get_all_options()  # exits with status 2 where Beam refuses a value
+    for option, path in (("--input", pool), ("--output", output)):
+        _check_path(option, path)
     shards = list_shards(pool)
-    layout = Layout(output.rstrip("/"))
+    layout = Layout(output.rstrip("/") or output)
     needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages and _is_local(beam_options)
     if needs_gpu and not torch.cuda.is_available():
         raise UsageError("recipe: cross_modality.device is cuda, but this machine has no GPU; use a GPU or say cpu")
@@ -63,6 +66,7 @@ def run(
     except (OSError, ValueError, LookupError) as error:
         raise UsageError(f"recipe: {error}") from error
     content = manifest(recipe, pool, found)
+    _check_earlier_stages(stages, layout, shards)
     _claim(layout, content)
 
     resolved = _with_precision(_with_tagger(recipe, found))
@@ -77,8 +81,8 @@ def run(
     finally:
         files.delete_if_there(layout.progress_folder)
     files.write_json(layout.run, {"seconds": times, "shards": len(shards)})
-    done = files.exists(layout.funnel)
-    return Outcome(json.loads(files.read_bytes(layout.funnel)) if done else None, layout)
+    decided = DISTRIBUTION_ALIGNMENT in stages  # else a funnel that lies there is an earlier run's
+    return Outcome(json.loads(files.read_bytes(layout.funnel)) if decided else None, layout)
 
 
 def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> None:
@@ -93,6 +97,32 @@ def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> None:
 def _is_local(beam_options: list[str]) -> bool:
     named = PipelineOptions(beam_options).view_as(StandardOptions).runner
     return named is None or named in LOCAL_RUNNERS
+
+
+def _check_path(option: str, path: str) -> None:
+    """Raise UsageError where `path` names no place that Beam can open."""
+    if not path:
+        raise UsageError(f"{option}: is empty; name a folder")
+    try:
+        FileSystems.get_filesystem(path)
+    except ValueError as error:
+        scheme = path.partition("://")[0]
+        raise UsageError(f"{option}: {path}: nothing here opens {scheme}://; name a local folder or gs://…") from error
+
+
+def _check_earlier_stages(stages: list[str], layout: Layout, shards: list[Shard]) -> None:
+    """Raise UsageError where a stage that is not run now, and that a later one reads, left no table of some shard."""
+    last = max(STAGES.index(stage) for stage in stages)
+    for stage, path_of in TABLE_OF.items():
+        if stage in stages or STAGES.index(stage) > last:
+            continue
+        there = files.names_in(path_of(layout, "x").rpartition("/")[0])
+        missing = [shard.name for shard in shards if f"{shard.name}.parquet" not in there]
+        if missing:
+            raise UsageError(
+                f"{layout.output}: {len(missing)} of {len(shards)} shards have no table of {stage} "
+                f"(the first is {missing[0]}); run that stage first"
+            )
 
 
 def _claim(layout: Layout, content: dict[str, Any]) -> None:

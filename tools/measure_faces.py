@@ -6,7 +6,7 @@ cut from photographs and paintings of the OpenStax pool around 150 faces whose b
 at), so that the face is a known share of the cut. scikit-image's LFW subset adds 100 tight faces,
 and 100 cuts without one. Pictures without a known face: the rest of the pool, and openclipart.
 
-    python -m tools.measure_faces --pool ../shared/data/openstax_pool
+    python -m tools.measure_faces --pool OPENSTAX_POOL
 """
 
 from __future__ import annotations

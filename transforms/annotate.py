@@ -29,6 +29,8 @@ class AnnotateSamples(beam.DoFn):
         for sample in batch:
             try:
                 samples.append(sample.annotated(**self.columns(sample)))
+            except MemoryError:  # no sample's fault
+                raise
             except Exception as error:  # pool content may break any library; the sample says why, and only it goes
                 message = f"{type(error).__name__}: {error}"
                 letters.append(dead_letter(sample.annotation, self.stage, self.reason, message))

@@ -53,5 +53,7 @@ def decode(content: bytes, max_pixels: int, draft_side_px: int | None = None) ->
         raise UndecodableImage("undecodable_image", f"the bytes are none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise UndecodableImage("image_too_large", str(error)) from error
+    except MemoryError:  # this machine's fault, not the picture's: its size was checked
+        raise
     except Exception as error:  # Pillow's decoders raise anything at all on hostile bytes
         raise UndecodableImage("undecodable_image", f"{type(error).__name__}: {error}") from error

@@ -20,6 +20,7 @@ from pipeline.recipe import PoolBounds
 from pipeline.records import Annotation, DeadLetter, Sample, Shard, dead_letter, uid_of
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_OTHER_PICTURES = ("avif", "bmp", "gif", "heic", "jxl", "tif", "tiff")
 
 _GLOB = re.compile(r"[*?[]")
 _MAX_EXTENDED_HEADERS = 8  # in a row
@@ -92,7 +93,8 @@ class _Members:
 def read_samples(shard: Shard, bounds: PoolBounds, stage: str) -> Iterator[Sample | DeadLetter]:
     """The samples of a shard in tar order, pixels not yet decoded; a dead letter for each that is not whole.
 
-    Where the tar itself breaks, what came before is yielded and the rest is one dead letter that names the offset.
+    Where the tar itself breaks, what came before is yielded and the rest is one dead letter that names the offset. An
+    OSError of the filesystem is raised: it may pass, and a finished table without the samples would hide it for good.
     """
     seen: set[str] = set()
     try:
@@ -107,8 +109,6 @@ def read_samples(shard: Shard, bounds: PoolBounds, stage: str) -> Iterator[Sampl
                 yield _sample(shard, members, stage)
     except _BrokenTar as error:
         yield DeadLetter(shard.name, "", "", stage, "broken_tar", str(error)[:500])
-    except OSError as error:
-        yield DeadLetter(shard.name, "", "", stage, "unreadable_shard", str(error)[:500])
 
 
 def _sample(shard: Shard, members: _Members, stage: str) -> Sample | DeadLetter:
@@ -154,13 +154,14 @@ def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[_Members]:
             offset = member.offset
             member.name = _text(member.name)
             key, extension = _split(member.name)
-            if member.isdir() or extension not in _FIELDS:
+            if member.isdir() or not (extension in _FIELDS or _belongs_to_a_sample(extension)):
                 continue
             if group is not None and group.key != key:
                 yield group
                 group = None
             group = group or _Members(key)
-            _take(tar, member, _FIELDS[extension], group, bounds)
+            if extension in _FIELDS:
+                _take(tar, member, _FIELDS[extension], group, bounds)
     except (tarfile.TarError, EOFError, _BrokenTar) as error:
         # A sample that the break may have cost a member goes into the tar's dead letter, and no other.
         if group is not None and group.is_whole:
@@ -182,6 +183,12 @@ def _split(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower() if stem else ""
+
+
+def _belongs_to_a_sample(extension: str) -> bool:
+    """Whether a member that is not read shows that a sample was meant, which then gets its dead letter: a picture of
+    another format (k.gif), or a key with a dot (k.v2.jpg), which webdataset cuts at the first."""
+    return extension.rpartition(".")[2] in (*_FIELDS, *_OTHER_PICTURES)
 
 
 def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, field: str, group: _Members, bounds: PoolBounds) -> None:

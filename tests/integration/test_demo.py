@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.resources
 import io
 import json
@@ -63,6 +64,20 @@ def dead_letters(output: Path) -> dict[str, dict]:
 def labels() -> list[dict[str, str]]:
     with LABELS.open() as file:
         return list(csv.DictReader(file))
+
+
+def test_thresholds_and_task_centroids_belong_to_the_bundled_models():
+    recipe, demo = load_recipe(str(RECIPE)), importlib.resources.files("pipeline") / "demo"
+    cross, aligned = recipe.cross_modality, recipe.distribution_alignment
+    assert cross.image_text_matching and aligned.digit_enhancement
+    assert json.loads((demo / "models" / "held_out.json").read_text())["thresholds"] == {
+        "flipped_clip_min": cross.flipped_clip.min,
+        "image_text_matching_min": cross.image_text_matching.min,
+        "digit_min": aligned.digit_enhancement.min_digit_probability,
+    }
+    weights = (demo / "models" / "clip" / "open_clip_model.safetensors").read_bytes()
+    with np.load(str(demo / "tasks.npz"), allow_pickle=False) as tasks:
+        assert str(tasks["__model__"]) == hashlib.sha256(weights).hexdigest()
 
 
 def test_every_uid_is_accounted_for_exactly_once(output, decisions, dead_letters, labels):

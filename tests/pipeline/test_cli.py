@@ -115,6 +115,11 @@ def run_arguments(**changes: str) -> list[str]:
         ({"recipe": "pool"}, "cannot be read as YAML"),
         ({"output": "pool"}, "pool: is not empty and holds no run of pairsift"),
         ({"output": "pool/a.tar"}, "pool/a.tar"),
+        ({"output": ""}, "--output: is empty"),
+        ({"input": ""}, "--input: is empty"),
+        ({"output": "/"}, "/: is not empty"),
+        ({"input": "foo://x"}, "nothing here opens foo://"),
+        ({"output": "foo://x"}, "nothing here opens foo://"),
     ],
 )
 def test_wrong_use(place: Path, changes: dict[str, str], message: str) -> None:
@@ -140,6 +145,20 @@ def test_a_beam_option_with_an_impossible_value(place: Path) -> None:
     before = tree(place)
     assert pairsift(*run_arguments(), "--", "--direct_num_workers=many").exit_code == 2
     assert tree(place) == before
+
+
+@pytest.mark.parametrize(
+    ("stages", "missing"),
+    [
+        ("distribution_alignment", "single_modality"),
+        ("cross_modality", "single_modality"),
+        ("single_modality,distribution_alignment", "cross_modality"),
+    ],
+)
+def test_a_stage_before_the_one_it_reads_from(place: Path, stages: str, missing: str) -> None:
+    message = f"1 of 1 shards have no table of {missing} (the first is a); run that stage first"
+    wrong_use(place, *run_arguments(), "--stages", stages, message=message)
+    assert stages_run(place) == []
 
 
 def test_options_that_are_missing(place: Path) -> None:
@@ -208,9 +227,9 @@ def test_json_lines(place: Path) -> None:
 
 
 def test_stages_run_once_each_and_in_their_order(place: Path) -> None:
-    more = ["--stages", "distribution_alignment, single_modality,single_modality"]
+    more = ["--stages", "cross_modality, single_modality,single_modality"]
     assert pairsift(*run_arguments(), *more).exit_code == 0
-    assert stages_run(place) == ["single_modality ", "distribution_alignment "]
+    assert stages_run(place) == ["single_modality ", "cross_modality "]
 
 
 def test_a_run_is_gone_on_with(place: Path) -> None:
@@ -222,6 +241,7 @@ def test_a_run_is_gone_on_with(place: Path) -> None:
 
 
 def test_without_the_last_stage_there_is_no_funnel(place: Path) -> None:
+    assert pairsift(*run_arguments()).exit_code == 0  # its funnel is not the next run's
     result = pairsift(*run_arguments(), "--json", "--stages", "single_modality")
     assert result.exit_code == 0
     assert json.loads(result.stdout.splitlines()[-1])["funnel"] is None

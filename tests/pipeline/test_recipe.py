@@ -86,8 +86,19 @@ def test_all_faults_come_at_once() -> None:
         ({"single_modality__language": {"allowed": []}}, "single_modality.language.allowed", "[]", "at least 1 item"),
         ({"single_modality__near_duplicate": 3}, "single_modality.near_duplicate", "3", "dictionary"),
         ({"surprise": 1}, "surprise", "1", "name, seed, pool, rule_order"),
-        ({"cross_modality__flipped_clip__min": 1.5}, "cross_modality.flipped_clip", "1.5", "from -1 to 1"),
-        ({"cross_modality__image_text_matching__min": -2}, "cross_modality.image_text_matching", "-2", "from 0 to 1"),
+        ({"cross_modality__flipped_clip__min": 1.5}, "cross_modality.flipped_clip.min", "1.5", "than or equal to 1"),
+        (
+            {"cross_modality__image_text_matching__min": -2},
+            "cross_modality.image_text_matching.min", "-2", "than or equal to 0",
+        ),
+        (
+            {"single_modality__pos_pattern": {"any_of": ["NOUN"]}},
+            "single_modality.pos_pattern.any_of.0", '"NOUN"', "NN NNP",
+        ),
+        (
+            {"single_modality__language": {"allowed": ["english"]}},
+            "single_modality.language.allowed.0", '"english"', "for example en",
+        ),
         ({"distribution_alignment__max_copies": 0.5}, "distribution_alignment.max_copies", "0.5", "than or equal to 1"),
     ],
 )  # fmt: skip
@@ -282,12 +293,22 @@ def test_settings_on_the_edge_of_contradiction_are_allowed() -> None:
     recipe(distribution_alignment__digit_enhancement={"floor_copies": 10.0})
 
 
+def other_order() -> list[str]:
+    """The rules that are on, the first two the other way round."""
+    first, second, *rest = recipe().active_rules
+    return [second, first, *rest]
+
+
 def test_rule_order_must_be_a_permutation_of_the_rules_that_are_on() -> None:
     rules = recipe().active_rules
-    assert recipe(rule_order=rules[::-1]).rule_order == rules[::-1]
+    assert recipe(rule_order=other_order()).rule_order == other_order() != rules
     for wrong in (rules[1:], [*rules, rules[0]], [*rules, "digit"], []):
         assert "each rule that is on" in one_fault(rule_order=wrong)
     assert "each rule that is on" in one_fault(rule_order=rules, single_modality__face_area=...)
+
+
+def test_rule_order_cannot_put_a_later_stage_before_an_earlier_one() -> None:
+    assert "an earlier stage before those of a later one" in one_fault(rule_order=recipe().active_rules[::-1])
 
 
 def leaves(content: dict[str, Any], path: str = "") -> list[str]:
@@ -324,7 +345,7 @@ def test_the_hash_knows_defaults_and_no_order() -> None:
     spelled_out = settings(pool={"max_image_bytes": 20 * 2**20}, single_modality__language={})
     assert parse_recipe(spelled_out, "r").sha256 == recipe().sha256
     assert recipe(pool={"max_image_bytes": 1}).sha256 != recipe().sha256
-    assert recipe(rule_order=recipe().active_rules[::-1]).sha256 != recipe().sha256
+    assert recipe(rule_order=other_order()).sha256 != recipe().sha256
 
 
 def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:

@@ -25,20 +25,12 @@ from nltk.tag.perceptron import PerceptronTagger
 from nltk.tokenize import NLTKWordTokenizer
 
 from pipeline import recipe
+from pipeline.recipe import COMMON_NOUNS, NAMES_NUMBERS_SYMBOLS
 from pipeline.records import Sample
 from transforms.annotate import AnnotateSamples
 
 BUNDLED = Path(__file__).parent / "pos_tagger"
 SOURCES = ("auto", "nltk", "bundled")
-
-PENN_TAGS = frozenset(
-    "# $ '' ( ) , . : CC CD DT EX FW IN JJ JJR JJS LS MD NN NNP NNPS NNS PDT POS PRP PRP$ RB RBR "
-    "RBS RP SYM TO UH VB VBD VBG VBN VBP VBZ WDT WP WP$ WRB ``".split()
-)
-COMMON_NOUNS = ("NN", "NNS")
-NAMES_NUMBERS_SYMBOLS = (
-    "NNP", "NNPS", "CD", "LS", "SYM", "#", "$", "''", "(", ")", ",", ".", ":", "``",
-)  # fmt: skip
 
 _tokenizer = NLTKWordTokenizer()
 
