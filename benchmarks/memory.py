@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -70,7 +70,9 @@ def peak_bytes(folder: Path, count: int) -> int:
 def run_stage(stage: str, model: str, pool: str, output: str) -> None:
     """The child process: run one stage and print its own peak resident set in bytes."""
     run(recipe(Path(model)), pool, output, [stage], [], Progress(Console(file=io.StringIO())))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    # Not `ru_maxrss`, which a process inherits from the one that started it.
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    print(int(peak) * 1024)
 
 
 def main() -> None:

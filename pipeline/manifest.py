@@ -10,6 +10,7 @@ from pipeline import files
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
 from transforms.distribution_alignment.cids import load_tasks, task_weights
 from transforms.distribution_alignment.clusters import load_centroids
+from transforms.models import blip, blip2, clip
 from transforms.models.precision import resolve
 from transforms.models.weights import local_path, model_identity
 from transforms.single_modality import faces, language, pos_pattern
@@ -36,7 +37,13 @@ def identities(recipe: Recipe) -> dict[str, Any]:
     if single.face_area:
         found[SINGLE_MODALITY]["face_detector"] = faces.model_identity(single.face_area)
     models = {name: getattr(cross, name) for name in ("flipped_clip", "image_text_matching", "digit")}
-    found[CROSS_MODALITY] = {name: model_identity(settings) for name, settings in models.items() if settings}
+    preprocessing_of = {"flipped_clip": clip.preprocessing, "image_text_matching": blip.preprocessing,
+                        "digit": blip2.preprocessing}  # fmt: skip
+    found[CROSS_MODALITY] = {
+        name: {**model_identity(settings), "preprocessing": preprocessing_of[name](settings)}
+        for name, settings in models.items()
+        if settings
+    }
     if aligned.clusters.centroids:
         load_centroids(aligned.clusters.centroids)
     if aligned.cids:

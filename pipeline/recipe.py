@@ -179,10 +179,17 @@ class FlippedClip(Threshold):
     min: Cosine | None = None
     model: str
     weights: str | None = None
+    quick_gelu: bool | None = None
     revision: str | None = None
     batch_size: int = Field(64, ge=1, le=4096)
     score_unflipped: bool = False
     digit_rescue: DigitRescue | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _revision_is_used(self) -> FlippedClip:
+        if self.revision and not self.model.startswith("hf-hub:"):
+            raise ValueError("`revision` belongs to a `model` that starts with hf-hub:; a tag has none")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _rescue_is_lower(self) -> FlippedClip:

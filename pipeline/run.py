@@ -20,8 +20,10 @@ from pipeline.manifest import identities, manifest
 from pipeline.progress import TABLE_OF, Progress
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, STAGES, Recipe
 from pipeline.records import Shard
+from pipeline.sinks.decisions import SMALLER_BATCHES
 from pipeline.sources.webdataset import list_shards
 from transforms.models.precision import resolve
+from transforms.models.weights import pinned
 from transforms.single_modality import pos_pattern
 
 LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
@@ -62,15 +64,16 @@ def run(
     if needs_gpu and not torch.cuda.is_available():
         raise UsageError("recipe: cross_modality.device is cuda, but this machine has no GPU; use a GPU or say cpu")
     try:
-        found = identities(recipe)
+        settled = _with_pinned_models(recipe, fetch=_is_local(beam_options))
+        found = identities(settled)
     except (OSError, ValueError, LookupError) as error:
         raise UsageError(f"recipe: {error}") from error
     content = manifest(recipe, pool, found)
     _check_earlier_stages(stages, layout, shards)
     _claim(layout, content)
 
-    resolved = _with_precision(_with_tagger(recipe, found))
-    job = build.Job(resolved, tuple(shards), layout, found)
+    settled = _with_precision(_with_tagger(settled, found))
+    job = build.Job(settled, tuple(shards), layout, found)
     times = {}
     try:
         for stage in stages:
@@ -82,7 +85,10 @@ def run(
         files.delete_if_there(layout.progress_folder)
     files.write_json(layout.run, {"seconds": times, "shards": len(shards)})
     decided = DISTRIBUTION_ALIGNMENT in stages  # else a funnel that lies there is an earlier run's
-    return Outcome(json.loads(files.read_bytes(layout.funnel)) if decided else None, layout)
+    funnel = json.loads(files.read_bytes(layout.funnel)) if decided else None
+    if funnel and funnel.get(SMALLER_BATCHES):  # scores of another shape differ in their last bits
+        files.write_json(layout.manifest, {**content, SMALLER_BATCHES: funnel[SMALLER_BATCHES]})
+    return Outcome(funnel, layout)
 
 
 def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> None:
@@ -162,6 +168,11 @@ def _with_tagger(recipe: Recipe, found: dict[str, Any]) -> Recipe:
     settled = settings.model_copy(update={"tagger": source})
     single = recipe.single_modality.model_copy(update={"pos_pattern": settled})
     return recipe.model_copy(update={"single_modality": single})
+
+
+def _with_pinned_models(recipe: Recipe, fetch: bool) -> Recipe:
+    """The recipe with each hub model's branch settled as a commit, so that no two workers load different ones."""
+    return recipe.model_copy(update={"cross_modality": pinned(recipe.cross_modality, fetch)})
 
 
 def _with_precision(recipe: Recipe) -> Recipe:

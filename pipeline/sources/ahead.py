@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -16,17 +17,32 @@ def in_order(
 ) -> Generator[Result, None, None]:
     """`function` of each item, in the items' order; at most `ahead` of them are begun before they are asked for.
 
-    An error of `function` is raised where its result was due. Closing the iterator drops what was not begun.
+    The items themselves are asked for by a thread too, one after the other: they may come over a network. An error of
+    `function`, or of the items, is raised where its result was due. Closing the iterator drops what was not begun.
     """
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    begun: SimpleQueue[Future[Result] | None] = SimpleQueue()
+    free, closed = threading.Semaphore(1 + ahead), threading.Event()  # one is always asked for
+
+    def feed(pool: ThreadPoolExecutor) -> None:
+        remaining = iter(items)
         try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            while free.acquire() and not closed.is_set():
+                try:
+                    item = next(remaining)
+                except StopIteration:
+                    return
+                begun.put(pool.submit(function, item))
         finally:
-            for future in waiting:
-                future.cancel()
+            begun.put(None)
+
+    with ThreadPoolExecutor(1) as feeder, ThreadPoolExecutor(threads) as pool:
+        fed = feeder.submit(feed, pool)
+        try:
+            while (future := begun.get()) is not None:
+                yield future.result()
+                free.release()
+            fed.result()
+        finally:
+            closed.set()
+            free.release()
+            pool.shutdown(wait=False, cancel_futures=True)

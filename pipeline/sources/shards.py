@@ -15,6 +15,9 @@ from pipeline.sources.ahead import in_order
 from pipeline.sources.images import UndecodableImage, decode
 from pipeline.sources.webdataset import read_samples
 
+# Of a process; the cores that it may use, and no more pictures at full size at once than memory bears.
+DECODE_THREADS = min(8, len(os.sched_getaffinity(0)))
+
 
 class Work(Protocol):
     """What a stage has to do on a shard. Decided on the worker, when the shard's turn comes, from the tables that
@@ -37,7 +40,7 @@ class ReadShards(beam.PTransform):
     """PCollection[Shard] -> batches of its samples (main output) and the shards that need no work (`FINISHED`).
 
     Threads decode the next batch, and prepare it where `load_prepare` is given, while the fused stage is busy with the
-    current one. `load_prepare` is called once per process, and only where a shard needs work.
+    current one. `load_prepare` is called once per worker, and only where a shard needs work.
     """
 
     BATCHES, FINISHED = "batches", "finished"
@@ -90,7 +93,7 @@ class _ReadShard(beam.DoFn):
             attempt = attempt.smaller()
 
     def _decoded_samples(self, shard: Shard) -> Generator[Sample | DeadLetter, None, None]:
-        return in_order(self._decoded, self._samples(shard), os.cpu_count() or 1, ahead=self._batch_size)
+        return in_order(self._decoded, self._samples(shard), DECODE_THREADS, ahead=self._batch_size)
 
     def _samples(self, shard: Shard) -> Iterator[Sample | DeadLetter]:
         wanted = self._work.wanted(shard)

@@ -53,6 +53,24 @@ def test_a_broken_model_raises_instead_of_filling_the_dead_letters():
         FakeModel(poison=(100.0, 2.0)).run(["2"])
 
 
+def test_a_failure_that_passes_costs_no_sample():
+    class Flaky(FakeModel):
+        def score(self, rows: list[float]) -> np.ndarray:
+            if rows == [100.0] * 4:  # the probe: the model is sound again
+                self.poison = ()
+            return super().score(rows)
+
+    by_row, failures = Flaky(poison=(2.0,)).run(["2", "3"])
+    assert {row: float(score[0]) for row, score in by_row.items()} == {0: 4.0, 1: 9.0}
+    assert failures == []
+
+
+@pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublas"])
+def test_every_way_of_saying_out_of_memory_is_known(message: str):
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        FakeModel(poison=(2.0,), error=RuntimeError(message)).run(["2", "3"])
+
+
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()])
 def test_out_of_memory_is_no_rows_fault(error: Exception):
     with pytest.raises(type(error)):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from apache_beam.io.filesystem import FileMetadata
 from apache_beam.io.localfilesystem import LocalFileSystem
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline import recipe
 from transforms.models import weights
@@ -134,6 +135,59 @@ def test_a_tag_trained_with_quick_gelu_gets_it(architecture: str, tag: str, quic
     settings = recipe.FlippedClip(model=architecture, weights=tag, min=0.2)
     assert weights.clip_source(settings) == (architecture, tag, quick)
     assert not open_clip.get_model_config(architecture.replace("/", "-")).get("quick_gelu", False)
+
+
+def test_a_file_of_weights_cannot_say_whether_it_needs_quick_gelu(tmp_path: Path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"")
+    given: dict = {"model": "ViT-L-14", "weights": str(file), "min": 0.2}
+    with pytest.raises(ValueError, match="say `quick_gelu: true`"):
+        weights.clip_source(recipe.FlippedClip(**given))
+    for quick in (True, False):
+        assert weights.clip_source(recipe.FlippedClip(**given, quick_gelu=quick)).quick_gelu is quick
+    never = given | {"model": "ViT-B-16-SigLIP"}  # none of its tags has it
+    assert not weights.clip_source(recipe.FlippedClip(**never)).quick_gelu
+
+
+def test_a_tag_that_open_clip_does_not_know():
+    with pytest.raises(ValueError, match="neither a file nor a known tag; tags of ViT-L-14: openai"):
+        weights.clip_source(recipe.FlippedClip(model="ViT-L-14", weights="opnai", min=0.2))
+
+
+@pytest.mark.parametrize("fetch", [True, False])
+def test_a_branch_is_pinned_to_its_commit_and_weights_are_fetched_where_asked(
+    itm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_folder: Path, fetch: bool
+):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / commit
+    asked: list[list[str]] = []
+
+    def download(repository: str, revision: str | None, local_files_only: bool = False, **more: list[str]) -> str:
+        if local_files_only:
+            if not snapshot.exists():
+                raise LocalEntryNotFoundError(repository)
+        else:
+            asked.append(more["allow_patterns"])
+            shutil.copytree(itm_folder, snapshot, dirs_exist_ok=True)
+            if "*.safetensors" not in more["allow_patterns"]:
+                (snapshot / "model.safetensors").unlink()
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    given = recipe.CrossModality(
+        flipped_clip=recipe.FlippedClip(model=str(clip_folder), min=0.2),
+        image_text_matching=recipe.ImageTextMatching(model="someone/itm", min=0.5),
+    )
+    first = weights.pinned(given, fetch)
+    assert first.image_text_matching and first.image_text_matching.revision == commit
+    calls = len(asked)
+    assert ("*.safetensors" in asked[0]) is fetch
+    identity = weights.model_identity(first.image_text_matching)
+    assert set(identity["sha256"]) == ({"model.safetensors"} if fetch else set())
+    again = weights.pinned(given, fetch)  # as an interrupted run is gone on with
+    assert again == first
+    assert weights.model_identity(again.image_text_matching) == identity
+    assert len(asked) == calls
 
 
 def test_an_open_clip_model_on_a_hub_is_taken_at_its_revision(clip_folder: Path, monkeypatch: pytest.MonkeyPatch):

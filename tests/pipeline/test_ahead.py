@@ -45,9 +45,38 @@ def test_no_more_is_taken_than_allowed() -> None:
 
     results = in_order(str, items(), threads=2, ahead=4)
     assert next(results) == "0"
+    until = time.monotonic() + 10
+    while len(taken) < 5 and time.monotonic() < until:
+        time.sleep(0.001)
+    time.sleep(0.05)  # a sixth would have come by now
     assert len(taken) == 5
     results.close()
     assert len(taken) == 5
+
+
+def test_an_error_of_the_items_comes_after_what_was_there_before_it() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise OSError("the network is gone")
+
+    results = in_order(str, items(), threads=2, ahead=4)
+    assert next(results) == "1"
+    with pytest.raises(OSError, match="the network is gone"):
+        next(results)
+
+
+def test_the_next_item_is_asked_for_while_the_consumer_is_busy() -> None:
+    asked = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        asked.set()
+        yield 1
+
+    results = in_order(str, items(), threads=1, ahead=1)
+    assert next(results) == "0"
+    assert asked.wait(10)
+    assert list(results) == ["1"]
 
 
 def test_an_error_comes_where_its_result_was_due() -> None:

@@ -15,7 +15,7 @@ from pipeline import recipe
 from pipeline.records import Annotation, Sample
 from transforms.cross_modality.cascade import wanted
 from transforms.models.handler import SampleBatchHandler
-from transforms.models.pictures import Processed, grey, normalised, on_device, pixels_of
+from transforms.models.pictures import Processed, grey, normalised, on_device, pixels_of, settings_of
 from transforms.models.precision import dtype_on
 from transforms.models.probability import as_float32, of_two
 from transforms.models.weights import load_pretrained, load_processor
@@ -96,6 +96,11 @@ class LoadedBlip:
                 attention_mask=on_device(np.stack(mask), device),
             )
             return output.itm_score.float().cpu().numpy()
+
+
+def preprocessing(settings: recipe.ImageTextMatching) -> dict[str, Any]:
+    """What the model's own preprocessing does to a picture, for the manifest."""
+    return settings_of(load_processor(BlipProcessor, settings).image_processor)
 
 
 class BlipHandler(SampleBatchHandler[LoadedBlip]):

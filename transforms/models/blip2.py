@@ -15,7 +15,7 @@ from pipeline import recipe
 from pipeline.records import Annotation, Sample
 from transforms.cross_modality.cascade import prompt_floor, wanted
 from transforms.models.handler import SampleBatchHandler
-from transforms.models.pictures import Processed, grey, normalised, pixels_of
+from transforms.models.pictures import Processed, grey, normalised, pixels_of, settings_of
 from transforms.models.precision import dtype_on
 from transforms.models.probability import as_float32, of_two
 from transforms.models.weights import load_pretrained, load_processor
@@ -83,6 +83,11 @@ class LoadedBlip2:
             **answer,
         )
         return output.logits[:, -1]
+
+
+def preprocessing(settings: recipe.Digit) -> dict[str, Any]:
+    """What the model's own preprocessing does to a picture, for the manifest."""
+    return settings_of(load_processor(Blip2Processor, settings).image_processor)
 
 
 class Blip2Handler(SampleBatchHandler[LoadedBlip2]):

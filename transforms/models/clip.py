@@ -211,6 +211,11 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
         }
 
 
+def preprocessing(settings: recipe.FlippedClip) -> dict[str, Any]:
+    """What the model's own preprocessing does to a picture, for the manifest."""
+    return dataclasses.asdict(_preprocess_cfg(clip_source(settings)))
+
+
 class _BoundedCache(dict[str, str]):
     """Takes no further word once it is full. It never lets one go: another thread may be about to read it."""
 

@@ -24,6 +24,7 @@ NOT_FINITE = "not_finite"
 
 # Out of memory is never one row's fault: at a fixed shape every batch needs the same.
 _NOT_A_ROWS_FAULT = (MemoryError, torch.OutOfMemoryError)
+_ALSO_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 class Failure(NamedTuple):
@@ -76,8 +77,14 @@ class FixedBatches(Generic[Prepared]):
                 self._score_or_halve(prepared[middle:], scores)
                 return
             self._raise_if_broken(error)
-            scores.failures.append(Failure(prepared[0][0], MODEL_FAILED, describe(error)))
-            return
+            try:
+                results = self._score_padded([prepared[0][1]])  # the failure may have been a passing one
+            except _NOT_A_ROWS_FAULT:
+                raise
+            except Exception as again:  # the row's own, now that the model has proved sound
+                logging.warning("A sample made the model fail; it goes to the dead letters: %s", describe(again))
+                scores.failures.append(Failure(prepared[0][0], MODEL_FAILED, describe(again)))
+                return
         for (index, _), result in zip(prepared, results, strict=True):
             if np.isfinite(result).all():
                 scores.by_row[index] = result
@@ -88,7 +95,12 @@ class FixedBatches(Generic[Prepared]):
         """The scores of `rows`, padded to `size` by repeating the last; the padding's are
         dropped."""
         padded = rows + rows[-1:] * (self.size - len(rows))
-        results = self.score(padded)
+        try:
+            results = self.score(padded)
+        except RuntimeError as error:
+            if any(told in str(error) for told in _ALSO_OUT_OF_MEMORY):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
         if len(results) != self.size:
             raise AssertionError(f"the model gave {len(results)} results for {self.size} rows")
         return results[: len(rows)]
@@ -100,7 +112,6 @@ class FixedBatches(Generic[Prepared]):
             raise
         except Exception as probe_error:
             raise RuntimeError(f"the model fails on every input: {describe(probe_error)}") from error
-        logging.warning("A sample made the model fail; it goes to the dead letters: %s", describe(error))
 
 
 def describe(error: BaseException) -> str:

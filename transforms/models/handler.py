@@ -53,8 +53,17 @@ class OnDemand:
         return self._loaded().probe(shape)
 
     def score(self, inputs: list[Any]) -> np.ndarray:
-        """As `LoadedModel.score`."""
-        return self._loaded().score(inputs)
+        """As `LoadedModel.score`.
+
+        Out of memory is tried once more after freed blocks are given back: another model on the same GPU may have had
+        its peak just then, and which shape a score comes from should not hang on that.
+        """
+        model = self._loaded()
+        try:
+            return model.score(inputs)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return model.score(inputs)
 
     def constants(self) -> Any:
         """As `LoadedModel.constants`."""
@@ -116,10 +125,14 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
     ) -> list[SampleBatch]:
         if batch.attempt.out_of_memory:
             return [batch]
+        wanted = {row: sample for row, sample in enumerate(batch) if self.wants(sample.annotation)}
+        if not wanted:
+            return [batch]
+        constants = model.constants()  # loads the model: were that to fail below, samples or shapes would get the blame
         halvings = batch.attempt.halvings.get(self.rule, 0)
         size = max(1, self._batch_size >> halvings)
         try:
-            return [self._annotated(batch, model, size)]
+            return [self._annotated(batch, wanted, model, constants, size)]
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
@@ -134,11 +147,9 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
     def get_metrics_namespace(self) -> str:
         return type(self).__name__
 
-    def _annotated(self, batch: SampleBatch, model: LoadedModel, size: int) -> SampleBatch:
-        wanted = {row: sample for row, sample in enumerate(batch) if self.wants(sample.annotation)}
-        if not wanted:
-            return batch
-        constants = model.constants()  # loads the model: were that to fail further down, samples would get the blame
+    def _annotated(
+        self, batch: SampleBatch, wanted: dict[int, Sample], model: LoadedModel, constants: Any, size: int
+    ) -> SampleBatch:
         by_shape: dict[Hashable, dict[int, Any]] = {}
         failures: list[Failure] = []
         for row, sample in wanted.items():
@@ -165,6 +176,8 @@ def prepared_or_error(model: LoadedModel | Any, sample: Sample) -> Any:
     except MemoryError:  # no sample's fault
         raise
     except Exception as error:  # whatever a library makes of this sample; becomes its dead letter
+        # Its traceback would hold the decoded picture for as long as the batch waits.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         return error
 
 

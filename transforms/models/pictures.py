@@ -58,6 +58,13 @@ def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def settings_of(image_processor: Any) -> dict[str, Any]:
+    """What a transformers image processor does to a picture, for the manifest."""
+    names = ("size", "crop_size", "do_resize", "resample", "do_center_crop", "do_rescale", "rescale_factor",
+             "do_normalize", "image_mean", "image_std", "do_convert_rgb")  # fmt: skip
+    return {name: value for name, value in image_processor.to_dict().items() if name in names and value is not None}
+
+
 class Processed:
     """The parts of a transformers image processor, whose every picture has one size."""
 

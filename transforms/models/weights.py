@@ -24,6 +24,7 @@ import torch
 import transformers
 from apache_beam.io.filesystem import CompressionTypes, FileMetadata
 from apache_beam.io.filesystems import FileSystems
+from filelock import FileLock
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline import recipe
@@ -58,8 +59,18 @@ def clip_source(settings: recipe.FlippedClip) -> ClipSource:
         allowed = f"tags of {model}: {', '.join(known)}" if known else f"open_clip knows no tag of {model!r}"
         raise ValueError(f"flipped_clip.weights: {settings.weights!r} is neither a file nor a known tag; {allowed}")
     # open_clip 3 only warns where a tag was trained with QuickGELU and the architecture's name does
-    # not say so, as with ViT-L-14 and `openai`; the scores would be quietly wrong.
-    return ClipSource(model, weights, bool(_tag(model, weights).get("quick_gelu")))
+    # not say so, as with ViT-L-14 and `openai`; the scores would be quietly wrong. A file cannot say.
+    quick_gelu = settings.quick_gelu
+    if quick_gelu is None and os.path.isfile(weights):
+        if any(_tag(model, tag).get("quick_gelu") for tag in known) and not model.endswith("-quickgelu"):
+            raise ValueError(
+                f"flipped_clip.weights: {settings.weights!r} is a file, and some weights of {model} need QuickGELU: "
+                "say `quick_gelu: true` (OpenAI's do) or `quick_gelu: false`"
+            )
+        quick_gelu = False
+    if quick_gelu is None:
+        quick_gelu = bool(_tag(model, weights).get("quick_gelu"))
+    return ClipSource(model, weights, quick_gelu)
 
 
 def load_pretrained(
@@ -83,6 +94,37 @@ def load_processor(processor_class: Any, settings: recipe.ImageTextMatching | re
     """
     path, revision = local_path(settings.model), settings.revision or "main"
     return processor_class.from_pretrained(path, revision=revision, backend="pil")
+
+
+def pinned(settings: recipe.CrossModality, fetch: bool) -> recipe.CrossModality:
+    """The settings with each hub model's revision as the commit that it stands for now, so that all workers load one.
+
+    With `fetch`, weights that this machine lacks are fetched too: a run that is to be gone on with must have the same
+    hashes before as after. Raises OSError or ValueError where a hub has no such model.
+    """
+    changes: dict[str, Any] = {}
+    for name in ("flipped_clip", "image_text_matching", "digit"):
+        section = getattr(settings, name)
+        if isinstance(section, recipe.FlippedClip):
+            source = clip_source(section)  # brings all of an `hf-hub:` model here
+            if fetch and source.pretrained and not os.path.isfile(source.pretrained) and not _weight_files(section)[0]:
+                open_clip.download_pretrained(_tag(source.name, source.pretrained))
+        repository = section and _hub_repository(section)
+        if repository:
+            weights, commit = _in_hub_cache(repository, section.revision)
+            if commit is None or (fetch and not weights):
+                patterns = (["*.safetensors"], ["*.bin"]) if fetch else ([], [])
+                commit = Path(_snapshot(repository, section.revision, *patterns)).name
+            changes[name] = section.model_copy(update={"revision": commit})
+    return settings.model_copy(update=changes)
+
+
+def _hub_repository(settings: recipe.FlippedClip | recipe.ImageTextMatching | recipe.Digit) -> str | None:
+    """The hub's name of the model; None where the model is no snapshot of a hub's repository."""
+    if isinstance(settings, recipe.FlippedClip):
+        return settings.model.removeprefix(_HUB) if settings.model.startswith(_HUB) else None
+    elsewhere = settings.model.startswith(_BUNDLED) or "://" in settings.model or Path(settings.model).is_dir()
+    return None if elsewhere else settings.model
 
 
 def model_identity(
@@ -131,25 +173,23 @@ def _fetched(url: str) -> str:
         raise FileNotFoundError(f"{url}: nothing there")
     state = "\n".join(f"{f.path} {f.size_in_bytes} {f.last_updated_in_seconds}" for f in found)
     copy = cache_folder() / "models" / hashlib.sha256(state.encode()).hexdigest()[:32]
-    if not copy.exists():
-        aside = copy.with_name(f"{copy.name}.tmp-{uuid.uuid4().hex}")
-        try:
-            for file in found:
-                relative = file.path.removeprefix(url).lstrip("/") or url.rsplit("/", 1)[1]
-                target = aside / relative
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with (
-                    FileSystems.open(file.path, compression_type=CompressionTypes.UNCOMPRESSED) as remote,
-                    target.open("wb") as local,
-                ):
-                    shutil.copyfileobj(remote, local, 2**20)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{copy}.lock"):  # a machine's worker processes all start at once
+        if not copy.exists():
+            aside = copy.with_name(f"{copy.name}.tmp-{uuid.uuid4().hex}")
             try:
+                for file in found:
+                    relative = file.path.removeprefix(url).lstrip("/") or url.rsplit("/", 1)[1]
+                    target = aside / relative
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with (
+                        FileSystems.open(file.path, compression_type=CompressionTypes.UNCOMPRESSED) as remote,
+                        target.open("wb") as local,
+                    ):
+                        shutil.copyfileobj(remote, local, 2**20)
                 aside.rename(copy)
-            except OSError:
-                if not copy.exists():  # else another process was quicker: the same files lie there
-                    raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     return str(copy / url.rsplit("/", 1)[1] if found[0].path == url else copy)
 
 
@@ -165,11 +205,15 @@ def _remote_files(url: str) -> list[FileMetadata]:
 
 def _clip_snapshot(repository: str, revision: str | None) -> str:
     """A local copy of an open_clip model on a hub, at a revision, which open_clip's own `hf-hub:` cannot name."""
-    # Everything but weights in other formats: a safetensors file where there is one, else the tensors-only pickle.
+    return _snapshot(repository, revision, ["open_clip_*.safetensors"], ["open_clip_pytorch_model.bin"])
+
+
+def _snapshot(repository: str, revision: str | None, safe: list[str], pickled: list[str]) -> str:
+    """A hub's snapshot without weights in other formats: safetensors where there are any, else tensors-only pickles."""
     fetch = functools.partial(huggingface_hub.snapshot_download, repository, revision=revision)
-    folder = fetch(allow_patterns=["*.json", "*.txt", "*.model", "open_clip_*.safetensors"])
+    folder = fetch(allow_patterns=["*.json", "*.txt", "*.model", *safe])
     if not list(Path(folder).glob("*.safetensors")):
-        folder = fetch(allow_patterns=["*.json", "*.txt", "*.model", "open_clip_pytorch_model.bin"])
+        folder = fetch(allow_patterns=["*.json", "*.txt", "*.model", *pickled])
     return folder
 
 
