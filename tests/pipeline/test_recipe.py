@@ -325,7 +325,7 @@ def changed(value: Any) -> Any:
     if isinstance(value, int | float):
         return value + 1 if value >= 1 or value == 0 else value / 3 + 0.1
     if isinstance(value, list):
-        return [*value, "x"]
+        return [*value, "de"]
     return {"cpu": "cuda", "bundled": "nltk"}.get(value, f"{value}x")
 
 

@@ -163,12 +163,11 @@ def test_what_has_vanished_or_broken_since_is_a_dead_letter(tmp_path: Path) -> N
     }
 
 
-def test_of_a_tar_that_is_gone_every_wanted_sample_is_told_once(tmp_path: Path) -> None:
+def test_a_tar_that_is_gone_fails_the_run_and_no_sample(tmp_path: Path) -> None:
     gone = Shard("gone", str(tmp_path / "gone.tar"), "f")
     wants = {f"k{n}": annotation(uid=uid(n), shard="gone", key=f"k{n}") for n in range(3)}
-    ((batch,), _) = read(FakeWork(wants=wants), [gone])
-    assert len(batch) == 0
-    assert [letter.uid for letter in batch.dead_letters] == [uid(n) for n in range(3)]
+    with pytest.raises(OSError, match=r"gone\.tar"):
+        read(FakeWork(wants=wants), [gone])
 
 
 def test_a_key_that_comes_again_is_read_once(tmp_path: Path) -> None:
