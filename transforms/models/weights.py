@@ -55,7 +55,7 @@ def clip_source(settings: recipe.FlippedClip) -> ClipSource:
         )
     weights = local_path(settings.weights)
     known = open_clip.list_pretrained_tags_by_model(model)
-    if not os.path.isfile(weights) and open_clip.get_pretrained_cfg(model, weights) is None:
+    if not os.path.isfile(weights) and not _tag(model, weights):
         allowed = f"tags of {model}: {', '.join(known)}" if known else f"open_clip knows no tag of {model!r}"
         raise ValueError(f"flipped_clip.weights: {settings.weights!r} is neither a file nor a known tag; {allowed}")
     # open_clip 3 only warns where a tag was trained with QuickGELU and the architecture's name does
