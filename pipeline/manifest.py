@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -37,8 +38,11 @@ def identities(recipe: Recipe) -> dict[str, Any]:
     if single.face_area:
         found[SINGLE_MODALITY]["face_detector"] = faces.model_identity(single.face_area)
     models = {name: getattr(cross, name) for name in ("flipped_clip", "image_text_matching", "digit")}
-    preprocessing_of = {"flipped_clip": clip.preprocessing, "image_text_matching": blip.preprocessing,
-                        "digit": blip2.preprocessing}  # fmt: skip
+    preprocessing_of: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "flipped_clip": clip.preprocessing,
+        "image_text_matching": blip.preprocessing,
+        "digit": blip2.preprocessing,
+    }
     found[CROSS_MODALITY] = {
         name: {**model_identity(settings), "preprocessing": preprocessing_of[name](settings)}
         for name, settings in models.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 
@@ -33,7 +34,7 @@ def _all_threads(_one_thread: None) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_vit_b_32(tmp_path: Path, precision: str):
-    random_models.save_open_clip(tmp_path / "clip", random_models.open_clip.get_model_config("ViT-B-32"))
+    random_models.save_open_clip(tmp_path / "clip", open_clip.get_model_config("ViT-B-32"))
     settings = recipe.FlippedClip(model=str(tmp_path / "clip"), min=0.0, batch_size=4)
     assert_bits_stay(ClipHandler(settings, "cpu", precision))
 

@@ -186,6 +186,7 @@ def test_a_branch_is_pinned_to_its_commit_and_weights_are_fetched_where_asked(
     assert set(identity["sha256"]) == ({"model.safetensors"} if fetch else set())
     again = weights.pinned(given, fetch)  # as an interrupted run is gone on with
     assert again == first
+    assert again.image_text_matching
     assert weights.model_identity(again.image_text_matching) == identity
     assert len(asked) == calls
 
