@@ -1,12 +1,12 @@
 """Train the three small models of the demo, and measure them on pictures that none of them saw.
 
     python -m tools.train_demo_models all [--work DIR] [--clip-minutes 30] …
-    python -m tools.train_demo_models {data,clip,itm,digit,tasks,evaluate}
+    python -m tools.train_demo_models {data,clip,tower,itm,digit,tasks,evaluate}
 
 The models have the architectures of the real ones (open_clip CLIP, BLIP image-text matching,
 BLIP-2 with OPT) and are loaded by the same code; they are good for the demo and for tests only.
 Each is trained within a wall-time budget; with the same number of steps the same seed repeats a
-run. The image tower of CLIP is the starting point of the other two.
+run. The image tower of a second CLIP (`tower`) is the starting point of the other two.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ import open_clip
 import tokenizers
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from tools import lettering
@@ -53,7 +54,7 @@ MODEL_CFG: dict[str, Any] = {
     "vision_cfg": {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": 32, "patch_size": None},
     "text_cfg": _TEXT_CFG,
 }
-# A second one whose image tower only serves as the start of ITM's, which has to be a transformer.
+# A second one whose image tower only serves as the start of ITM's and the digit answerer's, which must be transformers.
 TOWER_CFG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": SIDE, "patch_size": 8, "width": 128, "layers": 6,
@@ -105,7 +106,14 @@ class Corpus:
         return image.resize(size, Image.Resampling.LANCZOS)
 
     def written(self, kind: str, indices: Sequence[int], tag: str) -> Iterator[tuple[Image.Image, str, int]]:
-        """Pictures with writing: (picture, what is written, index).
+        """Pictures with writing: (picture, what is written, index); `overlays` without what they are written on."""
+        for image, _, text, index in self.overlays(kind, indices, tag):
+            yield image, text, index
+
+    def overlays(
+        self, kind: str, indices: Sequence[int], tag: str
+    ) -> Iterator[tuple[Image.Image, Image.Image, str, int]]:
+        """Pictures with writing: (picture, the same without the writing, what is written, index).
 
         plate: the words of a picture's caption and nothing else; stamp: those words on the picture;
         letters, number: random letters or a number on the picture; number_plate, letter_plate:
@@ -123,18 +131,26 @@ class Corpus:
                 text = self.captioner.words(self.pictures[index])
             if kind.endswith("plate"):
                 image = lettering.plate(text, size, rng, self.fonts)
+                ground = Image.new("RGB", image.size, image.getpixel((0, 0)))
             else:
                 share = rng.uniform(0.22, 0.5)
-                image = lettering.stamp(self.large(index), text, rng, self.fonts, share)
-            yield image, text, index
+                ground = self.large(index)
+                image = lettering.stamp(ground, text, rng, self.fonts, share)
+            yield image, ground, text, index
 
 
 def small(image: Image.Image) -> np.ndarray:
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
+def covered(image: Image.Image, ground: Image.Image) -> np.ndarray:
+    """How much of each pixel at the models' size the writing covers, uint8 0..255."""
+    ink = np.asarray(ImageChops.difference(image, ground)).max(2) > 8
+    return np.asarray(Image.fromarray(ink.astype(np.uint8) * 255).resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
 def training_set(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """All that the models train on, made once: pixels, kind, picture index, what is written."""
+    """All that the models train on, made once: pixels, kind, picture index, what is written and where."""
     cached = args.work / "training.npz"
     if cached.exists():
         with np.load(cached, allow_pickle=False) as stored:
@@ -142,24 +158,31 @@ def training_set(args: argparse.Namespace) -> dict[str, np.ndarray]:
     corpus = Corpus(args)
     train = corpus.split("train")
     pixels = [corpus.pixels[i] for i in train]
+    where = [np.zeros((SIDE, SIDE), np.uint8) for _ in train]
     kinds, texts, index = ["plain"] * len(train), [""] * len(train), list(train)
-    plans = [("plate", 0), ("plate", 1), ("plate", 2), ("stamp", 0), ("number", 0),
+    plans = [("plate", 0), ("plate", 1), ("plate", 2), ("stamp", 0), ("number", 0), ("number", 1),
              ("number_plate", 0), ("letter_plate", 0), ("letter", 0)]  # fmt: skip
     for kind, round_ in plans:
-        chosen = train if kind in {"plate", "stamp", "number"} else train[::2]
-        for image, text, i in corpus.written(kind, chosen, f"train {round_}"):
+        chosen = train[::2] if kind in {"number_plate", "letter_plate"} else train
+        for image, ground, text, i in corpus.overlays(kind, chosen, f"train {round_}"):
             pixels.append(small(image))
+            where.append(covered(image, ground))
             kinds.append(kind)
             texts.append(text)
             index.append(i)
-    result = {"pixels": np.stack(pixels), "kinds": np.array(kinds), "texts": np.array(texts),
-              "index": np.array(index)}  # fmt: skip
+    result = {"pixels": np.stack(pixels), "where": np.stack(where), "kinds": np.array(kinds),
+              "texts": np.array(texts), "index": np.array(index)}  # fmt: skip
     np.savez(cached, **result)  # type: ignore[arg-type]
     return result
 
 
 def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
     """Shift, scale, stretch, a little rotation and colour; never a flip. In and out 0..1."""
+    return augment_with(batch, torch.zeros(len(batch), 1, 1, 1), generator)[0]
+
+
+def augment_with(batch: Tensor, where: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`augment`, and what says where something is in the pictures, moved as they are."""
     n = len(batch)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -181,7 +204,7 @@ def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
     moved = torch.lerp(moved, grey.expand_as(moved), uniform(0, 1, 1, 1, 1) ** 3)
     gain = uniform(0.6, 1.25, 3, 1, 1) * uniform(0.8, 1.1, 1, 1, 1)
     noise = torch.randn(batch.shape, generator=generator) * uniform(0, 0.06, 1, 1, 1)
-    return (1 - (1 - moved) * gain + noise).clamp(0, 1)
+    return (1 - (1 - moved) * gain + noise).clamp(0, 1), F.grid_sample(where, grid, align_corners=False)
 
 
 def normalise(batch: Tensor) -> Tensor:
@@ -232,16 +255,42 @@ def step(model: nn.Module, optim: torch.optim.Optimizer, loss: Tensor, rate: flo
 # ---------------------------------------------------------------------------------------- CLIP
 
 
-def caption_for(corpus: Corpus, kind: str, text: str, index: int, rng: random.Random) -> str:
+def mixed(images: Tensor, target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Every picture with part of another in it, blended or as a rectangle, and its captions' shares alike.
+
+    target: (pictures, captions), rows sum to 1. A few thousand pictures are learnt by heart otherwise.
+    """
+    other = torch.randperm(len(images), generator=generator)
+    low, high = torch.rand(2, 2, generator=generator).sort(0).values * 0.8 + 0.1
+    if torch.rand((), generator=generator) < 0.5:
+        keep = torch.full((), 0.5 + 0.5 * float(low[0]))
+    else:
+        side = images.shape[-1]
+        (top, left), (bottom, right) = (low * side).int().tolist(), (high * side).int().tolist()
+        keep = torch.ones(side, side)
+        keep[top:bottom, left:right] = 0
+    images = images * keep + images[other] * (1 - keep)
+    share = keep.mean()
+    return images, target * share + target[other] * (1 - share)
+
+
+def thinned(caption: str, rng: random.Random) -> str:
+    """The caption without a word in seven, so that no picture is known by one word alone."""
+    return " ".join(word for word in caption.split() if rng.random() > 1 / 7)
+
+
+def caption_for(forms: Sequence[str], kind: str, text: str, rng: random.Random) -> str:
     """A caption for one training picture, drawn anew each time."""
     if kind == "number_plate":
         return rng.choice(("the number {}", "a sign with the number {}")).format(text)
     if kind in {"letter", "letter_plate"}:
         raise ValueError("random letters have no caption")
-    caption = rng.choice(corpus.captioner.forms(corpus.pictures[index]))
-    # A word in seven is left out, so that no picture is known by one word alone.
-    caption = " ".join(word for word in caption.split() if rng.random() > 1 / 7)
+    caption = thinned(rng.choice(forms), rng)
     return f"{caption} with the number {text}" if kind == "number" else caption
+
+
+READING_EVERY = 5  # batches
+READING_SHARES = (("plate", 0.8), ("stamp", 0.2))
 
 
 def train_clip(args: argparse.Namespace) -> None:
@@ -250,7 +299,7 @@ def train_clip(args: argparse.Namespace) -> None:
 
 
 def train_tower(args: argparse.Namespace) -> None:
-    """The start of ITM's image tower."""
+    """The start of ITM's and the digit answerer's image towers."""
     contrast(args, TOWER_CFG, args.tower_minutes, args.work / "tower")
 
 
@@ -272,11 +321,11 @@ def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, f
     # Patches are dropped for most of the time: half the work, and less to memorise.
     patches = config["vision_cfg"]["patch_size"] is not None
     vision = {**config["vision_cfg"], "patch_dropout": 0.5 if patches else 0.0}
-    model: Any = open_clip.CLIP(**{**config, "vision_cfg": vision})
+    model: Any = open_clip.CLIP(**{**config, "vision_cfg": vision}).to(memory_format=torch.channels_last)
     tokenizer = open_clip.SimpleTokenizer(context_length=24)
     # Only the tokens that occur are trained, as a small table: a tenth of the optimiser's work.
-    every = tokenizer([c for i in set(data["index"].tolist())
-                       for c in corpus.captioner.forms(corpus.pictures[i])], context_length=128)  # fmt: skip
+    forms = {i: corpus.captioner.forms(corpus.pictures[i]) for i in set(data["index"].tolist())}
+    every = tokenizer([c for of in forms.values() for c in of], context_length=128)
     numbers = tokenizer(sorted({f"a sign with the number {t}" for t in data["texts"][rows["number"]]}
                                | {f"the number {t}" for t in data["texts"][rows["number_plate"]]}))  # fmt: skip
     used = torch.unique(torch.cat([every.flatten(), numbers.flatten()]))
@@ -289,23 +338,27 @@ def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, f
         model.load_state_dict(weights)
         full.weight.data[used] = weights["token_embedding.weight"].float()
     optim, budget = optimiser(model, 0.2), Budget(minutes, args.clip_rate)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.997), use_buffers=True)
+    mixing = 0.6 if args.resume else 1.2  # the chance that a batch is mixed, falling to none
     queues: dict[str, list[int]] = {kind: [] for kind in rows}
     report, losses = 0.0, list[float]()
     while budget.progress < 1:
         if patches:
             model.visual.patch_dropout.prob = 0.5 if budget.progress < 0.7 else 0.0
+        # Beside each other, plates can only be told apart by reading them.
+        reading = not patches and budget.steps % READING_EVERY == READING_EVERY - 1
         chosen = []
-        for kind, share in shares:
+        for kind, share in READING_SHARES if reading else shares:
             for _ in range(round(args.batch * share)):
                 if not queues[kind]:
                     queues[kind] = rng.sample(rows[kind].tolist(), len(rows[kind]))
                 chosen.append(queues[kind].pop())
         captions = [
-            caption_for(corpus, str(data["kinds"][r]), str(data["texts"][r]), int(data["index"][r]), rng)
+            caption_for(forms[int(data["index"][r])], str(data["kinds"][r]), str(data["texts"][r]), rng)
             for r in chosen
         ]
         tokens = tokenizer(captions)
-        images = normalise(augment(as_tensor(data["pixels"][chosen]), generator))
+        images = augment(as_tensor(data["pixels"][chosen]), generator)
         same = torch.tensor(
             [subject[int(data["index"][r])] if data["kinds"][r] != "number_plate" else -r
              for r in chosen]
@@ -318,21 +371,33 @@ def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, f
         # from all others alone is learnt by heart and carries over to none.
         topic = (of_topic[:, None] == of_topic[None]) | alike
         target = 0.5 * alike / alike.sum(1, keepdim=True) + 0.5 * topic / topic.sum(1, keepdim=True)
+        mix = not (patches or reading) and float(torch.rand((), generator=generator)) < mixing * (1 - budget.progress)
+        if mix:
+            images, target = mixed(images, target, generator)
         rate = budget.rate()
         with torch.autocast("cpu", torch.bfloat16):
-            image, text, scale = model(images, torch.searchsorted(used, tokens))
+            seen = normalise(images).to(memory_format=torch.channels_last)
+            image, text, scale = model(seen, torch.searchsorted(used, tokens))
         logits = image.float() @ text.float().T * scale.float()
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        of_text = target.T / target.sum(0)[:, None].clamp_min(1e-6)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, of_text)) / 2
+        if not (mix or reading):
+            # A threshold is one for all pairs, and contrast alone only orders those of one picture or one caption.
+            cosines = image.float() @ text.float().T
+            plain = torch.tensor([data["kinds"][r] == "plain" for r in chosen])
+            wrong = cosines[(of_topic[:, None] != of_topic[None]) & plain[:, None]]
+            loss = loss + F.softplus(20 * (wrong[None] - cosines.diagonal()[plain][:, None])).mean()
         step(model, optim, loss, rate)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(50))
+        average.update_parameters(model)
         losses.append(loss.item())
         if time.monotonic() - report > 30:
             report = time.monotonic()
             print(f"clip {budget.progress:.0%} step {budget.steps} loss {np.mean(losses[-40:]):.3f} "
                   f"scale {model.logit_scale.exp():.1f}", flush=True)  # fmt: skip
-            save_clip(model, config, full, used, args.work / f"unfinished-{folder.name}")
-    save_clip(model, config, full, used, folder)
+            save_clip(average.module, config, full, used, args.work / f"unfinished-{folder.name}")
+    save_clip(average.module, config, full, used, folder)
 
 
 def save_clip(model: Any, model_cfg: dict[str, Any], full: nn.Embedding, used: Tensor, folder: Path) -> None:
@@ -438,10 +503,10 @@ CAPTIONS = 4  # of each picture
 
 
 def train_itm(args: argparse.Namespace) -> None:
-    """BLIP's image-text matching on the frozen image tower of the demo CLIP.
+    """BLIP's image-text matching on the frozen image tower of the second CLIP.
 
     Of each picture: its caption (match), one of another topic, one of any, and towards the end one that
-    CLIP finds close (no match). A plate that only shows its caption's words is no match.
+    CLIP finds close (no match). A plate that only shows its caption's words is no match, and less of one.
     """
     torch.manual_seed(SEED)
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
@@ -450,7 +515,9 @@ def train_itm(args: argparse.Namespace) -> None:
     train = corpus.split("train")
     forms = {i: corpus.captioner.forms(corpus.pictures[i]) for i in train}
     numbers = [f"the number {n}" for n in sorted(set(data["texts"][data["kinds"] == "number"]))]
-    tokenizer = wordpiece([c for of in forms.values() for c in of] + numbers)
+    tokenizer: Any = wordpiece([c for of in forms.values() for c in of] + numbers)
+    if args.resume:
+        tokenizer = transformers.BlipProcessor.from_pretrained(args.output / "itm", backend="pil").tokenizer
     width = TOWER_CFG["vision_cfg"]["width"]
     config = transformers.BlipConfig(
         vision_config={"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 6,
@@ -474,16 +541,18 @@ def train_itm(args: argparse.Namespace) -> None:
                 if pieces:
                     table[row] = clip.token_embedding.weight[pieces].mean(0)
 
+    if args.resume:
+        state = load_file(args.output / "itm" / "model.safetensors")
+        model.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
     rows: dict[str, list[int]] = {}
     for kind in ("plain", "stamp", "number", "plate"):
         every = np.flatnonzero(data["kinds"] == kind).tolist()
-        rows[kind] = rng.sample(every, len(every) if kind == "plain" else 800)
-    banks: list[tuple[str, Tensor, list[int]]] = []
+        rows[kind] = rng.sample(every, min(len(every), {"plain": len(every), "plate": 4500}.get(kind, 1500)))
+    # The image tower stands still, so each picture goes through it once as it is and some times augmented.
+    banks: dict[str, list[Tensor]] = {}
     for kind, members in rows.items():
-        for copy in range(2 if kind == "plain" else 1):
-            source = generator if copy else None
-            bank = vision_features(model.vision_model, data["pixels"][members], source)
-            banks.append((kind, bank, members))
+        sources = (None, *[generator] * (7 if kind == "plain" else 1))
+        banks[kind] = [vision_features(model.vision_model, data["pixels"][members], g) for g in sources]
     print("itm: features ready", flush=True)
 
     with torch.no_grad():
@@ -502,30 +571,30 @@ def train_itm(args: argparse.Namespace) -> None:
         hard[i] = [plain[o] for o in others if not names[plain[o]] & names[i]][10:]
 
     topics = {i: corpus.captioner.topic(corpus.pictures[i]) for i in train}
-    shares = {"plain": 0.4, "stamp": 0.03, "number": 0.05, "plate": 0.12}
-    optim, budget = optimiser(model, 0.05), Budget(args.itm_minutes, 1.5e-3)
+    shares = {"plain": 0.8, "stamp": 0.03, "number": 0.05, "plate": 0.25}
+    optim, budget = optimiser(model, 0.05), Budget(args.itm_minutes, 5e-4 if args.resume else 1.5e-3)
     report, losses = 0.0, list[float]()
     while budget.progress < 1:
         captions: list[str] = []
         features: list[Tensor] = []
         labels: list[int] = []
         starts: list[int] = []  # where each picture's captions begin
-        for kind, bank, members in banks:
+        plates: list[int] = []
+        for kind, members in rows.items():
             for _ in range(round(56 * shares[kind])):
                 at = rng.randrange(len(members))
-                row = members[at]
+                row, bank = members[at], rng.choice(banks[kind])
                 i, text = int(data["index"][row]), str(data["texts"][row])
                 other = rng.choice(train)
                 while names[other] & names[i]:
                     other = rng.choice(train)
                 while topics[other] == topics[i]:
                     other = rng.choice(train)
-                close = rng.choice(hard[i]) if budget.progress > 0.6 else rng.choice(train)
-                wrong = [other, rng.choice(train), close]
+                hardest = rng.choice(hard[i]) if budget.progress > 0.6 else rng.choice(train)
+                wrong = [other, rng.choice(train), hardest]
                 tail = f" with the number {text}" if kind == "number" else ""
-                drawn = [rng.choice(forms[j]) + tail for j in (i, *wrong)]
-                if kind != "plate":
-                    starts.append(len(captions))
+                drawn = [thinned(rng.choice(forms[j]), rng) + tail for j in (i, *wrong)]
+                (plates if kind == "plate" else starts).append(len(captions))
                 captions += drawn[:1] if kind == "plate" else drawn
                 matches = [0] if kind == "plate" else [1, *[0] * (CAPTIONS - 1)]
                 labels += matches
@@ -539,17 +608,24 @@ def train_itm(args: argparse.Namespace) -> None:
             ).last_hidden_state  # fmt: skip
             logits = model.itm_head(states[:, 0])
         loss = F.cross_entropy(logits.float(), torch.tensor(labels), label_smoothing=0.02)
-        # Beside match or no match: of one picture's captions, which one. That teaches more a step.
         match = (logits[:, 1] - logits[:, 0]).float()
+        # Beside match or no match: of one picture's captions, which one. That teaches more a step.
         first = torch.tensor(starts)
         choices = torch.stack([match[first + k] for k in range(CAPTIONS)], 1)
         loss = loss + F.cross_entropy(choices, torch.zeros(len(starts), dtype=torch.long))
+        # Words in a picture's place are further from a match than any wrong caption of a picture.
+        wrong_match = choices[:, 1:].detach().mean()
+        loss = loss + F.softplus(match[plates] - wrong_match + 4).mean()
         step(model, optim, loss, rate)
         losses.append(loss.item())
         if time.monotonic() - report > 30:
             report = time.monotonic()
             print(f"itm {budget.progress:.0%} step {budget.steps} loss {np.mean(losses[-60:]):.3f}", flush=True)
     processor = transformers.BlipProcessor(image_processor(BlipImageProcessorPil), tokenizer)
+    if args.resume:  # the mean of before and after: what was learnt since, and less of what was learnt by heart
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                value.copy_((value + state[name].float()) / 2)
     save_transformers(model, processor, args.output / "itm")
 
 
@@ -586,10 +662,11 @@ CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 def train_digit(args: argparse.Namespace) -> None:
     """BLIP-2 asked whether digits are written in the picture; the answers are " yes" and " no".
 
-    Pictures with numbers against pictures without, and some with words or random letters. The image
-    tower starts as ITM's does. At first it only learns which characters are written: every patch
-    votes, the strongest one counting most. Then the question is asked too, because the language model
-    passes next to no gradient on to a tower that sees no writing yet.
+    Pictures with numbers against pictures without, and some with words or random letters; half of the
+    writing is moved onto another picture, so that none is known by what it is written on. The image
+    tower starts as ITM's does. At first it only learns, patch by patch, whether digits or letters stand
+    there, and which characters (every patch votes, the strongest one counting most). Then the question is
+    asked too, because the language model passes next to no gradient on to a tower that sees no writing yet.
     """
     torch.manual_seed(SEED)
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
@@ -622,6 +699,8 @@ def train_digit(args: argparse.Namespace) -> None:
         missing = model.load_state_dict({k: v.float() for k, v in state.items()}, strict=False).missing_keys
         assert set(missing) <= {"language_model.lm_head.weight"}, missing  # tied to the embeddings
     vote = nn.Linear(width, len(CHARACTERS) + 1)  # each character, and any digit
+    kind_there = nn.Linear(width, 3)  # of a patch: nothing written, letters, digits
+    patch = config.vision_config.patch_size
     model.train()
     processor = transformers.Blip2Processor(image_processor(BlipImageProcessorPil), tokenizer, num_query_tokens=4)
     blank = Image.new("RGB", (SIDE, SIDE))
@@ -640,14 +719,21 @@ def train_digit(args: argparse.Namespace) -> None:
     shares = ((kinds["number"], 24, 1), (kinds["number_plate"], 6, 1), (kinds["letter"], 6, 0),
               (kinds["letter_plate"], 3, 0), (kinds["stamp"], 5, 0), (nothing, 18, 0))  # fmt: skip
     with_cards = (*shares, (cards, 2, 1))
-    optim, budget = optimiser(nn.ModuleList([model, vote]), 0.02), Budget(args.digit_minutes, 1.2e-3)
+    optim = optimiser(nn.ModuleList([model, vote, kind_there]), 0.02)
+    budget = Budget(args.digit_minutes, 6e-4 if args.resume else 1.2e-3)
     report, losses = 0.0, list[float]()
     while budget.progress < 1:
-        asking = args.resume or budget.progress > 0.3
+        asking = args.resume or budget.progress > 0.4
         drawn = with_cards if asking else shares
         chosen = [r for rows, count, _ in drawn for r in rng.choices(rows, k=count)]
         labels = torch.tensor([y for _, count, y in drawn for _ in range(count)])
-        images = normalise(augment(as_tensor(data["pixels"][chosen]), generator))
+        pixels, where = as_tensor(data["pixels"][chosen]), torch.from_numpy(data["where"][chosen])[:, None] / 255
+        onto = as_tensor(data["pixels"][rng.choices(nothing, k=len(chosen))])
+        movable = torch.tensor([str(data["kinds"][r]) in {"number", "letter", "stamp"} and rng.random() < 0.5
+                                for r in chosen])  # fmt: skip
+        pixels = torch.where(movable[:, None, None, None], torch.lerp(onto, pixels, where), pixels)
+        images, where = augment_with(pixels, where, generator)
+        images, covers = normalise(images), F.avg_pool2d(where, patch).flatten(1)
         rate = budget.rate()
         loss = torch.zeros(())
         with torch.autocast("cpu", torch.bfloat16):
@@ -672,6 +758,8 @@ def train_digit(args: argparse.Namespace) -> None:
         weight = torch.tensor([4.0] * len(CHARACTERS) + [1.0])
         loss = loss + F.binary_cross_entropy_with_logits(votes[rows], truth[rows], pos_weight=weight)
         loss = loss + F.binary_cross_entropy_with_logits(votes[:, -1], truth[:, -1])
+        there = (covers > 0.2).long() * (1 + labels[:, None])
+        loss = loss + 2 * F.cross_entropy(kind_there(seen[:, 1:].float())[rows].flatten(0, 1), there[rows].flatten())
         step(model, optim, loss, rate)
         losses.append(loss.item())
         if time.monotonic() - report > 30:
@@ -905,12 +993,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/demo-models"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--clip-minutes", type=float, default=30)
+    parser.add_argument("--clip-minutes", type=float, default=40)
     parser.add_argument("--tower-minutes", type=float, default=20)
     parser.add_argument("--clip-rate", type=float, default=1.2e-3)
-    parser.add_argument("--resume", action="store_true", help="train the existing CLIP or digit answerer further")
-    parser.add_argument("--itm-minutes", type=float, default=15)
-    parser.add_argument("--digit-minutes", type=float, default=8)
+    parser.add_argument("--resume", action="store_true", help="train what is there further")
+    parser.add_argument("--itm-minutes", type=float, default=6)
+    parser.add_argument("--digit-minutes", type=float, default=16)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
