@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
@@ -65,7 +66,7 @@ def manifest(recipe: Recipe, pool: str, identities_: dict[str, Any]) -> dict[str
     """The content of manifest.json."""
     cross = recipe.cross_modality
     sections = {name: getattr(cross, name) for name in ("flipped_clip", "image_text_matching", "digit")}
-    return {
+    content = {
         "recipe": recipe.model_dump(),
         "recipe_sha256": recipe.sha256,
         "pool": pool,
@@ -76,3 +77,4 @@ def manifest(recipe: Recipe, pool: str, identities_: dict[str, Any]) -> dict[str
         "models": identities_,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+    return json.loads(json.dumps(content))  # as it is read back: JSON has no tuples

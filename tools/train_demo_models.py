@@ -866,7 +866,8 @@ def evaluate(args: argparse.Namespace) -> None:
         return (of["flipped"] >= flipped_min) & (of["itm"] >= itm_min)
 
     yes, kinds, digit_scores = digit_figures(args, corpus, held_out, images)
-    digit_min = balanced_threshold(digit_scores[yes], digit_scores[kinds == "plain"])
+    # Copies go to whatever is taken for digits, so few pictures without any may be.
+    digit_min = round(float(np.quantile(digit_scores[kinds == "plain"], 0.95)), 4)
     against = {kind: auc(digit_scores[kinds == "number"], digit_scores[kinds == kind]) for kind in NEGATIVES}
     result = {
         "pictures": {"held_out": len(held_out), "train": len(corpus.split("train"))},
@@ -946,13 +947,6 @@ def thresholds(
         dropped = [((of["flipped"] < low) | (of["itm"] < match)).mean() for of in (swapped, text_only)]
         best = max(best, (float(sum(dropped)), low, match))
     return round(best[1], 4), round(best[2], 4)
-
-
-def balanced_threshold(positive: np.ndarray, negative: np.ndarray) -> float:
-    """The score that gives the best mean of the two kinds' shares on the right side."""
-    candidates = np.quantile(np.concatenate([positive, negative]), np.linspace(0, 1, 201))
-    right = [((positive >= c).mean() + (negative < c).mean(), c) for c in candidates]
-    return round(float(max(right)[1]), 4)
 
 
 @torch.no_grad()
