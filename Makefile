@@ -26,12 +26,13 @@ constraints: .venv/installed
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --extra dev --no-header --no-annotate --output-file constraints.txt setup.py
 
 # What benchmarks/models.py compares with, each in an environment of its own. Data-juicer's documented extra for models
-# (`generic`) pins transformers 4.57.1; torch is the one that everybody here is measured with.
+# (`generic`) pins transformers 4.57.1; clip-retrieval's CLIP imports pkg_resources, which setuptools 81 dropped; torch is the one that everybody here is measured with.
 bench-peers: .venv/installed .bench/clip-retrieval/installed .bench/data-juicer/installed
 
 .bench/clip-retrieval/installed:
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .bench/clip-retrieval
-	$(BIN)/uv pip install --quiet --python .bench/clip-retrieval/bin/python clip-retrieval==2.45.0 torch==2.14.1 torchvision==0.29.1
+	$(BIN)/uv pip install --quiet --python .bench/clip-retrieval/bin/python clip-retrieval==2.45.0 'setuptools<81' \
+		torch==2.14.1 torchvision==0.29.1
 	touch $@
 
 .bench/data-juicer/installed:
