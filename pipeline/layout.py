@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from pipeline import files
+from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,3 +72,7 @@ class Layout:
     def run(self) -> str:
         """Times and counts of work."""
         return files.join(self.output, "run.json")
+
+
+TABLE_OF = {SINGLE_MODALITY: Layout.single_modality, CROSS_MODALITY: Layout.cross_modality}
+"""The table that each per-shard stage leaves."""

@@ -15,14 +15,11 @@ from rich.live import Live
 from rich.text import Text
 
 from pipeline import files
-from pipeline.layout import Layout
-from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY
+from pipeline.layout import TABLE_OF, Layout
 from pipeline.records import Shard
 
 _LIVE_SECONDS = 0.5
 _PLAIN_SECONDS = 10.0
-
-TABLE_OF = {SINGLE_MODALITY: Layout.single_modality, CROSS_MODALITY: Layout.cross_modality}
 
 
 class Counts(NamedTuple):

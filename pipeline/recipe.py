@@ -186,9 +186,11 @@ class FlippedClip(Threshold):
     digit_rescue: DigitRescue | None = None
 
     @pydantic.model_validator(mode="after")
-    def _revision_is_used(self) -> FlippedClip:
+    def _nothing_is_ignored(self) -> FlippedClip:
         if self.revision and not self.model.startswith("hf-hub:"):
             raise ValueError("`revision` belongs to a `model` that starts with hf-hub:; a tag has none")
+        if self.quick_gelu is not None and self.weights is None:
+            raise ValueError("`quick_gelu` belongs to `weights`; a folder and a hub's model say it themselves")
         return self
 
     @pydantic.model_validator(mode="after")

@@ -15,9 +15,9 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from pipeline import build, files
-from pipeline.layout import Layout
+from pipeline.layout import TABLE_OF, Layout
 from pipeline.manifest import identities, manifest
-from pipeline.progress import TABLE_OF, Progress
+from pipeline.progress import Progress
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, STAGES, Recipe
 from pipeline.records import Shard
 from pipeline.sinks.decisions import SMALLER_BATCHES

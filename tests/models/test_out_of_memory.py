@@ -13,11 +13,11 @@ from apache_beam.testing.util import assert_that, equal_to
 from pipeline import recipe, tables
 from pipeline.layout import Layout
 from pipeline.recipe import CROSS_MODALITY
-from pipeline.records import Shard
+from pipeline.records import Sample, Shard
 from pipeline.sinks.shard_tables import WriteShardTable
 from pipeline.sources.shards import ReadShards
 from tests.helpers import BOUNDS, sample_members, write_pool
-from tests.models.model_batches import make_batch, make_sample
+from tests.models.model_batches import make_batch, make_sample, scores
 from tests.models.tiny_models import PROMPT
 from tests.pipeline.test_shards import FakeWork
 from transforms.cross_modality.digit import Digit
@@ -26,6 +26,7 @@ from transforms.cross_modality.image_text_matching import ImageTextMatching
 from transforms.cross_modality.join_wanted import JoinWanted
 from transforms.models.blip import LoadedBlip
 from transforms.models.clip import ClipHandler, LoadedClip
+from transforms.models.handler import prepared_or_error
 from transforms.models.prepare import load_prepare
 
 
@@ -55,6 +56,40 @@ def stage_2(models: recipe.CrossModality, shards: list[Shard], output: Path) -> 
         )
         assert_that(done, equal_to(shards))
     return {shard.name: tables.read_table(layout.cross_modality(shard.name)) for shard in shards}
+
+
+def test_memory_that_was_short_only_for_a_moment_costs_no_shape(
+    clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = ClipHandler(recipe.FlippedClip(model=str(clip_folder), min=0.0, batch_size=4), "cpu")
+    batch, model = make_batch([make_sample(i) for i in range(3)]), handler.load_model()
+    (expected,) = handler.run_inference(batch, model)
+    score, calls = LoadedClip.score, []
+
+    def short_once(loaded: LoadedClip, inputs: list[Any]) -> Any:
+        calls.append(len(inputs))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(loaded, inputs)
+
+    monkeypatch.setattr(LoadedClip, "score", short_once)
+    (found,) = handler.run_inference(batch, model)
+    assert calls == [4, 4]
+    assert not batch.attempt.out_of_memory
+    assert scores(found) == scores(expected)
+
+
+def test_a_failed_preparation_holds_no_picture() -> None:
+    class Failing:
+        def prepare(self, sample: Sample) -> Any:
+            try:
+                return sample.pixels[10**9]  # type: ignore[index]
+            except IndexError as error:
+                raise ValueError("cannot prepare this") from error
+
+    error = prepared_or_error(Failing(), make_sample(0))
+    assert str(error) == "cannot prepare this"
+    assert error.__traceback__ is error.__cause__ is error.__context__ is None
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, loaded: Any, rows: int) -> None:

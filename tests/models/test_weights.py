@@ -160,14 +160,14 @@ def test_a_branch_is_pinned_to_its_commit_and_weights_are_fetched_where_asked(
 ):
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = tmp_path / commit
-    asked: list[list[str]] = []
+    asked: list[tuple[str | None, list[str]]] = []
 
     def download(repository: str, revision: str | None, local_files_only: bool = False, **more: list[str]) -> str:
         if local_files_only:
             if not snapshot.exists():
                 raise LocalEntryNotFoundError(repository)
         else:
-            asked.append(more["allow_patterns"])
+            asked.append((revision, more["allow_patterns"]))
             shutil.copytree(itm_folder, snapshot, dirs_exist_ok=True)
             if "*.safetensors" not in more["allow_patterns"]:
                 (snapshot / "model.safetensors").unlink()
@@ -180,15 +180,19 @@ def test_a_branch_is_pinned_to_its_commit_and_weights_are_fetched_where_asked(
     )
     first = weights.pinned(given, fetch)
     assert first.image_text_matching and first.image_text_matching.revision == commit
-    calls = len(asked)
-    assert ("*.safetensors" in asked[0]) is fetch
+    assert asked[0][0] is None
+    assert ("*.safetensors" in asked[0][1]) is fetch
+    if fetch:  # as where fetching was interrupted
+        (snapshot / "model.safetensors").unlink()
+    before = len(asked)
+    weights.pinned(given, fetch)
+    assert {revision for revision, _ in asked[before:]} == ({commit} if fetch else set())
     identity = weights.model_identity(first.image_text_matching)
     assert set(identity["sha256"]) == ({"model.safetensors"} if fetch else set())
     again = weights.pinned(given, fetch)  # as an interrupted run is gone on with
     assert again == first
     assert again.image_text_matching
     assert weights.model_identity(again.image_text_matching) == identity
-    assert len(asked) == calls
 
 
 def test_an_open_clip_model_on_a_hub_is_taken_at_its_revision(clip_folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,6 +15,7 @@ import pipeline.run as run_module
 from pipeline import files
 from pipeline.build import Job
 from pipeline.cli import app
+from pipeline.manifest import identities
 from pipeline.recipe import STAGES
 from pipeline.sinks.decisions import funnel
 from tests.helpers import DEMO_RECIPE, recipe, sample_members, settings, write_pool
@@ -179,6 +180,23 @@ def test_models_that_are_not_there(place: Path, monkeypatch: pytest.MonkeyPatch,
     wrong_use(place, *run_arguments(), message=f"recipe: {error}")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distribution_alignment__cids": {"tasks": "bundled:tasks", "task_weights": {"cars": 1.0}}}, "cars"),
+        ({"distribution_alignment__cids": {"tasks": str(DEMO_RECIPE)}}, "cannot be read as task centroids"),
+        ({"distribution_alignment__clusters": {"centroids": str(DEMO_RECIPE)}}, "cannot be read"),
+        (
+            {"cross_modality__flipped_clip": {"model": "ViT-L-14", "weights": "opnai", "min": 0.2}},
+            "neither a file nor a known tag",
+        ),
+    ],
+)
+def test_what_a_later_stage_would_stumble_over_is_found_at_start(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        identities(recipe(**changes))
+
+
 def test_a_gpu_that_is_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (place / "gpu.yaml").write_text(yaml.safe_dump(settings(cross_modality__device="cuda")))
@@ -216,6 +234,15 @@ def test_a_run(place: Path) -> None:
     content = json.loads((place / "out" / "manifest.json").read_text())
     assert content["recipe_sha256"] == recipe().sha256
     assert set(json.loads((place / "out" / "run.json").read_text())["seconds"]) == set(STAGES)
+
+
+def test_smaller_batches_stand_in_the_manifest_and_the_run_can_be_gone_on_with(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FUNNEL, "smaller_batches", {"flipped_clip": 3})
+    for _ in range(2):
+        assert pairsift(*run_arguments()).exit_code == 0
+        assert json.loads((place / "out" / "manifest.json").read_text())["smaller_batches"] == {"flipped_clip": 3}
 
 
 def test_json_lines(place: Path) -> None:

@@ -165,6 +165,15 @@ def test_damage_never_escapes_as_another_exception() -> None:
             assert pixels.shape == (size[1], size[0], 3)
 
 
+def test_memory_that_runs_out_is_no_fault_of_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(MemoryError):
+        decode(b"", 1)
+
+
 def test_messages_are_the_same_every_time() -> None:
     cases = [b"", b"nothing", encode(picture(), "GIF"), jpeg()[:900], encode(picture(), "PNG")[:900],
              encode(picture(), "WEBP")[:300], png_claiming(60_000, 60_000), png_claiming(10, 10)]  # fmt: skip

@@ -205,6 +205,11 @@ def test_unreadable_yaml_is_one_fault_and_runs_nothing(
     assert not (tmp_path / "pwned").exists()
 
 
+def test_a_key_that_stands_twice_is_a_fault(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="min_px stands twice"):
+        load_text(tmp_path, "single_modality:\n  min_side: {min_px: 200, min_px: 300}\n")
+
+
 @pytest.mark.parametrize("path", ["/nonexistent/r.yaml", "nowhere.yaml", "unknown-scheme://a/r.yaml"])
 def test_a_path_that_cannot_be_opened(path: str) -> None:
     with pytest.raises(RecipeError) as caught:

@@ -111,10 +111,11 @@ def pinned(settings: recipe.CrossModality, fetch: bool) -> recipe.CrossModality:
                 open_clip.download_pretrained(_tag(source.name, source.pretrained))
         repository = section and _hub_repository(section)
         if repository:
-            weights, commit = _in_hub_cache(repository, section.revision)
-            if commit is None or (fetch and not weights):
-                patterns = (["*.safetensors"], ["*.bin"]) if fetch else ([], [])
-                commit = Path(_snapshot(repository, section.revision, *patterns)).name
+            _, commit = _in_hub_cache(repository, section.revision)
+            if fetch:  # also where some of it is here: the last fetching may have been interrupted
+                commit = Path(_snapshot(repository, commit or section.revision, ["*.safetensors"], ["*.bin"])).name
+            elif commit is None:
+                commit = Path(_snapshot(repository, section.revision, [], [])).name
             changes[name] = section.model_copy(update={"revision": commit})
     return settings.model_copy(update=changes)
 
