@@ -73,9 +73,9 @@ class Subject:
 
 def clip_forward(model: Any, inputs: list[Any]) -> Callable[[], Any]:
     """Both towers on tensors that are ready."""
-    tokens = torch.from_numpy(np.stack([row.tokens for row in inputs])).to(model.table.device)
+    tokens = np.stack([row.tokens for row in inputs])
     images = normalised([row.views[0] for row in inputs], model.table)
-    return lambda: (model.model.encode_text(tokens), model.model.encode_image(images))
+    return lambda: (model.text(tokens), model.model.encode_image(images))
 
 
 def itm_forward(model: Any, inputs: list[Any]) -> Callable[[], Any]:

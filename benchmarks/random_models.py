@@ -35,7 +35,9 @@ PROMPT = "Question: is there any digit or number written in the image? Answer:"
 def save_open_clip(folder: Path, model_cfg: dict[str, Any]) -> dict[str, torch.Tensor]:
     """A model as open_clip has it on a hub; its weights."""
     torch.manual_seed(0)
-    state = open_clip.CLIP(**model_cfg).state_dict()
+    architecture = dict(model_cfg)
+    kind = open_clip.CustomTextCLIP if architecture.pop("custom_text", False) else open_clip.CLIP
+    state = kind(**architecture).state_dict()
     folder.mkdir(parents=True)
     save_file(state, str(folder / "open_clip_model.safetensors"))
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
@@ -58,6 +60,14 @@ def save_tiny_clip(folder: Path) -> None:
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
     text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     save_open_clip(folder, {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text})
+
+
+def save_siglip(folder: Path, embed_dim: int = 768, **smaller: dict[str, Any]) -> None:
+    """The architecture of SigLIP's ViT-B/16, a tokenizer in the same folder, as on a hub; its towers changed by
+    `smaller`."""
+    model_cfg = {**open_clip.get_model_config("ViT-B-16-SigLIP"), "embed_dim": embed_dim}
+    save_open_clip(folder, model_cfg | {tower: model_cfg[tower] | changes for tower, changes in smaller.items()})
+    word_tokenizer().save_pretrained(folder)
 
 
 def save_itm(folder: Path, words: list[str], layers: int = 12) -> None:

@@ -28,7 +28,6 @@ from pipeline.sinks.shard_tables import WriteShardTable
 from pipeline.sinks.subset import WriteSubset
 from pipeline.sources.annotations import ReadCandidates, ReadPoolRows, ReadThresholds, count_samples
 from pipeline.sources.shards import ReadShards
-from transforms.cross_modality.cascade import match_floor
 from transforms.cross_modality.digit import Digit
 from transforms.cross_modality.flipped_clip import FlippedClip
 from transforms.cross_modality.image_text_matching import ImageTextMatching
@@ -100,8 +99,6 @@ def cross_modality(pipeline: beam.Pipeline, job: Job) -> None:
     """Stage 2. One fused stage per shard: read what stage 1 kept, decode once, every model, write. Pixels never cross
     a shuffle, so a GPU hint belongs on all of it."""
     models, work = job.recipe.cross_modality, _CrossModalityWork(job)
-    floor = models.flipped_clip.cascade_min_cosine
-    matching = models.image_text_matching
 
     read = (
         _spread(pipeline, job)
@@ -109,15 +106,13 @@ def cross_modality(pipeline: beam.Pipeline, job: Job) -> None:
             work, job.recipe.pool, models.flipped_clip.batch_size, load_prepare=functools.partial(load_prepare, models)
         )
     )  # fmt: skip
-    prompts = models.digit.clip_prompts if models.digit else None
-    clip = FlippedClip(models.flipped_clip, models.device, models.precision, prompts)
-    batches = read[ReadShards.BATCHES] | "Flipped CLIP" >> clip
-    if matching or models.digit:
+    batches = read[ReadShards.BATCHES] | "Flipped CLIP" >> FlippedClip(models)
+    if models.image_text_matching or models.digit:
         batches |= "Join wanted" >> JoinWanted(models)
-    if matching:
-        batches |= "Image-text matching" >> ImageTextMatching(matching, models.device, floor, models.precision)
+    if models.image_text_matching:
+        batches |= "Image-text matching" >> ImageTextMatching(models)
     if models.digit:
-        batches |= "Digit" >> Digit(models.digit, models.device, floor, match_floor(models), models.precision)
+        batches |= "Digit" >> Digit(models)
     _ = batches | "Write scores" >> beam.ParDo(
         WriteShardTable(job.layout, CROSS_MODALITY, Layout.cross_modality, tables.CROSS_MODALITY, work.made_from)
     )

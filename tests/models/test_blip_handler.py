@@ -17,6 +17,7 @@ from transformers import BlipForImageTextRetrieval, BlipProcessor
 from pipeline import recipe
 from pipeline.records import Sample
 from tests.models.model_batches import (
+    EVERYTHING,
     assert_one_poisoned_row_is_isolated,
     assert_scores_ignore_batch_mates,
     make_batch,
@@ -144,6 +145,7 @@ def test_probability_is_the_softmax_without_overflow():
 def test_the_transform_scores_whole_batches(itm_folder: Path, handler: BlipHandler, model: LoadedBlip):
     batch = make_batch(make_sample(i) for i in range(3))
     expected = scores(handler.run_inference(batch, model)[0])
+    models = recipe.CrossModality(flipped_clip=EVERYTHING, image_text_matching=settings_for(itm_folder))
     with TestPipeline("FnApiRunner") as p:
-        scored = p | beam.Create([batch]) | ImageTextMatching(settings_for(itm_folder), "cpu", None)
+        scored = p | beam.Create([batch]) | ImageTextMatching(models)
         assert_that(scored | beam.Map(scores), equal_to([expected]))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 from PIL import Image
 
+from benchmarks import random_models
 from pipeline import recipe
 from pipeline.records import Sample, SampleBatch
 from tests.models.model_batches import (
@@ -125,9 +127,13 @@ def test_nan_is_a_dead_letter_and_its_mates_keep_their_scores(
     samples = [make_sample(i) for i in range(4)]
     (sound,) = handler.run_inference(make_batch(samples), model)
     encode = model.model.encode_text
-    monkeypatch.setattr(
-        model.model, "encode_text", lambda tokens: encode(tokens).index_fill(0, torch.tensor([2]), float("nan"))
-    )
+    poisoned = torch.from_numpy(model.preparation.tokens(samples[2].annotation.caption))
+
+    def encode_or_nan(tokens: torch.Tensor) -> torch.Tensor:
+        hit = (tokens == poisoned[: tokens.shape[1]]).all(1, keepdim=True)
+        return encode(tokens).masked_fill(hit, float("nan"))
+
+    monkeypatch.setattr(model.model, "encode_text", encode_or_nan)
     (scored,) = handler.run_inference(make_batch(samples), model)
     expected = scores(sound)
     del expected[samples[2].annotation.uid]
@@ -184,7 +190,8 @@ def test_the_transform_scores_whole_batches(clip_folder: Path, handler: ClipHand
         return scores(batch)
 
     with TestPipeline("FnApiRunner") as p:
-        scored = p | beam.Create(batches) | FlippedClip(settings_for(clip_folder), "cpu") | beam.Map(check)
+        models = recipe.CrossModality(flipped_clip=settings_for(clip_folder))
+        scored = p | beam.Create(batches) | FlippedClip(models) | beam.Map(check)
         assert_that(scored, equal_to(expected))
 
 
@@ -264,3 +271,37 @@ def test_preprocessing_without_the_model_is_what_open_clip_puts_together(name: s
     assert (cfg.interpolation, cfg.resize_mode) == (
         known.get("interpolation", "bicubic"), known.get("resize_mode", "shortest")
     )  # fmt: skip
+
+
+def test_a_caption_is_computed_in_a_bucket_of_its_own_length_and_means_the_same(
+    clip_folder: Path, handler: ClipHandler, model: LoadedClip
+):
+    captions = ["a cat", "a red square " * 5, "and so on " * 60]
+    seen: list[tuple[int, ...]] = []
+    hook = model.model.transformer.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[:2])))
+    tokens = np.stack([model.preparation.tokens(caption) for caption in [*captions, "a dog"] * 4])
+    with torch.inference_mode():
+        cut = model.text(tokens)
+        hook.remove()
+        whole = model.model.encode_text(torch.from_numpy(tokens))
+    np.testing.assert_allclose(cut.numpy(), whole.numpy(), atol=1e-5)
+    context = tokens.shape[1]
+    assert {length for _, length in seen} == {16, context}
+    assert {rows for rows, _ in seen} == {2}, "one fixed shape a bucket, whatever the captions are"
+
+
+def test_siglips_captions_are_open_clips_own_and_its_tokenizer_takes_many_threads(tmp_path: Path):
+    small_tower = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear"}
+    folder = tmp_path / "siglip"
+    random_models.save_siglip(
+        folder, embed_dim=64, vision_cfg=small_tower, text_cfg={"width": 64, "heads": 2, "layers": 2}
+    )
+    handler = ClipHandler(settings_for(folder), "cpu")
+    model = handler.load_on(torch.device("cpu"))
+    with ThreadPoolExecutor(8) as threads:
+        tokens = list(threads.map(model.preparation.tokens, [f"a picture of {'a ' * (n % 40)}" for n in range(200)]))
+    assert {len(of_one) for of_one in tokens} == {64}
+    (scored,) = handler.run_inference(make_batch(make_sample(i) for i in range(4)), model)
+    for sample in scored:
+        caption, upright = plain_features(folder, Image.fromarray(pixels_of(sample)), sample.annotation.caption)
+        assert sample.annotation.unflipped_clip_cosine == pytest.approx(float(caption @ upright), abs=2e-6)

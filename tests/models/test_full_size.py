@@ -32,11 +32,19 @@ def _all_threads(_one_thread: None) -> None:
     torch.set_num_threads(2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_vit_b_32(tmp_path: Path, precision: str):
-    random_models.save_open_clip(tmp_path / "clip", open_clip.get_model_config("ViT-B-32"))
+@pytest.mark.parametrize(
+    ("architecture", "precision"), [("ViT-B-32", "fp32"), ("ViT-B-32", "bf16"), ("ViT-L-14", "bf16")]
+)
+def test_clip(tmp_path: Path, architecture: str, precision: str):
+    random_models.save_open_clip(tmp_path / "clip", open_clip.get_model_config(architecture))
     settings = recipe.FlippedClip(model=str(tmp_path / "clip"), min=0.0, batch_size=4)
     assert_bits_stay(ClipHandler(settings, "cpu", precision))
+
+
+def test_siglip(tmp_path: Path):
+    random_models.save_siglip(tmp_path / "siglip")
+    settings = recipe.FlippedClip(model=str(tmp_path / "siglip"), min=-1.0, batch_size=4)
+    assert_bits_stay(ClipHandler(settings, "cpu", "bf16"))
 
 
 def test_blip_itm_base(tmp_path: Path):

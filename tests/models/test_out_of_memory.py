@@ -40,16 +40,15 @@ def models(clip_folder: Path, itm_folder: Path, digit_folder: Path) -> recipe.Cr
 
 
 def stage_2(models: recipe.CrossModality, shards: list[Shard], output: Path) -> dict[str, list[dict]]:
-    assert models.image_text_matching and models.digit
     layout = Layout(str(output))
     with beam.Pipeline("FnApiRunner") as p:
         read = p | beam.Create(shards) | ReadShards(FakeWork(), BOUNDS, 4, load_prepare=lambda: load_prepare(models))
         done = (
             read[ReadShards.BATCHES]
-            | FlippedClip(models.flipped_clip, "cpu")
+            | FlippedClip(models)
             | JoinWanted(models)
-            | ImageTextMatching(models.image_text_matching, "cpu", -1.0)
-            | Digit(models.digit, "cpu", -1.0)
+            | ImageTextMatching(models)
+            | Digit(models)
             | beam.ParDo(
                 WriteShardTable(layout, CROSS_MODALITY, Layout.cross_modality, tables.CROSS_MODALITY, lambda shard: "")
             )

@@ -7,6 +7,7 @@ from apache_beam.ml.inference.base import RunInference
 
 from pipeline import recipe
 from pipeline.records import Annotation, SampleBatch
+from transforms.cross_modality.cascade import match_floor
 from transforms.models.blip2 import Blip2Handler
 
 
@@ -18,18 +19,13 @@ def has_digits(annotation: Annotation, min_probability: float) -> bool:
 
 
 class Digit(beam.PTransform):
-    """Asks the digit question about what can still be kept (floors as in `cascade.wanted`)."""
+    """Asks the digit question about what the models before it do not drop already."""
 
-    def __init__(
-        self,
-        settings: recipe.Digit,
-        device: str,
-        min_cosine: float | None,
-        min_match_probability: float | None = None,
-        precision: str = "fp32",
-    ) -> None:
+    def __init__(self, models: recipe.CrossModality) -> None:
         super().__init__()
-        self._handler = Blip2Handler(settings, device, min_cosine, min_match_probability, precision)
+        assert models.digit
+        floors = models.flipped_clip.cascade_min_cosine, match_floor(models)
+        self._handler = Blip2Handler(models.digit, models.device, *floors, models.precision)
 
     def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
         return batches | "Ask for digits" >> RunInference(self._handler)

@@ -38,18 +38,13 @@ def keeps(annotation: Annotation, settings: recipe.FlippedClip, min_cosine: floa
 
 
 class FlippedClip(beam.PTransform):
-    """Scores caption against mirrored picture, and embeds the picture; with `prompts`, says also how likely it shows
-    digits."""
+    """Scores caption against mirrored picture, and embeds the picture; where the recipe gives CLIP digit prompts, says
+    also how likely it shows digits."""
 
-    def __init__(
-        self,
-        settings: recipe.FlippedClip,
-        device: str,
-        precision: str = "fp32",
-        prompts: recipe.ClipPrompts | None = None,
-    ) -> None:
+    def __init__(self, models: recipe.CrossModality) -> None:
         super().__init__()
-        self._handler = ClipHandler(settings, device, precision, prompts)
+        prompts = models.digit.clip_prompts if models.digit else None
+        self._handler = ClipHandler(models.flipped_clip, models.device, models.precision, prompts)
 
     def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
         return batches | "Score flipped CLIP" >> RunInference(self._handler)

@@ -25,13 +25,13 @@ def keeps(annotation: Annotation, settings: recipe.ImageTextMatching, min_probab
 
 
 class ImageTextMatching(beam.PTransform):
-    """Scores how well caption and picture match, for what reaches `min_cosine` (None: all)."""
+    """Scores how well caption and picture match, for what flipped CLIP does not drop already."""
 
-    def __init__(
-        self, settings: recipe.ImageTextMatching, device: str, min_cosine: float | None, precision: str = "fp32"
-    ) -> None:
+    def __init__(self, models: recipe.CrossModality) -> None:
         super().__init__()
-        self._handler = BlipHandler(settings, device, min_cosine, precision)
+        assert models.image_text_matching
+        floor = models.flipped_clip.cascade_min_cosine
+        self._handler = BlipHandler(models.image_text_matching, models.device, floor, models.precision)
 
     def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
         return batches | "Score image-text matching" >> RunInference(self._handler)

@@ -18,6 +18,7 @@ from transforms.models.handler import SampleBatchHandler
 from transforms.models.pictures import Processed, grey, normalised, on_device, pixels_of, settings_of
 from transforms.models.precision import dtype_on
 from transforms.models.probability import as_float32, of_two
+from transforms.models.row_wise import RowWise
 from transforms.models.weights import load_pretrained, load_processor
 
 _BUCKETS = (16, 32, 64, 128, 256, 512)
@@ -134,6 +135,7 @@ class BlipHandler(SampleBatchHandler[LoadedBlip]):
                 f"image_text_matching.max_tokens: got {self._settings.max_tokens}; "
                 f"{self._settings.model} takes at most {positions}"
             )
+        model.itm_head = RowWise(model.itm_head)
         preparation = BlipPreparation.load(self._settings)
         return LoadedBlip(model, preparation, torch.from_numpy(preparation.pictures.table).to(device, dtype))
 

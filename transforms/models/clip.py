@@ -16,6 +16,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
+from torch.func import functional_call
 from torch.nn.functional import normalize
 from torchvision.transforms import Compose, Normalize, ToTensor
 
@@ -38,6 +39,12 @@ _MAX_CHARACTERS = 4096
 
 # Words whose tokens open_clip's tokenizer keeps; left to itself it keeps every word of the pool for good.
 _MAX_CACHED_WORDS = 200_000
+
+
+# Context lengths that captions are cut to, by their own number of tokens, before the model's whole context.
+_BUCKETS = (16, 32, 48)
+# A call of the text tower takes a batch's rows by this: few rows a call, so that little of a bucket's last is padding.
+_TEXT_CALLS = 8
 
 
 class ClipInput(NamedTuple):
@@ -64,6 +71,9 @@ class ClipPreparation:
         if isinstance(tokenize, SimpleTokenizer):
             tokenize.cache = _BoundedCache(tokenize.cache)
         self.table = self.table_for(preprocess)
+        # A transformers tokenizer takes its padding from the first call. Made here, no thread makes that change while
+        # another one is reading.
+        self.tokens("a picture")
 
     @classmethod
     def load(cls, settings: recipe.FlippedClip) -> ClipPreparation:
@@ -127,7 +137,7 @@ class LoadedClip:
         the unflipped image is scored too.
         """
         with self.one_at_a_time, torch.inference_mode():
-            features = [self._text(np.stack([row.tokens for row in inputs]))]
+            features = [self.text(np.stack([row.tokens for row in inputs]))]
             for view in range(len(inputs[0].views)):
                 features.append(self.model.encode_image(normalised([row.views[view] for row in inputs], self.table)))
             return torch.stack([normalize(f.float(), dim=-1) for f in features], dim=1).cpu().numpy()
@@ -142,11 +152,57 @@ class LoadedClip:
             return None
         # A prompt has a batch to itself, so its vector does not depend on the others.
         with self.one_at_a_time, torch.inference_mode():
-            features = [self._text(self.preparation.tokens(prompt)[None]).float() for prompt in self.prompts]
+            features = [self.text(self.preparation.tokens(prompt)[None]).float() for prompt in self.prompts]
             return (normalize(torch.cat(features), dim=-1) * self.model.logit_scale.exp().float()).cpu().numpy()
 
-    def _text(self, tokens: np.ndarray) -> torch.Tensor:
-        return self.model.encode_text(on_device(tokens, self.table.device))
+    def text(self, tokens: np.ndarray) -> torch.Tensor:
+        """Features (rows, d), not normalised, of tokens (rows, context).
+
+        A causal text tower that is read at the caption's end never looks behind it, so there a caption is cut to a
+        bucket chosen by its own length. Each bucket has batches of one fixed shape, as images have.
+        """
+        rows, context = tokens.shape
+        if not _reads_to_the_end_only(self.model):
+            return self.model.encode_text(on_device(tokens, self.table.device))
+        lengths = np.array([*(bucket for bucket in _BUCKETS if bucket < context), context])
+        buckets = lengths[np.searchsorted(lengths, tokens.argmax(1) + 1)]
+        size = max(1, rows // _TEXT_CALLS)
+        order: list[int] = []
+        features: list[torch.Tensor] = []
+        for length in np.unique(buckets):
+            members = np.flatnonzero(buckets == length)
+            for start in range(0, len(members), size):
+                part = members[start : start + size]
+                padded = np.resize(part, size)
+                order += part.tolist()
+                features.append(self._cut_text(tokens[padded, :length])[: len(part)])
+        return torch.cat(features)[on_device(np.argsort(order), self.table.device)]
+
+    def _cut_text(self, tokens: np.ndarray) -> torch.Tensor:
+        """The model's own `encode_text`, its context cut to the tokens'."""
+        length = tokens.shape[1]
+        cut = {
+            "clip.positional_embedding": self.model.positional_embedding[:length],
+            "clip.attn_mask": self.model.attn_mask[:length, :length],
+        }
+        return functional_call(_TextOf(self.model), cut, (on_device(tokens, self.table.device),), tie_weights=False)
+
+
+class _TextOf(torch.nn.Module):
+    """A CLIP whose forward pass is its text's."""
+
+    def __init__(self, clip: open_clip.CLIP) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.clip.encode_text(tokens)
+
+
+def _reads_to_the_end_only(model: torch.nn.Module) -> bool:
+    """Whether a caption's features come from its last token, which no later one has an influence on. SigLIP's do not:
+    its text tower looks at the padding too."""
+    return isinstance(model, open_clip.CLIP) and model.attn_mask is not None and model.text_pool_type == "argmax"
 
 
 class ClipHandler(SampleBatchHandler[LoadedClip]):
