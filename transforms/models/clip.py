@@ -88,12 +88,14 @@ class ClipPreparation:
         height, width = pixels.shape[:2]
         if max(height, width) > _MAX_ASPECT * min(height, width):
             raise ValueError(f"{width} x {height} pixels: one side is more than {_MAX_ASPECT} times the other")
-        views = [pixels[:, ::-1], pixels] if self._score_unflipped else [pixels[:, ::-1]]
+        upright = Image.fromarray(pixels)
+        flipped = upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # a quarter of the time that numpy's copy takes
+        views = [flipped, upright] if self._score_unflipped else [flipped]
         return ClipInput(np.stack([self._bytes(view) for view in views]), self.tokens(sample.annotation.caption))
 
     def probe(self) -> ClipInput:
         """What any sound model can score."""
-        view = self._bytes(grey())
+        view = self._bytes(Image.fromarray(grey()))
         return ClipInput(np.stack([view] * (2 if self._score_unflipped else 1)), self.tokens("a picture"))
 
     def tokens(self, caption: str) -> np.ndarray:
@@ -104,12 +106,12 @@ class ClipPreparation:
         """See `pictures.byte_table`. Raises ValueError where `preprocess` is another one than this."""
         return byte_table(
             lambda pixels: self._normalise(Image.fromarray(pixels)).numpy(),
-            self._bytes,
+            lambda pixels: self._bytes(Image.fromarray(pixels)),
             lambda pixels: preprocess(Image.fromarray(pixels)).numpy(),
         )
 
-    def _bytes(self, pixels: np.ndarray) -> np.ndarray:
-        return np.asarray(self._shape(Image.fromarray(np.ascontiguousarray(pixels)))).transpose(2, 0, 1)
+    def _bytes(self, picture: Image.Image) -> np.ndarray:
+        return np.asarray(self._shape(picture)).transpose(2, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
