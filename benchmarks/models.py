@@ -219,7 +219,8 @@ def subjects(folder: Path, arguments: argparse.Namespace) -> list[Subject]:
     quick, cuda = arguments.quick, arguments.device == "cuda"
     architecture = "ViT-L-14" if cuda else "ViT-B-32"
     batch = 256 if cuda else 64
-    large = batch * (1 + (1 if quick else arguments.pairs // batch))
+    more = [batch if quick else pairs for pairs in (arguments.pairs, arguments.pairs_fp32)]
+    large, large_fp32 = (batch * (1 + pairs // batch) for pairs in more)
     itm_batch, itm_pairs = (128, (128, 128 + 4096, 128 + 4096)) if cuda else (16, (16, 16 + 256, 16 + 64))
     random_models.save_clip(folder / "clip", architecture)
     captions = " ".join(sample.annotation.caption.lower() for sample in pictures.pairs(300))
@@ -229,7 +230,7 @@ def subjects(folder: Path, arguments: argparse.Namespace) -> list[Subject]:
         Subject(
             "clip", {"flipped_clip": clip},
             lambda s: ClipHandler(s.flipped_clip, s.device, s.precision),
-            clip_forward, batch, batch, large, large,
+            clip_forward, batch, batch, large, large_fp32,
         )
     ]  # fmt: skip
     if not quick:
@@ -282,7 +283,7 @@ def measure(arguments: argparse.Namespace, folder: Path, say: Callable[[str], No
                 there = folder / "stage" / name / str(number)
                 _add(rates, f"{name} stage 2", stage_rate(subject, settings, some, there), say)
             for peer, seconds in _peers(subject, folder, architecture, arguments).items():
-                there = folder / "peers" / subject.name / peer / str(number)
+                there = folder / "peers" / subject.name / peer.replace(" ", "-") / str(number)
                 rate = peer_rate(seconds, subject, samples[: subject.large_fp32], there)
                 _add(rates, f"{subject.name} {peer}", rate, say)
         figures |= drift(subject, folder / "stage", list(precisions))
@@ -360,11 +361,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--pairs", type=int, default=None, help="pairs between the small and the large pool")
+    parser.add_argument("--pairs-fp32", type=int, default=256, help="the same, where fp32 or a peer is what runs")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", choices=["clip", "itm", "digit"])
     parser.add_argument("--no-peers", action="store_true")
     arguments = parser.parse_args()
-    arguments.pairs = arguments.pairs or (4096 if arguments.device == "cuda" else 256)
+    arguments.pairs = arguments.pairs or (4096 if arguments.device == "cuda" else 1024)
     compared = not arguments.no_peers and not arguments.quick
     if compared and not (peers.CLIP_RETRIEVAL.exists() and peers.DATA_JUICER.exists()):
         parser.error("the peers' environments are not there: `make bench-peers` first, or say --no-peers")

@@ -103,7 +103,11 @@ def cross_modality(pipeline: beam.Pipeline, job: Job) -> None:
     read = (
         _spread(pipeline, job)
         | "Read kept" >> ReadShards(
-            work, job.recipe.pool, models.flipped_clip.batch_size, load_prepare=functools.partial(load_prepare, models)
+            work,
+            job.recipe.pool,
+            models.flipped_clip.batch_size,
+            load_prepare=functools.partial(load_prepare, models),
+            in_turns=models.device == "cpu",  # where the models take every core there is
         )
     )  # fmt: skip
     batches = read[ReadShards.BATCHES] | "Flipped CLIP" >> FlippedClip(models)

@@ -11,7 +11,7 @@ import apache_beam as beam
 
 from pipeline.recipe import PoolBounds
 from pipeline.records import Annotation, Attempt, DeadLetter, Sample, SampleBatch, Shard, dead_letter
-from pipeline.sources.ahead import in_order
+from pipeline.sources.ahead import in_order, in_turns
 from pipeline.sources.images import UndecodableImage, decode
 from pipeline.sources.webdataset import read_samples
 
@@ -39,8 +39,9 @@ Prepare = Callable[[Sample], Sample]
 class ReadShards(beam.PTransform):
     """PCollection[Shard] -> batches of its samples (main output) and the shards that need no work (`FINISHED`).
 
-    Threads decode the next batch, and prepare it where `load_prepare` is given, while the fused stage is busy with the
-    current one. `load_prepare` is called once per worker, and only where a shard needs work.
+    Threads decode batches, and prepare them where `load_prepare` is given: while the fused stage is busy with the
+    batch before, or with `in_turns` only when it is done with that. `load_prepare` is called once per worker, and only
+    where a shard needs work.
     """
 
     BATCHES, FINISHED = "batches", "finished"
@@ -52,12 +53,14 @@ class ReadShards(beam.PTransform):
         batch_size: int,
         draft_side_px: int | None = None,
         load_prepare: Callable[[], Prepare] | None = None,
+        in_turns: bool = False,
     ) -> None:
         super().__init__()
-        self._read = _ReadShard(work, bounds, batch_size, draft_side_px, load_prepare)
+        self._read = _ReadShard(work, bounds, batch_size, draft_side_px, load_prepare, in_turns)
 
     def expand(self, shards: beam.PCollection) -> beam.pvalue.DoOutputsTuple:
-        return shards | "Read and decode" >> beam.ParDo(self._read).with_outputs(self.FINISHED, main=self.BATCHES)
+        read = beam.ParDo(self._read).with_output_types(SampleBatch)
+        return shards | "Read and decode" >> read.with_outputs(self.FINISHED, main=self.BATCHES)
 
 
 class _ReadShard(beam.DoFn):
@@ -68,10 +71,11 @@ class _ReadShard(beam.DoFn):
         batch_size: int,
         draft_side_px: int | None,
         load_prepare: Callable[[], Prepare] | None,
+        turns: bool,
     ) -> None:
         self._work, self._bounds = work, bounds
         self._batch_size, self._draft_side_px = batch_size, draft_side_px
-        self._load_prepare = load_prepare
+        self._load_prepare, self._threaded = load_prepare, in_turns if turns else in_order
         self._prepare: Prepare | None = None
 
     def process(self, shard: Shard) -> Iterator[SampleBatch | beam.pvalue.TaggedOutput]:
@@ -93,7 +97,7 @@ class _ReadShard(beam.DoFn):
             attempt = attempt.smaller()
 
     def _decoded_samples(self, shard: Shard) -> Generator[Sample | DeadLetter, None, None]:
-        return in_order(self._decoded, self._samples(shard), DECODE_THREADS, ahead=self._batch_size)
+        return self._threaded(self._decoded, self._samples(shard), DECODE_THREADS, self._batch_size)
 
     def _samples(self, shard: Shard) -> Iterator[Sample | DeadLetter]:
         wanted = self._work.wanted(shard)

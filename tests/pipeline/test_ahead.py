@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.sources.ahead import in_order
+from pipeline.sources.ahead import in_order, in_turns
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 20])
@@ -84,3 +84,27 @@ def test_an_error_comes_where_its_result_was_due() -> None:
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 20])
+@pytest.mark.parametrize("turn", [1, 4, 50])
+def test_results_in_turns_come_in_order(count: int, turn: int) -> None:
+    assert list(in_turns(str, range(count), threads=4, count=turn)) == [str(n) for n in range(count)]
+
+
+def test_in_turns_nothing_is_made_while_the_consumer_is_busy() -> None:
+    made = []
+    results = in_turns(made.append, range(12), threads=3, count=5)
+    for given, _ in enumerate(results):
+        time.sleep(0.005)  # busy
+        assert sorted(made) == list(range(min(12, 5 * (given // 5 + 1))))
+
+
+def test_an_error_in_turns_reaches_the_consumer_and_ends_the_threads() -> None:
+    def fail(n: int) -> int:
+        raise OSError(f"the disk is gone at {n}")
+
+    before = threading.active_count()
+    with pytest.raises(OSError, match="gone at 0"):
+        list(in_turns(fail, range(9), threads=2, count=3))
+    assert threading.active_count() == before

@@ -28,4 +28,4 @@ class Digit(beam.PTransform):
         self._handler = Blip2Handler(models.digit, models.device, *floors, models.precision)
 
     def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
-        return batches | "Ask for digits" >> RunInference(self._handler)
+        return batches | "Ask for digits" >> RunInference(self._handler).with_output_types(SampleBatch)

@@ -47,4 +47,4 @@ class FlippedClip(beam.PTransform):
         self._handler = ClipHandler(models.flipped_clip, models.device, models.precision, prompts)
 
     def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
-        return batches | "Score flipped CLIP" >> RunInference(self._handler)
+        return batches | "Score flipped CLIP" >> RunInference(self._handler).with_output_types(SampleBatch)

@@ -34,4 +34,4 @@ class ImageTextMatching(beam.PTransform):
         self._handler = BlipHandler(models.image_text_matching, models.device, floor, models.precision)
 
     def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
-        return batches | "Score image-text matching" >> RunInference(self._handler)
+        return batches | "Score image-text matching" >> RunInference(self._handler).with_output_types(SampleBatch)

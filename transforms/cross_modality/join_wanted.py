@@ -28,7 +28,7 @@ class JoinWanted(beam.PTransform):
         self._models = models
 
     def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
-        return batches | "Join" >> beam.ParDo(_Join(self._models))
+        return batches | "Join" >> beam.ParDo(_Join(self._models)).with_output_types(SampleBatch)
 
 
 class _Join(beam.DoFn):

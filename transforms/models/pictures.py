@@ -48,8 +48,13 @@ def byte_table(
 
 def normalised(pictures: Sequence[np.ndarray], table: torch.Tensor) -> torch.Tensor:
     """Pictures (3, h, w) of bytes as the model takes them, on the device and in the type of its `table`."""
-    pixels = on_device(np.stack(pictures), table.device).int()
-    return torch.stack([table[channel][pixels[:, channel]] for channel in range(3)], dim=1)
+    pixels = on_device(np.stack(pictures), table.device)
+    result = torch.empty(pixels.shape, dtype=table.dtype, device=table.device)
+    for channel, values in enumerate(table):
+        plane = pixels[:, channel]
+        # on CPUs ten times as fast as indexing `values` with the plane
+        result[:, channel] = values.index_select(0, plane.flatten().int()).view(plane.shape)
+    return result
 
 
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
