@@ -221,7 +221,7 @@ def subjects(folder: Path, arguments: argparse.Namespace) -> list[Subject]:
     batch = 256 if cuda else 64
     more = [batch if quick else pairs for pairs in (arguments.pairs, arguments.pairs_fp32)]
     large, large_fp32 = (batch * (1 + pairs // batch) for pairs in more)
-    itm_batch, itm_pairs = (128, (128, 128 + 4096, 128 + 4096)) if cuda else (16, (16, 16 + 256, 16 + 64))
+    itm_batch, itm_pairs = (128, (128, 128 + 4096, 128 + 4096)) if cuda else (16, (16, 16 + 128, 16 + 64))
     random_models.save_clip(folder / "clip", architecture)
     captions = " ".join(sample.annotation.caption.lower() for sample in pictures.pairs(300))
     words = sorted(set(re.findall(r"[a-z]+", captions)))
