@@ -69,7 +69,7 @@ PREPROCESS_CFG: dict[str, Any] = {
     "resize_mode": "squash",
 }
 _MAYBE_DIGITS = re.compile(
-    r"clock|card|calend|number|digit|roadsign|speed|time|watch|phone|keyb|calcul|dice|domino|money|"
+    r"clock|card|keycap|calend|number|digit|roadsign|speed|time|watch|phone|keyb|calcul|dice|domino|money|"
     r"coin|\bled|ruler|billiard|date|stamp|year|gauge|meter|sport",
     re.I,
 )
