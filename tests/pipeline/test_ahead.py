@@ -93,7 +93,7 @@ def test_results_in_turns_come_in_order(count: int, turn: int) -> None:
 
 
 def test_in_turns_nothing_is_made_while_the_consumer_is_busy() -> None:
-    made = []
+    made: list[int] = []
     results = in_turns(made.append, range(12), threads=3, count=5)
     for given, _ in enumerate(results):
         time.sleep(0.005)  # busy
