@@ -25,6 +25,7 @@ from tests.models.model_batches import (
     scores,
 )
 from transforms.cross_modality.flipped_clip import FlippedClip
+from transforms.cross_modality.join_wanted import JoinWanted
 from transforms.models.clip import (
     ClipHandler,
     ClipPreparation,
@@ -279,7 +280,7 @@ def test_a_caption_is_computed_in_a_bucket_of_its_own_length_and_means_the_same(
     captions = ["a cat", "a red square " * 5, "and so on " * 60]
     seen: list[tuple[int, ...]] = []
     hook = model.model.transformer.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[:2])))
-    tokens = np.stack([model.preparation.tokens(caption) for caption in [*captions, "a dog"] * 4])
+    tokens = np.stack([model.preparation.tokens(caption) for caption in [*captions, "a dog"] * 4 + ["a dog"]])
     with torch.inference_mode():
         cut = model.text(tokens)
         hook.remove()
@@ -288,6 +289,20 @@ def test_a_caption_is_computed_in_a_bucket_of_its_own_length_and_means_the_same(
     context = tokens.shape[1]
     assert {length for _, length in seen} == {16, context}
     assert {rows for rows, _ in seen} == {2}, "one fixed shape a bucket, whatever the captions are"
+
+
+def test_batches_keep_their_type_so_that_beam_does_not_pickle_them_to_learn_their_size(clip_folder: Path):
+    models = recipe.CrossModality(flipped_clip=settings_for(clip_folder))
+    batches = TestPipeline() | beam.Create([make_batch([make_sample(0)])])
+    for found in (
+        batches | FlippedClip(models),
+        batches | JoinWanted(models.model_copy(update={"digit": recipe.Digit(model="m")})),
+    ):
+        assert found.element_type is SampleBatch
+    coder, batch = beam.coders.registry.get_coder(SampleBatch), make_batch([make_sample(0), make_sample(1)])
+    assert coder.estimate_size(batch) == batch.nbytes == sum(pixels_of(sample).nbytes for sample in batch)
+    prepared = make_batch(Sample(s.annotation, {}, b"ab", inputs={"m": (np.zeros(5), None)}) for s in batch)
+    assert prepared.nbytes == 2 * (2 + 40)
 
 
 def test_siglips_captions_are_open_clips_own_and_its_tokenizer_takes_many_threads(tmp_path: Path):
