@@ -74,12 +74,23 @@ def _relative(path: str, folder: str) -> str:
     return path.removeprefix(folder)
 
 
+class BrokenTar(Exception):
+    """A tar that breaks off or whose headers are damaged.
+
+    Deliberately no tarfile.HeaderError: tarfile takes those, past the first header, for the end of the tar.
+    """
+
+
 @dataclasses.dataclass
-class _Members:
-    """What a tar holds under one key, and the first thing wrong with it."""
+class Members:
+    """What a tar holds under one key, each file's own bytes, and the first thing wrong with it (reason, message).
+
+    `image_extension` is one of IMAGE_EXTENSIONS, empty where there is no image.
+    """
 
     key: str
     image: bytes | None = None
+    image_extension: str = ""
     caption: bytes | None = None
     metadata: bytes | None = None
     fault: tuple[str, str] | None = None
@@ -90,6 +101,15 @@ class _Members:
         return self.fault is None and None not in (self.image, self.caption, self.metadata)
 
 
+def read_members(path: str, bounds: PoolBounds) -> Iterator[Members]:
+    """The files of the tar at `path` by consecutive key, in tar order, unjudged: also of samples that are not whole.
+
+    Raises BrokenTar after what was whole, and the filesystem's OSError.
+    """
+    with files.open_binary(path) as file:
+        yield from _grouped(file, bounds)
+
+
 def read_samples(shard: Shard, bounds: PoolBounds, stage: str) -> Iterator[Sample | DeadLetter]:
     """The samples of a shard in tar order, pixels not yet decoded; a dead letter for each that is not whole.
 
@@ -98,20 +118,19 @@ def read_samples(shard: Shard, bounds: PoolBounds, stage: str) -> Iterator[Sampl
     """
     seen: set[str] = set()
     try:
-        with files.open_binary(shard.path) as file:
-            for members in _grouped(file, bounds):
-                if members.key in seen:
-                    # Its uid, where the pool has none, would be the earlier sample's.
-                    message = "an earlier sample of this tar has the same key"
-                    yield DeadLetter(shard.name, members.key, "", stage, "duplicate_key", message)
-                    continue
-                seen.add(members.key)
-                yield _sample(shard, members, stage)
-    except _BrokenTar as error:
+        for members in read_members(shard.path, bounds):
+            if members.key in seen:
+                # Its uid, where the pool has none, would be the earlier sample's.
+                message = "an earlier sample of this tar has the same key"
+                yield DeadLetter(shard.name, members.key, "", stage, "duplicate_key", message)
+                continue
+            seen.add(members.key)
+            yield _sample(shard, members, stage)
+    except BrokenTar as error:
         yield DeadLetter(shard.name, "", "", stage, "broken_tar", str(error)[:500])
 
 
-def _sample(shard: Shard, members: _Members, stage: str) -> Sample | DeadLetter:
+def _sample(shard: Shard, members: Members, stage: str) -> Sample | DeadLetter:
     metadata, fault = _metadata(members)
     named = Annotation(uid_of(shard.name, members.key, metadata), shard.name, members.key, "")
     fault = members.fault or fault
@@ -128,7 +147,7 @@ def _sample(shard: Shard, members: _Members, stage: str) -> Sample | DeadLetter:
     return Sample(named.with_columns(caption=caption), metadata, members.image)
 
 
-def _metadata(members: _Members) -> tuple[dict[str, Any], tuple[str, str] | None]:
+def _metadata(members: Members) -> tuple[dict[str, Any], tuple[str, str] | None]:
     """The json object of a sample, and what is wrong with it (None: nothing)."""
     if members.metadata is None:
         return {}, None
@@ -141,9 +160,9 @@ def _metadata(members: _Members) -> tuple[dict[str, Any], tuple[str, str] | None
     return metadata, None
 
 
-def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[_Members]:
+def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[Members]:
     """Consecutive members with one key. A tar that breaks yields what was whole, then raises."""
-    group: _Members | None = None
+    group: Members | None = None
     offset = 0
     try:
         tar = tarfile.open(  # noqa: SIM115 (holds nothing open)
@@ -159,16 +178,16 @@ def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[_Members]:
             if group is not None and group.key != key:
                 yield group
                 group = None
-            group = group or _Members(key)
+            group = group or Members(key)
             if extension in _FIELDS:
-                _take(tar, member, _FIELDS[extension], group, bounds)
-    except (tarfile.TarError, EOFError, _BrokenTar) as error:
+                _take(tar, member, extension, group, bounds)
+    except (tarfile.TarError, EOFError, BrokenTar) as error:
         # A sample that the break may have cost a member goes into the tar's dead letter, and no other.
         if group is not None and group.is_whole:
             yield group
-        if isinstance(error, _BrokenTar):
+        if isinstance(error, BrokenTar):
             raise
-        raise _BrokenTar(f"at byte {offset}: {error}; what follows was not read") from error
+        raise BrokenTar(f"at byte {offset}: {error}; what follows was not read") from error
     if group is not None:
         yield group
 
@@ -191,8 +210,9 @@ def _belongs_to_a_sample(extension: str) -> bool:
     return extension.rpartition(".")[2] in (*_FIELDS, *_OTHER_PICTURES)
 
 
-def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, field: str, group: _Members, bounds: PoolBounds) -> None:
+def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, group: Members, bounds: PoolBounds) -> None:
     """Read one member into its group, or note what is wrong with it."""
+    field = _FIELDS[extension]
     limit_bytes = {
         "image": bounds.max_image_bytes, "caption": bounds.max_caption_bytes, "metadata": bounds.max_json_bytes
     }[field]  # fmt: skip
@@ -207,10 +227,8 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, field: str, group: _Mem
         content = tar.extractfile(member)
         assert content is not None  # a regular member always has content
         setattr(group, field, content.read())
-
-
-class _BrokenTar(Exception):
-    """Deliberately no tarfile.HeaderError: tarfile takes those, past the first header, for the end of the tar."""
+        if field == "image":
+            group.image_extension = extension
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -220,10 +238,10 @@ class _StrictTarInfo(tarfile.TarInfo):
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictTarInfo:
         try:
             return super().fromtarfile(tarfile_)
-        except (tarfile.EOFHeaderError, _BrokenTar):  # type: ignore[attr-defined]
+        except (tarfile.EOFHeaderError, BrokenTar):  # type: ignore[attr-defined]
             raise
         except Exception as error:  # tarfile raises anything at all on hostile headers
-            raise _BrokenTar(f"at byte {tarfile_.offset}: {error}; what follows was not read") from error
+            raise BrokenTar(f"at byte {tarfile_.offset}: {error}; what follows was not read") from error
 
     def _proc_member(self, tarfile_: Any) -> Any:
         # What tarfile calls for each header. It reads an extended one whole, and follows it by recursion.
