@@ -40,8 +40,13 @@ def exists(path: str) -> bool:
 
 def names_in(folder: str) -> set[str]:
     """The names of the files that lie in `folder` itself; none where it is not there."""
+    return set(sizes_bytes_in(folder))
+
+
+def sizes_bytes_in(folder: str) -> dict[str, int]:
+    """Name -> size of the files that lie in `folder` itself; none where it is not there."""
     found = FileSystems.match([join(literal(folder), "*")])[0].metadata_list
-    return {metadata.path.rpartition("/")[2] for metadata in found}
+    return {metadata.path.rpartition("/")[2]: metadata.size_in_bytes for metadata in found}
 
 
 def open_binary(path: str) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,11 +41,21 @@ class Progress:
         """Show a stage while the body runs it."""
         before = self._counts(name, layout, shards, frozenset())
         finished_before = frozenset(self._finished(name, layout, shards))
-        started, done = time.monotonic(), threading.Event()
+        started = time.monotonic()
 
         def line() -> str:
             counts = self._counts(name, layout, shards, finished_before)
             return describe(name, counts, len(shards) - len(finished_before), time.monotonic() - started)
+
+        if finished_before and name in TABLE_OF:
+            self._emit("progress", name, f"{name}: {before.shards} of {len(shards)} shards have a table already")
+        with self.following(name, line):
+            yield
+
+    @contextlib.contextmanager
+    def following(self, name: str, line: Callable[[], str]) -> Iterator[None]:
+        """Show what `line` says, again and again while the body runs and once when it is through."""
+        done = threading.Event()
 
         def follow() -> None:
             if self._console.is_terminal and not self._as_json:
@@ -56,8 +66,6 @@ class Progress:
                 while not done.wait(_PLAIN_SECONDS):
                     self._emit("progress", name, line())
 
-        if finished_before and name in TABLE_OF:
-            self._emit("progress", name, f"{name}: {before.shards} of {len(shards)} shards have a table already")
         follower = threading.Thread(target=follow, daemon=True)
         follower.start()
         try:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import apache_beam as beam
 import torch
@@ -57,7 +57,7 @@ def run(
     """
     PipelineOptions(beam_options).get_all_options()  # exits with status 2 where Beam refuses a value
     for option, path in (("--input", pool), ("--output", output)):
-        _check_path(option, path)
+        check_path(option, path)
     shards = list_shards(pool)
     layout = Layout(output.rstrip("/") or output)
     needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages and _is_local(beam_options)
@@ -70,7 +70,7 @@ def run(
         raise UsageError(f"recipe: {error}") from error
     content = manifest(recipe, pool, found)
     _check_earlier_stages(stages, layout, shards)
-    _claim(layout, content)
+    claim(layout, content)
 
     settled = _with_precision(_with_tagger(settled, found))
     job = build.Job(settled, tuple(shards), layout, found)
@@ -92,12 +92,16 @@ def run(
 
 
 def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> None:
-    options = PipelineOptions(beam_options)
-    # Named outright, because Beam's DirectRunner first tries to download another runner.
-    runner = FnApiRunner() if _is_local(beam_options) else None
-    pipeline = beam.Pipeline(runner=runner, options=options)
+    pipeline = pipeline_of(beam_options)
     build.GRAPHS[stage](pipeline, job)
     pipeline.run().wait_until_finish()
+
+
+def pipeline_of(beam_options: list[str]) -> beam.Pipeline:
+    """An empty pipeline on the runner that Beam's options name; on the local one where they name none."""
+    # Named outright, because Beam's DirectRunner first tries to download another runner.
+    runner = FnApiRunner() if _is_local(beam_options) else None
+    return beam.Pipeline(runner=runner, options=PipelineOptions(beam_options))
 
 
 def _is_local(beam_options: list[str]) -> bool:
@@ -105,7 +109,7 @@ def _is_local(beam_options: list[str]) -> bool:
     return named is None or named in LOCAL_RUNNERS
 
 
-def _check_path(option: str, path: str) -> None:
+def check_path(option: str, path: str) -> None:
     """Raise UsageError where `path` names no place that Beam can open."""
     if not path:
         raise UsageError(f"{option}: is empty; name a folder")
@@ -131,7 +135,19 @@ def _check_earlier_stages(stages: list[str], layout: Layout, shards: list[Shard]
             )
 
 
-def _claim(layout: Layout, content: dict[str, Any]) -> None:
+class Claimable(Protocol):
+    """A folder of outputs, and the file in it that says of what."""
+
+    @property
+    def output(self) -> str:
+        """The folder."""
+
+    @property
+    def manifest(self) -> str:
+        """The path of the file."""
+
+
+def claim(layout: Claimable, content: dict[str, Any]) -> None:
     """Write the manifest into a new or empty output folder; raise UsageError where another run's outputs lie."""
     if files.exists(layout.manifest):
         there = _mapping(files.read_bytes(layout.manifest))
