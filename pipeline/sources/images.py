@@ -28,7 +28,9 @@ class UndecodableImage(ValueError):
         super().__init__(message)
 
 
-def decode(content: bytes, max_pixels: int, draft_side_px: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+def decode(
+    content: bytes, max_pixels: int, draft_side_px: int | None = None, formats: tuple[str, ...] = FORMATS
+) -> tuple[np.ndarray, tuple[int, int]]:
     """RGB uint8 pixels (height, width, 3) and the stored (width, height) in px.
 
     With `draft_side_px` the pixels may come smaller, but with both sides at least that long where the image has them:
@@ -37,7 +39,7 @@ def decode(content: bytes, max_pixels: int, draft_side_px: int | None = None) ->
     Raises UndecodableImage.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
             size = image.size
             if size[0] * size[1] > max_pixels:
                 raise UndecodableImage("image_too_large", f"{size[0]}x{size[1]} px; the recipe allows {max_pixels}")
@@ -50,7 +52,7 @@ def decode(content: bytes, max_pixels: int, draft_side_px: int | None = None) ->
     except UndecodableImage:
         raise
     except UnidentifiedImageError as error:  # its own message names a memory address
-        raise UndecodableImage("undecodable_image", f"the bytes are none of {', '.join(FORMATS)}") from error
+        raise UndecodableImage("undecodable_image", f"the bytes are none of {', '.join(formats)}") from error
     except Image.DecompressionBombError as error:
         raise UndecodableImage("image_too_large", str(error)) from error
     except MemoryError:  # this machine's fault, not the picture's: its size was checked

@@ -6,12 +6,13 @@ Members are streamed, never extracted to disk; nothing in a tar is trusted.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import tarfile
 import urllib.parse
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 from apache_beam.io.filesystems import FileSystems
 
@@ -160,9 +161,21 @@ def _metadata(members: Members) -> tuple[dict[str, Any], tuple[str, str] | None]
     return metadata, None
 
 
-def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[Members]:
-    """Consecutive members with one key. A tar that breaks yields what was whole, then raises."""
-    group: Members | None = None
+class TarMember(NamedTuple):
+    """What a tar holds under a name, no folder; `is_file` is false of links and devices. `read` gives its first so many
+    bytes (None: all), once, and before the next member is asked for."""
+
+    name: str
+    size_bytes: int
+    is_file: bool
+    read: Callable[[int | None], bytes]
+
+
+def tar_members(file: BinaryIO) -> Iterator[TarMember]:
+    """What a tar holds, in its order, as a stream.
+
+    Raises BrokenTar, which names the offset; so does `TarMember.read`.
+    """
     offset = 0
     try:
         tar = tarfile.open(  # noqa: SIM115 (holds nothing open)
@@ -171,23 +184,45 @@ def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[Members]:
         for member in tar:
             tar.members.clear()  # type: ignore[attr-defined]  # the stream never looks back, and a tar may have millions
             offset = member.offset
-            member.name = _text(member.name)
+            if not member.isdir():
+                read = functools.partial(_content, tar, member)
+                yield TarMember(_text(member.name), member.size, member.isreg(), read)
+    except (tarfile.TarError, EOFError) as error:
+        raise _broken_at(offset, error) from error
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit_bytes: int | None) -> bytes:
+    content = tar.extractfile(member)
+    assert content is not None  # a regular member always has content
+    try:
+        return content.read(limit_bytes)
+    except (tarfile.TarError, EOFError) as error:
+        raise _broken_at(member.offset, error) from error
+
+
+def _broken_at(offset: int, error: Exception) -> BrokenTar:
+    return BrokenTar(f"at byte {offset}: {error}; what follows was not read")
+
+
+def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[Members]:
+    """Consecutive members with one key. A tar that breaks yields what was whole, then raises."""
+    group: Members | None = None
+    try:
+        for member in tar_members(file):
             key, extension = _split(member.name)
-            if member.isdir() or not (extension in _FIELDS or _belongs_to_a_sample(extension)):
+            if not (extension in _FIELDS or _belongs_to_a_sample(extension)):
                 continue
             if group is not None and group.key != key:
                 yield group
                 group = None
             group = group or Members(key)
             if extension in _FIELDS:
-                _take(tar, member, extension, group, bounds)
-    except (tarfile.TarError, EOFError, BrokenTar) as error:
+                _take(member, extension, group, bounds)
+    except BrokenTar:
         # A sample that the break may have cost a member goes into the tar's dead letter, and no other.
         if group is not None and group.is_whole:
             yield group
-        if isinstance(error, BrokenTar):
-            raise
-        raise BrokenTar(f"at byte {offset}: {error}; what follows was not read") from error
+        raise
     if group is not None:
         yield group
 
@@ -210,23 +245,21 @@ def _belongs_to_a_sample(extension: str) -> bool:
     return extension.rpartition(".")[2] in (*_FIELDS, *_OTHER_PICTURES)
 
 
-def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, group: Members, bounds: PoolBounds) -> None:
+def _take(member: TarMember, extension: str, group: Members, bounds: PoolBounds) -> None:
     """Read one member into its group, or note what is wrong with it."""
     field = _FIELDS[extension]
     limit_bytes = {
         "image": bounds.max_image_bytes, "caption": bounds.max_caption_bytes, "metadata": bounds.max_json_bytes
     }[field]  # fmt: skip
-    if not member.isreg():
+    if not member.is_file:
         group.fault = group.fault or ("unsupported_member", f"{member.name} is a link or a device, not a file")
     elif getattr(group, field) is not None:
         group.fault = group.fault or ("duplicate_member", f"a second {field}: {member.name}")
-    elif member.size > limit_bytes:
-        message = f"{member.name} has {member.size} bytes; the recipe allows {limit_bytes}"
+    elif member.size_bytes > limit_bytes:
+        message = f"{member.name} has {member.size_bytes} bytes; the recipe allows {limit_bytes}"
         group.fault = group.fault or (f"{field}_too_large", message)
     else:
-        content = tar.extractfile(member)
-        assert content is not None  # a regular member always has content
-        setattr(group, field, content.read())
+        setattr(group, field, member.read(None))
         if field == "image":
             group.image_extension = extension
 
