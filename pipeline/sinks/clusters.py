@@ -1,4 +1,4 @@
-"""clusters.parquet: one row per cluster."""
+"""clusters.parquet: one row per cluster; and clusters.svg, the same to look at."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from pipeline.layout import Layout
 
 
 class WriteClusters(beam.DoFn):
-    """The table of clusters, in one element -> clusters.parquet. Its columns depend on the recipe's tasks."""
+    """The table of clusters, in one element -> clusters.parquet and clusters.svg. Its columns depend on the recipe's
+    tasks."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
 
     def process(self, rows: list[dict[str, Any]]) -> Iterator[str]:
+        # Here, because only this worker draws, and matplotlib takes a second to import.
+        from pipeline.report.clusters import clusters_svg
+
         with files.write_aside(self._layout.clusters) as file:
             pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
+        files.write_bytes(self._layout.clusters_figure, clusters_svg(rows))
         yield self._layout.clusters

@@ -1,0 +1,190 @@
+"""clusters.svg: what stage 3 made of the clusters, for people to look at.
+
+Few clusters stand side by side as bars; many become a curve, whose area is their share of the copies.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import font_manager, style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.ticker import PercentFormatter
+
+_TITLE = "Cluster importance before (share of the samples) and after (share of the copies)"
+_MOST_BARS = 25  # more do not stand side by side at 1000 px
+_CURVE_STEPS = 100
+_MOST_TASKS = 40
+_MOST_LETTERS = 32
+_SIMILARITY = "similarity_"
+_BEFORE, _AFTER, _AIM = "#bbbbbb", "#0072b2", "#d55e00"  # told apart in grey and by the colour-blind
+_AIM_LABEL = "p(c): the share aimed at"
+_FONT = "DejaVu Sans"  # comes with matplotlib: the same picture everywhere
+_STYLE = {
+    "font.family": _FONT,
+    "font.size": 10,
+    "text.parse_math": False,  # a task's name may hold `$`
+    "svg.hashsalt": "pairsift",  # else ids are random
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def clusters_svg(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """An SVG of the rows of clusters.parquet (see `copies.cluster_rows`), in any order; the same bytes for the same
+    rows.
+
+    Above: each cluster's share of the samples that copies are shared among (before), of the copies (after), and p(c),
+    the share CIDS aims at. Below: its similarity to each task. Clusters stand by p(c) per sample, highest first; empty
+    ones are left out. Our choice.
+    """
+    with style.context(["default", _STYLE]):
+        content = io.BytesIO()
+        clusters_figure(rows).savefig(content, format="svg", metadata={"Title": _TITLE, "Date": None, "Creator": None})
+    return content.getvalue()
+
+
+def clusters_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The picture that `clusters_svg` writes, 1000 px wide."""
+    table = _Table([row for row in rows if row["size"]])
+    shown_tasks = min(len(table.tasks), _MOST_TASKS)
+    heights_inch = [4.2] + [0.7 + 0.26 * shown_tasks] * bool(shown_tasks)
+    figure = Figure(figsize=(10, sum(heights_inch)), dpi=100, layout="constrained")
+    figure.suptitle(_TITLE, fontweight="bold")
+    axes = figure.subplots(len(heights_inch), sharex=True, squeeze=False, height_ratios=heights_inch)[:, 0]
+    if not len(table.before):
+        axes[0].set_axis_off()
+        axes[0].text(0.5, 0.5, "No sample came as far as the clusters.", ha="center", va="center")
+        return figure
+    if len(table.before) <= _MOST_BARS:
+        edges = _bars(axes[0], table)
+        axes[-1].set_xlabel("cluster, most wanted first (by p(c) per sample)")
+        axes[-1].tick_params(axis="x", labelrotation=90 if table.cluster.max() > 99 else 0)
+    else:
+        edges = _curve(axes[0], table)
+        axes[-1].set_xlabel(
+            f"share of the samples; {len(table.before):,} clusters, most wanted first (by p(c) per sample)"
+        )
+    if shown_tasks:
+        _similarities(figure, axes[1], table, edges)
+    return figure
+
+
+class _Table:
+    """The columns of the clusters that hold samples, in the order in which they are shown.
+
+    before, after, aim: float64 (k,), shares that add up to 1 (after: to 0 where there are no copies). tasks: name →
+    float64 (k,), the task whose mean similarity rises most first.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        def column(name: str) -> np.ndarray:
+            return np.array([row[name] for row in rows], np.float64)
+
+        sizes, copies, importance = column("size"), column("copies"), column("importance")
+        self.samples, self.copies = int(sizes.sum()), int(copies.sum())
+        wanted = np.round(importance * self.samples / sizes, 9)  # without CIDS all are equal but for their last bits
+        order = np.lexsort((column("cluster"), -wanted))
+        self.cluster = column("cluster").astype(np.int64)[order]
+        self.before = sizes[order] / max(self.samples, 1)
+        self.after = copies[order] / max(self.copies, 1)
+        self.aim = importance[order]
+        names = [name for name in (rows[0] if rows else ()) if name.startswith(_SIMILARITY)]
+        similarities = {name.removeprefix(_SIMILARITY): column(name)[order] for name in names}
+        self.tasks = dict(sorted(similarities.items(), key=lambda task: (-self._rise(task[1]), task[0])))
+
+    @property
+    def before_label(self) -> str:
+        """What the samples are called in the legend."""
+        return f"before: {self.samples:,} samples"
+
+    @property
+    def after_label(self) -> str:
+        """What the copies are called in the legend."""
+        return f"after: {self.copies:,} copies"
+
+    def _rise(self, similarity: np.ndarray) -> float:
+        return float(np.dot(self.after - self.before, similarity))
+
+
+def _bars(axes: Axes, table: _Table) -> np.ndarray:
+    """Two bars a cluster; returns the edges (k + 1,) between clusters on the x axis."""
+    places = np.arange(len(table.before))
+    before = axes.bar(places - 0.2, table.before, 0.4, color=_BEFORE, label=table.before_label)
+    after = axes.bar(places + 0.2, table.after, 0.4, color=_AFTER, label=table.after_label)
+    aim = axes.hlines(table.aim, places - 0.42, places + 0.42, color=_AIM, linewidth=2, label=_AIM_LABEL)
+    tops = np.maximum.reduce([table.before, table.after, table.aim])
+    for place, top, ratio in zip(places, tops, table.after / table.before, strict=True):
+        axes.annotate(_times(ratio), (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=7)
+    axes.margins(x=0.01, y=0.1)
+    axes.set_ylabel("share of the whole (×: after / before)")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xticks(places, [str(cluster) for cluster in table.cluster])
+    _legend(axes, [before, after, aim])
+    return np.arange(len(places) + 1) - 0.5
+
+
+def _times(ratio: float) -> str:
+    return f"×{ratio:.{2 if ratio < 1 else 1 if ratio < 10 else 0}f}"
+
+
+def _curve(axes: Axes, table: _Table) -> np.ndarray:
+    """A step for each hundredth of the samples; returns the edges of the steps on the x axis, in shares of the
+    samples."""
+    groups = _groups(table)
+    before, after, aim = (np.bincount(groups, values) for values in (table.before, table.after, table.aim))
+    edges = np.concatenate([[0.0], np.cumsum(before)])
+    area = axes.stairs(after / before, edges, fill=True, color=_AFTER, label=table.after_label)
+    steps = axes.stairs(aim / before, edges, color=_AIM, linewidth=1.5, label=_AIM_LABEL)
+    line = axes.axhline(1, color=_BEFORE, linewidth=2, linestyle="--", label=table.before_label)
+    axes.margins(x=0, y=0.05)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("after / before (area: share after)")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    _legend(axes, [line, area, steps])
+    return edges
+
+
+def _legend(axes: Axes, handles: Sequence[Any]) -> None:
+    """Above the picture, where no bar can reach."""
+    axes.legend(handles=handles, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=9)
+
+
+def _groups(table: _Table) -> np.ndarray:
+    """The step of the curve that each cluster belongs to, by the middle of its samples: int64 (k,), without gaps."""
+    middles = np.cumsum(table.before) - table.before / 2
+    return np.unique((middles * _CURVE_STEPS).astype(np.int64), return_inverse=True)[1]
+
+
+def _similarities(figure: Figure, axes: Axes, table: _Table, edges: np.ndarray) -> None:
+    """A row a task, and what its mean over the samples and over the copies is."""
+    shown = list(table.tasks.items())[:_MOST_TASKS]
+    groups = np.arange(len(table.before)) if len(edges) == len(table.before) + 1 else _groups(table)
+    weight = np.bincount(groups, table.before)
+    cells = [np.bincount(groups, table.before * values) / weight for _, values in shown]
+    mesh = axes.pcolormesh(edges, np.arange(len(shown) + 1), np.array(cells), cmap="cividis")
+    axes.invert_yaxis()
+    labels = [f"{_printable(name)}\n{_means(table, values)}" for name, values in shown]
+    axes.set_yticks(np.arange(len(shown)) + 0.5, labels, fontsize=7)
+    axes.tick_params(axis="y", length=0)
+    hidden = len(table.tasks) - len(shown)
+    title = "similarity to each task (its mean: samples → copies)"
+    axes.set_title(f"{title}; {hidden:,} more tasks not shown" if hidden else title, fontsize=9, loc="left")
+    figure.colorbar(mesh, ax=axes, label="cosine", pad=0.01, aspect=5 + 2 * len(shown))
+
+
+def _means(table: _Table, values: np.ndarray) -> str:
+    before, after = (np.dot(shares, values) for shares in (table.before, table.after))
+    return f"{before:.2f} → {after:.2f}" if table.copies else f"{before:.2f}"
+
+
+def _printable(name: str) -> str:
+    """What the user calls a task, on one line, short, and without letters that the font has not."""
+    letters = FT2Font(font_manager.findfont(_FONT)).get_charmap()
+    known = "".join(c if c.isprintable() and ord(c) in letters else "\N{REPLACEMENT CHARACTER}" for c in name)
+    return known if len(known) <= _MOST_LETTERS else known[: _MOST_LETTERS - 1] + "…"
