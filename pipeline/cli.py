@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import json
 import logging
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +15,9 @@ from rich.table import Table
 
 from pipeline.layout import Layout
 from pipeline.recipe import STAGES, Recipe, RecipeError, load_recipe
+
+if TYPE_CHECKING:
+    from pipeline.reshard import Resharded
 
 app = typer.Typer(
     name="pairsift",
@@ -69,6 +74,27 @@ def demo(
     _run(_recipe(str(recipe), as_json), str(pool), output, list(STAGES), context.args, as_json, verbose)
 
 
+@app.command(context_settings=_BEAM)
+def reshard(
+    context: typer.Context,
+    run_output: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a finished run.")],
+    pool: Annotated[str, typer.Option("--input", help="The pool that it ran on.")],
+    output: Annotated[str, typer.Option("--output", help="Folder for the tars.")],
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Rows in a tar, on average.")] = 10_000,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run's training subset as webdataset tars, copies of one sample far apart. What follows `--` goes to
+    Beam."""
+    with _exit_status(as_json, verbose):
+        from pipeline.progress import Progress
+        from pipeline.reshard import reshard
+
+        progress = Progress(_errors, as_json)
+        done = reshard(run_output, pool, output, samples_per_shard, context.args, progress)
+        _show_resharded(done, as_json)
+
+
 def _recipe(path: str, as_json: bool) -> Recipe:
     try:
         return load_recipe(path)
@@ -84,24 +110,59 @@ def _recipe(path: str, as_json: bool) -> Recipe:
 def _run(
     recipe: Recipe, pool: str, output: str, stages: list[str], beam_options: list[str], as_json: bool, verbose: bool
 ) -> None:
+    with _exit_status(as_json, verbose):
+        from pipeline.progress import Progress
+        from pipeline.run import run
+
+        outcome = run(recipe, pool, output, stages, beam_options, Progress(_errors, as_json))
+    if as_json:
+        print(json.dumps({"event": "done", "output": output, "funnel": outcome.funnel}))
+    elif outcome.funnel:
+        _show(outcome.funnel, outcome.layout)
+
+
+@contextlib.contextmanager
+def _exit_status(as_json: bool, verbose: bool) -> Iterator[None]:
+    """Exits with status 2 where the body was asked for something that cannot be done, with 1 where it failed."""
     # Torch and Beam take seconds to import, which `--help` and `validate` need not wait for.
-    from pipeline.progress import Progress
-    from pipeline.run import UsageError, run
+    from pipeline.run import UsageError
     from pipeline.sources.webdataset import NoShards
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        outcome = run(recipe, pool, output, stages, beam_options, Progress(_errors, as_json))
+        yield
     except (UsageError, NoShards) as error:
         _fail(2, str(error), as_json)
     except Exception as error:
         if verbose:
             raise
         _fail(1, f"{_last_line(error)} (--verbose shows the whole traceback)", as_json)
+
+
+def _show_resharded(done: Resharded, as_json: bool) -> None:
+    """What was written, and how far apart the copies of one sample are."""
+    subset, spread, folder = done.subset, done.spread, done.folder
+    several = spread.most_copies > 1
     if as_json:
-        print(json.dumps({"event": "done", "output": output, "funnel": outcome.funnel}))
-    elif outcome.funnel:
-        _show(outcome.funnel, outcome.layout)
+        content = {
+            "event": "done",
+            "output": folder.output,
+            "samples": subset.samples,
+            "copies": subset.tally.rows,
+            "tars": spread.tars,
+            "least_rows_apart": spread.least_rows_apart if several else None,
+            "least_tars_apart": spread.least_tars_apart if several else None,
+        }
+        print(json.dumps(content))
+        return
+    print(f"{folder.output}: {subset.tally.rows:,} copies of {subset.samples:,} samples in {spread.tars:,} tars")
+    if several:
+        print(
+            f"copies of one sample are at least {spread.least_rows_apart:,} rows and {spread.least_tars_apart:,} tars "
+            "apart"
+        )
+    else:
+        print("no sample stands in it twice")
 
 
 def _show(funnel: dict[str, Any], layout: Layout) -> None:
