@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO_OUTPUT ?= out/demo
 
-.PHONY: demo test lint constraints bench-peers clean
+.PHONY: demo test lint constraints tfio test-tfio constraints-tfio bench-peers clean
 
 # Installs once; again only when what is to be installed has changed.
 .venv/installed: setup.py constraints.txt
@@ -25,6 +25,21 @@ lint: .venv/installed
 constraints: .venv/installed
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --extra dev --no-header --no-annotate --output-file constraints.txt setup.py
 
+# The environment that decodes what Pillow cannot read (docs/task-centroids.md): TensorFlow 2.16, which cannot live beside Beam.
+tfio: .tfio/installed
+
+.tfio/installed: constraints-tfio.txt | .venv/installed
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .tfio
+	$(BIN)/uv pip install --quiet --python .tfio/bin/python --requirement constraints-tfio.txt
+	touch $@
+
+test-tfio: .tfio/installed
+	$(BIN)/python -m pytest -n 0 tests/tfio
+
+# Pins the dependency group `tfio` of pyproject.toml.
+constraints-tfio: .venv/installed
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --no-header --no-annotate --output-file constraints-tfio.txt --group tfio
+
 # What benchmarks/models.py compares with, each in an environment of its own. Data-juicer's documented extra for models
 # (`generic`) pins transformers 4.57.1; clip-retrieval's CLIP imports pkg_resources, which setuptools 81 dropped; torch is the one that everybody here is measured with.
 bench-peers: .venv/installed .bench/clip-retrieval/installed .bench/data-juicer/installed
@@ -42,4 +57,4 @@ bench-peers: .venv/installed .bench/clip-retrieval/installed .bench/data-juicer/
 	touch $@
 
 clean:
-	rm -rf .venv .bench out build *.egg-info
+	rm -rf .venv .bench .tfio out build *.egg-info

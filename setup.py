@@ -42,8 +42,6 @@ setup(
     ],
     extras_require={
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "scikit-image", "types-PyYAML", "uv"],
-        # Cannot be installed beside Beam 2.77 (protobuf): for an environment of its own.
-        "tfio": ["tensorflow-cpu==2.16.2", "tensorflow-io==0.37.1"],
     },
     entry_points={"console_scripts": ["pairsift = pipeline.cli:main"]},
 )

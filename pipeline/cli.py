@@ -95,6 +95,37 @@ def reshard(
         _show_resharded(done, as_json)
 
 
+@app.command()
+def centroids(
+    tasks: Annotated[
+        list[str], typer.Argument(metavar="NAME=IMAGES", help="Each task's name and folder of images, or tar.")
+    ],
+    recipe: Annotated[str, typer.Option("--recipe", help="The recipe whose CLIP and settings are used.")],
+    output: Annotated[str, typer.Option("--output", help="The .npz to write, for `cids.tasks`.")],
+    centroids_per_task: Annotated[int, typer.Option(min=1, help="At most so many centroids of each task.")] = 16,
+    tfio_python: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Python that has tensorflow-io, for DICOM, EXR, JPEG 2000.")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make the centroids of downstream tasks from their images."""
+    loaded = _recipe(recipe, as_json)
+    with _exit_status(as_json, verbose):
+        from pipeline.task_centroids import TaskCentroids, make_centroids
+
+        def show(task: TaskCentroids) -> None:
+            found = task.summary
+            line = "{name}: {images:,} images, {unreadable:,} unreadable, {centroids:,} centroids"
+            print(json.dumps(found) if as_json else line.format(**found), flush=True)
+
+        make_centroids(
+            loaded, tasks, output, centroids_per_task, tfio_python, lambda image: _say(f"unreadable: {image}"), show
+        )
+    if not as_json:
+        print(f"written: {output}")
+
+
 def _recipe(path: str, as_json: bool) -> Recipe:
     try:
         return load_recipe(path)

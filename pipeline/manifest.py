@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
 from pipeline import files
-from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
-from transforms.distribution_alignment.cids import load_tasks, task_weights
+from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, CrossModality, Recipe
+from transforms.distribution_alignment.cids import load_tasks, load_tasks_model, task_weights
 from transforms.distribution_alignment.clusters import load_centroids
 from transforms.models import blip, blip2, clip
+from transforms.models.embedding_identity import described, differences
 from transforms.models.precision import resolve
 from transforms.models.weights import local_path, model_identity
 from transforms.single_modality import faces, language, pos_pattern
@@ -52,7 +54,9 @@ def identities(recipe: Recipe) -> dict[str, Any]:
     if aligned.clusters.centroids:
         load_centroids(aligned.clusters.centroids)
     if aligned.cids:
-        task_weights(list(load_tasks(aligned.cids.tasks)), aligned.cids.task_weights)
+        tasks = list(load_tasks(aligned.cids.tasks))
+        task_weights(tasks, aligned.cids.task_weights)
+        _check_tasks_model(aligned.cids.tasks, tasks, clip_identity(cross, found[CROSS_MODALITY]["flipped_clip"]))
     for name, path in (
         ("centroids", aligned.clusters.centroids),
         ("tasks", aligned.cids.tasks if aligned.cids else None),
@@ -60,6 +64,28 @@ def identities(recipe: Recipe) -> dict[str, Any]:
         if path:
             found[DISTRIBUTION_ALIGNMENT][name] = {"name": path, "sha256": files.sha256(local_path(path))}
     return found
+
+
+def clip_identity(settings: CrossModality, clip_model: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides stage 2's embeddings; `clip_model` is the `weights.model_identity` of its CLIP."""
+    precision = resolve(settings.precision, settings.device)
+    return clip.embedding_identity(settings.flipped_clip, precision, clip_model["sha256"])
+
+
+def _check_tasks_model(path: str, tasks: list[str], ours: dict[str, Any]) -> None:
+    """Raise ValueError where the task centroids at `path` are of another model than the recipe's."""
+    theirs = load_tasks_model(path)
+    if theirs is None:
+        logging.warning("cids.tasks: %s: does not say which model it was made with; it is taken for the recipe's", path)
+        return
+    differing = differences(ours, theirs)
+    if differing:
+        sources = " ".join(f"{task}=IMAGES" for task in tasks)
+        raise ValueError(
+            f"cids.tasks: {path}: was made with another model ({described(theirs, differing)}) than the recipe's "
+            f"({described(ours, differing)}); make a file that fits: "
+            f"pairsift centroids {sources} --recipe RECIPE --output tasks.npz"
+        )
 
 
 def manifest(recipe: Recipe, pool: str, identities_: dict[str, Any]) -> dict[str, Any]:

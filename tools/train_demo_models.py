@@ -1,7 +1,7 @@
 """Train the three small models of the demo, and measure them on pictures that none of them saw.
 
     python -m tools.train_demo_models all [--work DIR] [--clip-minutes 30] …
-    python -m tools.train_demo_models {data,clip,tower,itm,digit,tasks,evaluate}
+    python -m tools.train_demo_models {data,clip,tower,itm,digit,tasks,sign,evaluate}
 
 The models have the architectures of the real ones (open_clip CLIP, BLIP image-text matching,
 BLIP-2 with OPT) and are loaded by the same code; they are good for the demo and for tests only.
@@ -35,6 +35,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from pipeline.manifest import clip_identity
+from pipeline.recipe import load_recipe
+from pipeline.task_centroids import write_tasks
 from tools import lettering
 from tools.emoji import load_emoji
 from tools.openclipart import (
@@ -45,6 +48,8 @@ from tools.openclipart import (
     load_pictures,
     load_rgb,
 )
+from transforms.distribution_alignment.cids import MODEL_KEY
+from transforms.models.weights import model_identity
 
 SEED = 20230915
 SIDE = 64
@@ -842,9 +847,19 @@ def make_tasks(args: argparse.Namespace) -> None:
         centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
     tasks = np.stack(digits)
     tasks /= np.linalg.norm(tasks, axis=1, keepdims=True)
-    weights = hashlib.sha256((folder / "open_clip_model.safetensors").read_bytes()).hexdigest()
-    np.savez(args.output.parent / "tasks.npz", digits=tasks.astype(np.float32),
-             animals=centroids.astype(np.float32), __model__=np.array(weights))  # fmt: skip
+    save_tasks(args, {"digits": tasks.astype(np.float32), "animals": centroids.astype(np.float32)})
+
+
+def sign_tasks(args: argparse.Namespace) -> None:
+    """Write the task centroids that are there with the identity of the CLIP that the demo recipe names."""
+    with np.load(args.output.parent / "tasks.npz", allow_pickle=False) as there:
+        save_tasks(args, {name: there[name] for name in there.files if name != MODEL_KEY})
+
+
+def save_tasks(args: argparse.Namespace, centroids: dict[str, np.ndarray]) -> None:
+    cross = load_recipe("recipes/demo.yaml").cross_modality
+    identity = clip_identity(cross, model_identity(cross.flipped_clip))
+    write_tasks(str(args.output.parent / "tasks.npz"), centroids, identity)
 
 
 # What stands beside numbers in a pool: mostly pictures without any writing. An AUC against a mixture is the mean of
@@ -1015,7 +1030,7 @@ def digit_figures(
 
 def main() -> None:
     commands = {"data": training_set, "clip": train_clip, "tower": train_tower, "itm": train_itm, "digit": train_digit,
-                "tasks": make_tasks, "evaluate": evaluate}  # fmt: skip
+                "tasks": make_tasks, "sign": sign_tasks, "evaluate": evaluate}  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=[*commands, "all"])
     parser.add_argument("--openclipart", type=Path, default=Path("/usr/share/openclipart"))

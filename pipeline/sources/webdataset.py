@@ -163,12 +163,12 @@ def _metadata(members: Members) -> tuple[dict[str, Any], tuple[str, str] | None]
 
 class TarMember(NamedTuple):
     """What a tar holds under a name, no folder; `is_file` is false of links and devices. `read` gives its first so many
-    bytes (None: all), once, and before the next member is asked for."""
+    bytes (-1: all), once, and before the next member is asked for."""
 
     name: str
     size_bytes: int
     is_file: bool
-    read: Callable[[int | None], bytes]
+    read: Callable[[int], bytes]
 
 
 def tar_members(file: BinaryIO) -> Iterator[TarMember]:
@@ -191,7 +191,7 @@ def tar_members(file: BinaryIO) -> Iterator[TarMember]:
         raise _broken_at(offset, error) from error
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit_bytes: int | None) -> bytes:
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit_bytes: int) -> bytes:
     content = tar.extractfile(member)
     assert content is not None  # a regular member always has content
     try:
@@ -259,7 +259,7 @@ def _take(member: TarMember, extension: str, group: Members, bounds: PoolBounds)
         message = f"{member.name} has {member.size_bytes} bytes; the recipe allows {limit_bytes}"
         group.fault = group.fault or (f"{field}_too_large", message)
     else:
-        setattr(group, field, member.read(None))
+        setattr(group, field, member.read(-1))
         if field == "image":
             group.image_extension = extension
 

@@ -17,9 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import run as run_module
+from pipeline.manifest import clip_identity
 from pipeline.progress import Progress
 from pipeline.recipe import STAGES, load_recipe
 from pipeline.sources.webdataset import list_shards
+from transforms.distribution_alignment.cids import load_tasks_model
+from transforms.models.weights import model_identity
 
 TABLE = "table"  # what tests record under this name, conftest.py prints at the end
 POOL = importlib.resources.files("pipeline") / "demo" / "pool"
@@ -76,8 +79,9 @@ def test_thresholds_and_task_centroids_belong_to_the_bundled_models():
         "digit_min": aligned.digit_enhancement.min_digit_probability,
     }
     weights = (demo / "models" / "clip" / "open_clip_model.safetensors").read_bytes()
-    with np.load(str(demo / "tasks.npz"), allow_pickle=False) as tasks:
-        assert str(tasks["__model__"]) == hashlib.sha256(weights).hexdigest()
+    identity = load_tasks_model("bundled:tasks")
+    assert identity and identity["weights_sha256"] == [hashlib.sha256(weights).hexdigest()]
+    assert identity == clip_identity(cross, model_identity(cross.flipped_clip))
 
 
 def test_every_uid_is_accounted_for_exactly_once(output, decisions, dead_letters, labels):

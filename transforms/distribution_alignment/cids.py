@@ -6,11 +6,13 @@ that distribution. Ours: the exact estimators, priors, temperature and task weig
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -21,6 +23,10 @@ from transforms.distribution_alignment import copies, quality_duplication
 from transforms.distribution_alignment.clusters import assign, load_centroids
 from transforms.distribution_alignment.records import Allocation, RankedMember
 from transforms.distribution_alignment.vectors import exact_products_with, unit_rows
+from transforms.models.embedding_identity import parse_identity
+
+MODEL_KEY = "__model__"
+"""Under which a file of task centroids names its model."""
 
 _ALLOWED_TASKS = "allowed: a .npz that holds float32 (m, d) centroids, m >= 1, under each task's name"
 
@@ -32,15 +38,8 @@ def load_tasks(path: str) -> dict[str, np.ndarray]:
     Keys that start with `__` (`__model__`, …) are metadata and left out. Nothing in the file is
     unpickled. Raises ValueError, naming file, key and what is allowed.
     """
-    try:
-        with np.load(io.BytesIO(_read(path)), allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise _TaskError(f"{path}: holds a single array; {_ALLOWED_TASKS}")
-            arrays = {key: _task_array(file, key, path) for key in sorted(file.files) if not key.startswith("__")}
-    except _TaskError:
-        raise
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: cannot be read as task centroids ({error}); {_ALLOWED_TASKS}") from error
+    with _opened(path) as file:
+        arrays = {key: _task_array(file, key, path) for key in sorted(file.files) if not key.startswith("__")}
     if not arrays:
         raise ValueError(f"{path}: holds no task; {_ALLOWED_TASKS}")
     widths = {key: array.shape[1] for key, array in arrays.items()}
@@ -53,8 +52,33 @@ def load_tasks(path: str) -> dict[str, np.ndarray]:
     return arrays
 
 
+def load_tasks_model(path: str) -> dict[str, Any] | None:
+    """The identity of the model that the task centroids at `path` were made with (see
+    `models.embedding_identity`); None where the file does not say. Raises ValueError."""
+    with _opened(path) as file:
+        if MODEL_KEY not in file.files:
+            return None
+        try:
+            return parse_identity(str(file[MODEL_KEY]))
+        except (ValueError, RecursionError) as error:
+            raise _TaskError(f"{path}: {MODEL_KEY}: {error}; `pairsift centroids` writes it") from error
+
+
 class _TaskError(ValueError):
-    """One task of the file is not what is allowed."""
+    """One entry of the file is not what is allowed."""
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[np.lib.npyio.NpzFile]:
+    try:
+        with np.load(io.BytesIO(_read(path)), allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise _TaskError(f"{path}: holds a single array; {_ALLOWED_TASKS}")
+            yield file
+    except _TaskError:
+        raise
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: cannot be read as task centroids ({error}); {_ALLOWED_TASKS}") from error
 
 
 def _read(path: str) -> bytes:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -217,9 +217,9 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
     written in it and must judge what it shows.
 
     `embedding` is the L2-normalised image feature as fp16 bytes: of the unflipped image where that
-    is scored, else of the flipped one, which costs nothing more. The unflipped is the better one,
-    because task centroids are made of unflipped images and digits and letters do not survive a
-    mirror: two pictures that differ by their digits may lie closer together once mirrored.
+    is scored, else of the flipped one, which costs nothing more. Task centroids are made of the same
+    kind (`embedding_identity`). The unflipped is the better one, because digits and letters do not
+    survive a mirror: two pictures that differ by their digits may lie closer together once mirrored.
 
     With `prompts`, the same image feature also tells how likely the digit question is worth asking:
 
@@ -274,6 +274,30 @@ def preprocessing(settings: recipe.FlippedClip) -> dict[str, Any]:
     return dataclasses.asdict(_preprocess_cfg(clip_source(settings)))
 
 
+def embedding_identity(
+    settings: recipe.FlippedClip, precision: str, weights_sha256: Mapping[str, str]
+) -> dict[str, Any]:
+    """What decides the embeddings that `ClipHandler` makes, as JSON has it (see `models.embedding_identity`).
+
+    The settings' hub revision and the precision are settled; `weights_sha256` are the hashes of the weight files on
+    this machine, by name.
+    """
+    source = clip_source(settings)
+    model_cfg, _ = _configs(source)
+    quick_gelu = source.quick_gelu or bool(model_cfg.get("quick_gelu"))
+    identity = {
+        "model": settings.model,
+        "weights": settings.weights,
+        "revision": settings.revision,
+        "weights_sha256": sorted(weights_sha256.values()),
+        "image_tower": {"embed_dim": model_cfg["embed_dim"], "quick_gelu": quick_gelu, **model_cfg["vision_cfg"]},
+        "preprocessing": preprocessing(settings),
+        "image": "unflipped" if settings.score_unflipped else "flipped",
+        "precision": precision,
+    }
+    return json.loads(json.dumps(identity))
+
+
 class _BoundedCache(dict[str, str]):
     """Takes no further word once it is full. It never lets one go: another thread may be about to read it."""
 
@@ -284,16 +308,19 @@ class _BoundedCache(dict[str, str]):
 
 def _preprocess_cfg(source: ClipSource) -> PreprocessCfg:
     """What open_clip would put together for the model, without making the model."""
-    if source.name.startswith(LOCAL):
-        config = json.loads((Path(source.name.removeprefix(LOCAL)) / "open_clip_config.json").read_text())
-        model_cfg, overlay = config["model_cfg"], config.get("preprocess_cfg", {})
-    else:
-        name = source.name.replace("/", "-")
-        model_cfg = open_clip.get_model_config(name)
-        overlay = open_clip.get_pretrained_cfg(name, source.pretrained) or {}
+    model_cfg, overlay = _configs(source)
     side = model_cfg["vision_cfg"].get("image_size", 224)
     size = tuple(side) if isinstance(side, list | tuple) else (side, side)
     return PreprocessCfg(**(merge_preprocess_dict(PreprocessCfg(), overlay) | {"size": size}))
+
+
+def _configs(source: ClipSource) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the model is made of, and what it says of its preprocessing."""
+    if source.name.startswith(LOCAL):
+        config = json.loads((Path(source.name.removeprefix(LOCAL)) / "open_clip_config.json").read_text())
+        return config["model_cfg"], config.get("preprocess_cfg", {})
+    name = source.name.replace("/", "-")
+    return open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, source.pretrained) or {}
 
 
 def shortened(caption: str) -> str:

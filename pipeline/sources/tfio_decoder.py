@@ -1,0 +1,198 @@
+"""Formats that Pillow cannot read, decoded by tensorflow-io in a process of its own.
+
+tensorflow-io needs TensorFlow 2.16, whose protobuf is not Beam's, so it has an environment of its own
+(constraints-tfio.txt, `make tfio`). It also brings the process down on some damaged files, so whatever happens there
+costs the file at hand and no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Generator
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+
+from pipeline.sources import tfio_child
+from pipeline.sources.images import UndecodableImage
+from pipeline.sources.tfio_child import ANSWER, END, FAULT, PICTURE, READY, REQUEST
+
+_START_LIMIT_S = 120.0  # TensorFlow's import takes 6 s from a warm disk
+_MAX_TEXT_BYTES = 2000
+
+HOW_TO_INSTALL = (
+    "build the environment that can (`make tfio`, or a virtual environment with `pip install -r constraints-tfio.txt`) "
+    "and name its python: --tfio-python .tfio/bin/python"
+)
+
+
+class NoTfio(RuntimeError):
+    """There is no environment to decode a file in, or it does not work. The message says what to install."""
+
+
+class TfioDecoder:
+    """Decodes DICOM, multi-page TIFF, EXR and JPEG 2000 in a process of the interpreter `python` (None: there is none).
+
+    The process starts with the first such file, and again after it was lost. It has `limit_s` seconds a file, not
+    counting the time in which its pictures are looked at, and 8 GiB. Leaving the context ends it.
+    """
+
+    def __init__(self, python: str | None, max_pixels: int, limit_s: float = 60.0) -> None:
+        self._python, self._max_pixels, self._limit_s = python, max_pixels, limit_s
+        self._process: _Process | None = None
+
+    def __enter__(self) -> TfioDecoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def pictures(
+        self, name: str, kind: bytes, pages: int, content: bytes
+    ) -> Generator[np.ndarray | UndecodableImage, None, None]:
+        """The pictures of a file, RGB uint8 (height, width, 3), and what is wrong with those that have none.
+
+        `kind` is one of `tfio_child`'s; `pages` is how many pages a TIFF has. Raises NoTfio.
+        """
+        process = self._started(name, kind)
+        limit = _Limit(process, self._limit_s)
+        whole = False
+        try:
+            with limit:
+                process.write(REQUEST.pack(kind, pages, self._max_pixels, len(content)) + content)
+            while True:
+                with limit:
+                    answer = self._received(process)
+                if answer is None:
+                    whole = not limit.passed
+                    return
+                yield answer
+        except (OSError, EOFError) as error:
+            said = f"took more than {self._limit_s:g} s" if limit.passed else f"broke off ({error})"
+            yield UndecodableImage("undecodable_image", f"tensorflow-io {said}")
+        finally:
+            if not whole:
+                self._stop()
+
+    def _received(self, process: _Process) -> np.ndarray | UndecodableImage | None:
+        """The next answer; None after the last."""
+        tag, first, second = ANSWER.unpack(process.read(ANSWER.size))
+        if tag == PICTURE and first * second <= self._max_pixels:
+            return np.frombuffer(process.read(first * second * 3), np.uint8).reshape(first, second, 3)
+        if tag == FAULT and first <= _MAX_TEXT_BYTES:
+            return UndecodableImage("undecodable_image", process.read(first).decode("utf-8", "replace"))
+        if tag == END:
+            return None
+        raise EOFError(f"unknown answer {tag!r}")
+
+    def _started(self, name: str, kind: bytes) -> _Process:
+        if self._process is not None and self._process.is_there():
+            return self._process
+        self._stop()
+        if self._python is None:
+            raise NoTfio(f"{name}: is {_NAMES[kind]}, which Pillow cannot read: {HOW_TO_INSTALL}")
+        option = f"--tfio-python: {self._python}:"
+        try:
+            process = _Process(self._python)
+        except OSError as error:
+            raise NoTfio(f"{option} cannot be started ({error.strerror}): {HOW_TO_INSTALL}") from error
+        try:
+            with _Limit(process, _START_LIMIT_S):
+                if process.read(ANSWER.size)[:1] != READY:
+                    raise EOFError("it is no Python")
+        except EOFError as error:
+            process.kill()
+            raise NoTfio(f"{option} has no tensorflow-io ({error}): {HOW_TO_INSTALL}") from error
+        self._process = process
+        return process
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+
+_NAMES = {
+    tfio_child.DICOM: "a DICOM file",
+    tfio_child.TIFF: "a TIFF of several pages",
+    tfio_child.EXR: "an EXR file",
+    tfio_child.JPEG_2000: "a JPEG 2000 file",
+}
+
+
+class _Process:
+    """The other end. Reading and writing block; `_Limit` ends them by ending the process."""
+
+    def __init__(self, python: str) -> None:
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `kill`)
+        command = [python, "-I", tfio_child.__file__]  # -I: what this process imports from is not its business
+        try:
+            self._popen = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
+            )
+        except OSError:
+            self._errors.close()
+            raise
+
+    def is_there(self) -> bool:
+        """Whether the process has not ended."""
+        return self._popen.poll() is None
+
+    def write(self, content: bytes) -> None:
+        """Raises BrokenPipeError where the process is gone."""
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(content)
+        self._popen.stdin.flush()
+
+    def read(self, size_bytes: int) -> bytes:
+        """So many bytes. Raises EOFError, with the last line that the process wrote, where it is gone."""
+        assert self._popen.stdout is not None
+        content = self._popen.stdout.read(size_bytes)
+        if len(content) < size_bytes:
+            raise EOFError(self._last_line() or f"exit status {self._popen.wait()}")
+        return content
+
+    def kill(self) -> None:
+        """End the process, if it has not ended."""
+        self._popen.kill()
+        self._popen.wait()
+        for stream in (self._popen.stdin, self._popen.stdout, self._errors):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):  # what was not written yet
+                stream.close()
+
+    def expire(self) -> None:
+        """End the process while another thread waits for it."""
+        self._popen.kill()
+
+    def _last_line(self) -> str:
+        self._errors.seek(0, 2)
+        self._errors.seek(max(0, self._errors.tell() - _MAX_TEXT_BYTES))
+        lines = self._errors.read().decode("utf-8", "replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+class _Limit:
+    """Ends the process once the time spent within adds up to `limit_s`."""
+
+    def __init__(self, process: _Process, limit_s: float) -> None:
+        self._process, self._left_s, self.passed = process, limit_s, False
+
+    def __enter__(self) -> None:
+        self._since_s = time.monotonic()
+        self._timer = threading.Timer(max(0.0, self._left_s), self._pass)
+        self._timer.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._timer.cancel()
+        self._timer.join()
+        self._left_s -= time.monotonic() - self._since_s
+
+    def _pass(self) -> None:
+        self.passed = True
+        self._process.expire()
