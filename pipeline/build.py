@@ -11,13 +11,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.pvalue import AsSingleton
 
-from pipeline import tables
+from pipeline import files, tables
 from pipeline.layout import Layout
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
 from pipeline.records import Annotation, Shard
@@ -35,7 +35,10 @@ from transforms.cross_modality.join_wanted import JoinWanted
 from transforms.distribution_alignment.cids import ClusterImportance, ReadTasks
 from transforms.distribution_alignment.clusters import AssignClusters, TrainCentroids
 from transforms.distribution_alignment.copies import PLACEMENTS, TALLIES, AssignCopies, ClusterTable
+from transforms.distribution_alignment.records import Placements
 from transforms.distribution_alignment.semantic_dedup import SemanticDedup
+from transforms.distribution_alignment.tiles import FindRanges, ToTiles
+from transforms.distribution_alignment.work import Work
 from transforms.models.prepare import load_prepare
 from transforms.rules import first_failing, rules_of
 from transforms.single_modality.captions import CaptionLength
@@ -125,35 +128,43 @@ def cross_modality(pipeline: beam.Pipeline, job: Job) -> None:
 def distribution_alignment(pipeline: beam.Pipeline, job: Job) -> None:
     """Stage 3. Slim rows and fp16 embeddings, no images: how often each survivor stands in the training subset."""
     settings, seed, layout = job.recipe.distribution_alignment, job.recipe.seed, job.layout
+    work = Work(layout.alignment_work)
 
     shards = _spread(pipeline, job)
     thresholds = shards | "Thresholds" >> ReadThresholds(layout, job.recipe)
-    candidates = shards | "Read candidates" >> ReadCandidates(layout, job.recipe, thresholds)
+    candidates = shards | "Read candidates" >> ReadCandidates(layout, job.recipe, work, thresholds)
     pool_count = shards | "Pool size" >> beam.Map(count_samples, layout) | "Add sizes" >> beam.CombineGlobally(sum)
 
-    centroids = candidates | "Train centroids" >> TrainCentroids(settings.clusters, seed, layout.centroids)
-    members = candidates | "Assign clusters" >> AssignClusters(centroids)
-    ranked = members | "Semantic dedup" >> SemanticDedup(settings.semantic_dedup)
+    centroids = candidates | "Train centroids" >> TrainCentroids(settings.clusters, seed, work, layout.centroids)
+    ranges = candidates | "Assign clusters" >> AssignClusters(work, centroids) | "Find ranges" >> FindRanges(work)
+    tiles = candidates | "To tiles" >> ToTiles(work, ranges)
+    ranked = tiles | "Semantic dedup" >> SemanticDedup(settings.semantic_dedup, work, ranges)
     tasks = pipeline | "Task centroids" >> ReadTasks(settings.cids) if settings.cids else None
     allocation = ranked | "Cluster importance" >> ClusterImportance(settings, centroids, pool_count, tasks)
     copies = ranked | "Copies" >> AssignCopies(settings, seed, allocation)
     placements = copies[PLACEMENTS]
 
-    _ = (
+    clusters = (
         copies[TALLIES]
         | "Cluster table" >> ClusterTable(allocation)
         | "Write clusters" >> beam.ParDo(WriteClusters(layout))
     )
-    _ = placements | "Subset" >> WriteSubset(layout)
-    _ = (
+    subset = placements | "Subset" >> WriteSubset(layout, work)
+    funnel = (
         {
             WriteDecisions.SHARDS: shards | "Shard names" >> beam.Map(_by_name),
-            WriteDecisions.PLACEMENTS: placements | "Key by shard" >> beam.Map(_by_shard),
+            WriteDecisions.PLACEMENTS: placements | "By shard" >> beam.FlatMap(_by_shard),
         }
         | "Gather shard" >> beam.CoGroupByKey()
         | "Write decisions" >> beam.ParDo(WriteDecisions(layout, job.recipe), AsSingleton(thresholds))
         | "Add tallies" >> beam.CombineGlobally(add_tallies)
         | "Write funnel" >> beam.ParDo(WriteFunnel(layout, job.recipe))
+    )
+    _ = (
+        (clusters, subset, funnel)
+        | "All written" >> beam.Flatten()
+        | "When all are" >> beam.combiners.Count.Globally()
+        | "Clear work folder" >> beam.Map(_clear, work)
     )
 
 
@@ -178,8 +189,12 @@ def _by_name(shard: Shard) -> tuple[str, None]:
     return Shard(*shard).name, None
 
 
-def _by_shard(placement: Any) -> tuple[str, Any]:
-    return placement.shard, placement
+def _by_shard(placements: Placements) -> Iterator[tuple[str, Placements]]:
+    return ((shard.decode(), part) for shard, part in placements.groups(placements.shards))
+
+
+def _clear(written: int, work: Work) -> None:
+    files.delete_if_there(work.folder)
 
 
 def _digest(*parts: Any) -> str:

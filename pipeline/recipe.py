@@ -279,12 +279,29 @@ class Target(_Settings):
 
 
 class Clusters(_Settings):
-    """Spherical k-means on a hash-chosen sample; `centroids` names a .npy of float32 (k, d) to use instead."""
+    """Spherical k-means on a hash-chosen sample of about `samples_per_cluster` times `count` candidates. Two levels
+    where `coarse_count` is more than 1: that many clusters, then each of them split on its own. `centroids` names a
+    .npy of float32 (k, d) to use instead."""
 
     count: int = Field(1000, ge=1)
-    training_samples: int = Field(1_000_000, ge=1)
+    coarse_count: int | None = Field(None, ge=1)
+    samples_per_cluster: int = Field(256, ge=1)  # more change k-means little: faiss' own bound
     iterations: int = Field(20, ge=1)
     centroids: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _coarse_is_fewer(self) -> Clusters:
+        if self.coarse_count is not None and self.coarse_count > self.count:
+            raise ValueError("`coarse_count` must not exceed `count`")
+        return self
+
+    @property
+    def first_level(self) -> int:
+        """Clusters of the first level, 1 where there is but one level: as given, else the square root of `count` from
+        256 clusters on, which makes training as cheap as two levels can."""
+        if self.coarse_count is not None:
+            return self.coarse_count
+        return round(self.count**0.5) if self.count > 256 else 1
 
 
 class SemanticDedup(_Settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from pipeline import files, tables
 from pipeline.layout import Layout
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
 from pipeline.records import Annotation, DeadLetter
-from transforms.distribution_alignment.records import Placement
+from transforms.distribution_alignment.records import Placement, Placements
 from transforms.rules import Thresholds, first_failing, rules_of
 
 DEAD_LETTER_STEPS = (SINGLE_MODALITY, "pool_wide", CROSS_MODALITY)
@@ -115,9 +116,9 @@ class WriteDecisions(beam.DoFn):
         yield counts
 
 
-def _by_uid(placements: Iterable[Placement]) -> dict[str, Placement]:
+def _by_uid(placements: Iterable[Placements]) -> dict[str, Placement]:
     found: dict[str, Placement] = {}
-    for placement in placements:
+    for placement in itertools.chain.from_iterable(part.one_by_one() for part in placements):
         if found.setdefault(placement.uid, placement) is not placement:
             raise Unaccounted(f"{placement.uid} of shard {placement.shard}: placed twice")
     return found

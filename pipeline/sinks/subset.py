@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline import files
 from pipeline.layout import Layout
-from transforms.distribution_alignment.records import Placement
+from transforms.distribution_alignment.records import Placements
+from transforms.distribution_alignment.work import Work
 
 ROW = np.dtype("u8,u8")
 
@@ -23,47 +24,52 @@ def subset_rows(copies: Iterable[tuple[str, int]]) -> np.ndarray:
 
 
 class WriteSubset(beam.PTransform):
-    """PCollection[Placement] -> subset.npy.
+    """PCollection[Placements] -> subset.npy.
 
-    Sorted by ranges of the uid in parallel; one worker then writes the ranges one after another, and holds 16 bytes a
-    copy.
+    Sorted by ranges of the uid in parallel; one worker then joins the ranges, a range in memory at a time.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, work: Work) -> None:
         super().__init__()
-        self._layout = layout
+        self._layout, self._work = layout, work
 
     def expand(self, placements: beam.PCollection) -> beam.PCollection:
-        ranges = (
-            placements
-            | "Range of uid" >> beam.Map(_by_range).with_output_types(tuple[str, tuple[str, int]])
-            | "Group range" >> beam.GroupByKey()
-            | "Sort range" >> beam.MapTuple(_sorted_range).with_output_types(tuple[str, bytes])
-        )
         return (
-            placements.pipeline
-            | "One file" >> beam.Create([self._layout.subset])
-            | "Write subset" >> beam.ParDo(_WriteNpy(), beam.pvalue.AsDict(ranges))
+            placements
+            | "By range of uid" >> beam.FlatMap(_by_range).with_output_types(tuple[str, tuple[bytes, bytes]])
+            | "Group range" >> beam.GroupByKey()
+            | "Sort range" >> beam.Map(_write_range, self._work)
+            | "All ranges" >> beam.combiners.ToList()
+            | "Write subset" >> beam.Map(_join, self._layout, self._work)
         )
 
 
-def _by_range(placement: Placement) -> tuple[str, tuple[str, int]]:
-    return placement.uid[:2], (placement.uid, placement.copies)
+def _by_range(placements: Placements) -> Iterator[tuple[str, tuple[bytes, bytes]]]:
+    """(two digits, (the uids that begin with them, one after another, and their copies, int64)); not of 0 copies."""
+    kept = placements.take(placements.copies > 0)
+    prefixes = kept.uids.astype("S2")
+    for prefix, part in kept.groups(prefixes):
+        yield prefix.decode(), (part.uids.tobytes(), part.copies.tobytes())
 
 
-def _sorted_range(prefix: str, copies: Iterable[tuple[str, int]]) -> tuple[str, bytes]:
-    return prefix, subset_rows(copies).tobytes()
+def _write_range(group: tuple[str, Iterable[tuple[bytes, bytes]]], work: Work) -> tuple[str, int]:
+    prefix, parts = group
+    uids, copies = (b"".join(column) for column in zip(*parts, strict=True))
+    rows = subset_rows(
+        zip((uid.decode() for uid in np.frombuffer(uids, "S32")), np.frombuffer(copies, np.int64), strict=True)
+    )
+    files.write_bytes(work.subset(prefix), rows.tobytes())
+    return prefix, len(rows)
 
 
-class _WriteNpy(beam.DoFn):
-    def process(self, path: str, ranges: dict[str, bytes]) -> Iterator[str]:
-        count = sum(map(len, ranges.values())) // ROW.itemsize
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (count,)}
-        )
-        with files.write_aside(path) as file:
-            file.write(header.getvalue())
-            for prefix in sorted(ranges):
-                file.write(ranges[prefix])
-        yield path
+def _join(ranges: list[tuple[str, int]], layout: Layout, work: Work) -> str:
+    header = io.BytesIO()
+    count = sum(rows for _, rows in ranges)
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (count,)}
+    )
+    with files.write_aside(layout.subset) as file:
+        file.write(header.getvalue())
+        for prefix, _ in sorted(ranges):
+            file.write(files.read_bytes(work.subset(prefix)))
+    return layout.subset

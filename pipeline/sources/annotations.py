@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import apache_beam as beam
 import numpy as np
@@ -14,7 +15,8 @@ from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY, Recipe
 from pipeline.records import Annotation, Shard
 from transforms.cross_modality.cascade import unscored
 from transforms.cross_modality.thresholds import KeepFractionThreshold
-from transforms.distribution_alignment.records import Candidate
+from transforms.distribution_alignment.records import Candidates, CandidateShard
+from transforms.distribution_alignment.work import Work, write_candidates
 from transforms.rules import Thresholds, first_failing, rules_of
 from transforms.single_modality.captions import caption_key
 from transforms.single_modality.pool_wide import PoolRow
@@ -138,26 +140,50 @@ def _survivors(
 
 
 class ReadCandidates(beam.PTransform):
-    """PCollection[Shard] -> PCollection[Candidate]: what stages 1 and 2 keep."""
+    """PCollection[Shard] -> PCollection[CandidateShard]: what stages 1 and 2 keep of each, written as arrays to stage
+    3's work folder, where every later step reads them."""
 
-    def __init__(self, layout: Layout, recipe: Recipe, thresholds: beam.PCollection) -> None:
+    def __init__(self, layout: Layout, recipe: Recipe, work: Work, thresholds: beam.PCollection) -> None:
         super().__init__()
-        self._layout, self._recipe, self._thresholds = layout, recipe, thresholds
+        self._layout, self._recipe, self._work, self._thresholds = layout, recipe, work, thresholds
 
     def expand(self, shards: beam.PCollection) -> beam.PCollection:
-        read = _ReadCandidates(self._layout, self._recipe)
-        return shards | "Read survivors" >> beam.ParDo(read, AsSingleton(self._thresholds)).with_output_types(Candidate)
+        read = _ReadCandidates(self._layout, self._recipe, self._work)
+        return shards | "Read survivors" >> beam.ParDo(read, AsSingleton(self._thresholds))
 
 
 class _ReadCandidates(beam.DoFn):
-    def __init__(self, layout: Layout, recipe: Recipe) -> None:
-        self._layout, self._recipe = layout, recipe
+    def __init__(self, layout: Layout, recipe: Recipe, work: Work) -> None:
+        self._layout, self._recipe, self._work = layout, recipe, work
 
-    def process(self, shard: Shard, thresholds: Thresholds) -> Iterator[Candidate]:
-        survivors = _survivors(
-            self._layout, self._recipe, Shard(*shard), Thresholds(*thresholds), with_embeddings=True
+    def process(self, shard: Shard, thresholds: Thresholds) -> Iterator[CandidateShard]:
+        name = Shard(*shard).name
+        survivors = list(
+            _survivors(self._layout, self._recipe, Shard(*shard), Thresholds(*thresholds), with_embeddings=True)
         )
-        for a in survivors:
-            assert a.flipped_clip_cosine is not None and a.embedding is not None  # it was scored
-            digit = -1.0 if a.digit_probability is None else a.digit_probability
-            yield Candidate(a.uid, a.shard, a.flipped_clip_cosine, digit, a.embedding)
+        if survivors:
+            write_candidates(self._work.candidates(name), candidates_of(survivors))
+            yield CandidateShard(name, len(survivors))
+
+
+def candidates_of(annotations: Sequence[Annotation]) -> Candidates:
+    """The columns that stage 3 works on, of at least one scored sample. Raises ValueError where a cosine is no number
+    or an embedding has another width than the others."""
+    for a in annotations:
+        assert a.flipped_clip_cosine is not None and a.embedding is not None  # it was scored
+        if math.isnan(a.flipped_clip_cosine):
+            raise ValueError(f"sample {a.uid} of {a.shard}: flipped_clip_cosine is not a number")
+    widths = {len(a.embedding) for a in annotations}  # type: ignore[arg-type]
+    if len(widths) > 1 or min(widths) == 0 or min(widths) % 2:
+        raise ValueError(
+            f"shard {annotations[0].shard}: embeddings of {min(widths)} to {max(widths)} bytes; allowed: fp16 values, "
+            "two bytes each, equally many for every sample; run stage cross_modality again"
+        )
+    embeddings = np.frombuffer(b"".join(a.embedding for a in annotations), "<f2")  # type: ignore[misc]
+    return Candidates(
+        np.array([a.uid.encode() for a in annotations]),
+        np.array([a.shard.encode() for a in annotations]),
+        np.array([a.flipped_clip_cosine for a in annotations], np.float32),
+        np.array([-1.0 if a.digit_probability is None else a.digit_probability for a in annotations], np.float32),
+        embeddings.reshape(len(annotations), -1),
+    )

@@ -3,6 +3,7 @@
 import math
 import os
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.recipe import Cids, DistributionAlignment, QualityDuplication, Target
-from transforms.distribution_alignment import copies
+from transforms.distribution_alignment import copies, quality_duplication
 from transforms.distribution_alignment.cids import (
     allocate,
     cluster_importance,
@@ -20,8 +21,10 @@ from transforms.distribution_alignment.cids import (
     task_similarity,
     task_weights,
 )
+from transforms.distribution_alignment.hashing import draw
 from transforms.distribution_alignment.vectors import unit_rows
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "distribution-alignment.md"
 HALVING = 1 / math.log(2)  # at this temperature exp(s/τ) = 2^s
 
 
@@ -29,31 +32,69 @@ def shares_of(similarity, sizes, **options):
     return likeness_shares(np.array(similarity, float), np.array(sizes), Cids(tasks="t.npz", **options))
 
 
-def test_three_clusters_and_two_tasks_worked_by_hand():
-    """Centroids and tasks lie on the axes, so s is 1 or 0, and at τ = 1/ln 2 exp(s/τ) is 2 or 1.
+def worked_example():
+    """The two tables of the documented example: by the first cell of each row, its other cells."""
+    text = DOCUMENT.read_text().split("## A worked example\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    starts = [number for number, row in enumerate(rows) if row[0].startswith("---")]
+    ends = [starts[1] - 1, len(rows)]
+    return [
+        {row[0]: [Fraction(cell) for cell in row[1:]] for row in rows[start + 1 : end]}
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
-    p(a, ·) ∝ (4·2, 2·1, 1·1), p(b, ·) ∝ (4·1, 2·2, 1·1); with weights ¾ and ¼, p = ¾·(8, 2, 1)/11 + ¼·(4, 4, 1)/9.
-    """
-    settings_ = DistributionAlignment(
+
+def test_three_clusters_and_two_tasks_worked_by_hand():
+    """Every number of the documented example is the code's. Centroids and tasks lie on the axes."""
+    clusters, samples = worked_example()
+    sizes = np.array([int(n) for n in clusters["n_c"]])
+    axes = np.eye(3, dtype=np.float32)
+    tasks = {"a": axes[:1], "b": axes[1:2]}
+    weights = {"a": 3.0, "b": 1.0}
+    quality = QualityDuplication(w1=1.0, w2=3.0)
+    rule = DistributionAlignment(
         target=Target(samples=7),
         max_copies=100.0,
-        cids=Cids(tasks="t.npz", temperature=HALVING, task_weights={"a": 3.0, "b": 1.0}),
-        quality_duplication=QualityDuplication(w1=1.0, w2=3.0),
+        cids=Cids(tasks="t.npz", temperature=HALVING, task_weights=weights),
+        quality_duplication=quality,
     )
-    axes = np.eye(3, dtype=np.float32)
-    found = allocate(settings_, axes, np.array([4, 2, 1]), {"a": axes[:1], "b": axes[1:2]}, 0, 7)
-    p = [Fraction(3, 4) * Fraction(a, 11) + Fraction(1, 4) * Fraction(b, 9) for a, b in [(8, 4), (2, 4), (1, 1)]]
-    assert found.similarities["a"].tolist() == [1, 0, 0]
-    assert found.similarities["b"].tolist() == [0, 1, 0]
-    assert found.importance == pytest.approx([float(x) for x in p], rel=1e-14)
+    found = allocate(rule, axes, sizes, tasks, 0, 7)
+    for task in tasks:
+        likeness = clusters[f"n_c · exp(s({task}, c)/τ)"]
+        assert found.similarities[task].tolist() == clusters[f"s({task}, c)"]
+        assert [n * 2**s for n, s in zip(clusters["n_c"], clusters[f"s({task}, c)"], strict=True)] == likeness
+        assert [cell / sum(likeness) for cell in likeness] == clusters[f"p({task}, c)"]
+        shares = likeness_shares(found.similarities[task], sizes, rule.cids)
+        assert shares == pytest.approx(floats(clusters[f"p({task}, c)"]), rel=1e-14)
+    importance = clusters["p(c) = 3/4 · p(a, c) + 1/4 · p(b, c)"]
+    assert sum(importance) == 1
+    assert found.importance == pytest.approx(floats(importance), rel=1e-14)
+    assert clusters["Σ E = 7 · p(c)"] == [7 * p for p in importance]
     assert found.scale == pytest.approx(7, rel=1e-14)  # no cap binds: λ = N
-    # w̄ = 2; the ranks of the cluster of 4 weigh 1, 5/3, 7/3, 3
-    quality = settings_.quality_duplication
-    first = [copies.expected_copies(found.factors[0], rank, 4, quality, 100.0) for rank in range(4)]
-    by_hand = [7 * p[0] / 4 * w / 2 for w in (1, Fraction(5, 3), Fraction(7, 3), 3)]
-    assert first == pytest.approx([float(x) for x in by_hand], rel=1e-14)
-    alone = copies.expected_copies(found.factors[2], 0, 1, quality, 100.0)
-    assert alone == pytest.approx(float(7 * p[2]), rel=1e-14)
+
+    capped = allocate(rule.model_copy(update={"max_copies": 1.5}), axes, sizes, tasks, 0, 7)
+    assert capped.scale == pytest.approx(1452 / 199, rel=1e-14)
+    assert "1452/199" in DOCUMENT.read_text()
+    expected, whole = [], []
+    for number, (cluster, rank, w, e, u, copies_, e_capped, copies_capped) in samples.items():
+        c, uids = int(cluster), np.array([f"{int(number):032x}".encode()])
+        place = np.array([int(rank)]), int(sizes[c]), quality
+        assert quality_duplication.weights(*place) == pytest.approx(floats([w]), rel=1e-15)
+        assert draw("copies", 0, uids[0].decode()) == pytest.approx(float(u), abs=5e-4)
+        for allocation, cap, e_, n in ((found, 100.0, e, copies_), (capped, 1.5, e_capped, copies_capped)):
+            of_code = copies.expected_copies(float(allocation.factors[c]), *place, cap)
+            assert of_code == pytest.approx(floats([e_]), rel=1e-14)
+            assert copies.whole_copies(of_code, 0, uids).tolist() == [n]
+        expected.append(e)
+        whole.append(copies_)
+    for c, total in enumerate(clusters["Σ E = 7 · p(c)"]):
+        assert sum(e for e, row in zip(expected, samples.values(), strict=True) if row[0] == c) == total
+    assert sum(expected) == 7 and sum(whole) == 8
+    assert 4 * math.sqrt(sum(e % 1 * (1 - e % 1) for e in expected)) == pytest.approx(4.7, abs=0.05)
+
+
+def floats(fractions):
+    return [float(fraction) for fraction in fractions]
 
 
 def test_similarity_is_the_best_cosine_over_a_tasks_centroids():
@@ -152,15 +193,93 @@ def test_a_tasks_weight_raises_the_clusters_it_likes_better_than_the_rest(cluste
     assert (after[liked] >= before[liked] - 1e-15).all()
 
 
-def test_tasks_in_another_order_change_not_one_bit():
-    rng = np.random.default_rng(0)
-    centroids = unit_rows(rng.normal(size=(7, 5)))
-    tasks = {name: unit_rows(rng.normal(size=(2, 5))) for name in "abcde"}
-    rule = DistributionAlignment(target=Target(samples=9), cids=Cids(tasks="t.npz"))
-    sizes = np.arange(7)
-    one = allocate(rule, centroids, sizes, tasks, 0, 21)
-    other = allocate(rule, centroids, sizes, dict(reversed(tasks.items())), 0, 21)
-    assert one.factors.tobytes() == other.factors.tobytes()
+POOLS = st.builds(
+    lambda seed, sizes: (
+        unit_rows(np.random.default_rng(seed).normal(size=(len(sizes), 5))),
+        np.array(sizes),
+        {name: unit_rows(np.random.default_rng([seed, m]).normal(size=(m, 5))) for m, name in enumerate("abc", 1)},
+    ),
+    st.integers(0, 10_000),
+    st.lists(st.sampled_from([0, 1, 2, 3, 40]), min_size=1, max_size=7).filter(any),
+)
+"""Centroids, sizes, tasks."""
+ESTIMATORS = st.sampled_from([("similarity", "pool"), ("similarity", "uniform"), ("assignment", "pool")])
+
+
+def allocated(pool, estimator=("similarity", "pool"), weights=None, cap=10.0, target=None, w2=1.0, fill=0.3):
+    """The allocation of so many copies, else of `fill` of what the cap allows; and Σ E by cluster."""
+    centroids, sizes, tasks = pool
+    name, prior = estimator
+    quality = QualityDuplication(w1=1.0, w2=w2)
+    cids = Cids(tasks="t.npz", estimator=name, prior=prior, task_weights=weights)
+    if target is None:
+        reachable = (
+            sizes if name == "similarity" else sizes * (allocated(pool, estimator, weights, target=0)[0].importance > 0)
+        )
+        target = int(fill * cap * reachable.sum())
+    rule = DistributionAlignment(target=Target(samples=target), max_copies=cap, cids=cids, quality_duplication=quality)
+    found = allocate(rule, centroids, sizes, tasks, 0, int(sizes.sum()))
+    totals = [
+        math.fsum(copies.expected_copies(float(factor), np.arange(n), int(n), quality, cap))
+        for factor, n in zip(found.factors, sizes, strict=True)
+    ]
+    return found, np.array(totals)
+
+
+@given(pool=POOLS, estimator=ESTIMATORS, w2=st.sampled_from([1.0, 3.0]), data=st.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_clusters_and_tasks_in_another_order_change_not_one_bit(pool, estimator, w2, data):
+    centroids, sizes, tasks = pool
+    one, _ = allocated(pool, estimator, cap=2.0, w2=w2)
+    order = data.draw(st.permutations(range(len(sizes))))
+    names = data.draw(st.permutations(sorted(tasks)))
+    other, _ = allocated(
+        (centroids[order], sizes[order], {name: tasks[name] for name in names}), estimator, cap=2.0, w2=w2
+    )
+    assert (other.target, other.scale) == (one.target, one.scale)
+    assert other.importance.tobytes() == one.importance[order].tobytes()
+    assert other.factors.tobytes() == one.factors[order].tobytes()
+    for task in tasks:
+        assert other.similarities[task].tobytes() == one.similarities[task][order].tobytes()
+
+
+@given(
+    pool=POOLS, estimator=ESTIMATORS, cap=st.sampled_from([1.0, 1.5, 10.0]), fill=st.floats(0, 1), w2=st.floats(1, 3)
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_all_of_it_adds_up_to_the_target_below_the_cap(pool, estimator, cap, fill, w2):
+    found, totals = allocated(pool, estimator, cap=cap, fill=fill, w2=w2)
+    assert math.fsum(totals) == pytest.approx(found.target, rel=1e-9, abs=1e-12)
+    assert (totals <= cap * pool[1] * (1 + 1e-12)).all()
+
+
+@given(pool=POOLS, first=st.integers(0, 40), cap=st.sampled_from([1.0, 1.5, 10.0]), fill=st.floats(0.05, 1))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_with_prior_pool_splitting_a_cluster_and_its_centroid_changes_no_samples_expectation(pool, first, cap, fill):
+    centroids, sizes, tasks = pool
+    first = min(first, int(sizes[0]))
+    parts = np.concatenate([[first, sizes[0] - first], sizes[1:]])
+    target = int(fill * cap * sizes.sum())
+    whole, _ = allocated(pool, cap=cap, target=target)
+    split, _ = allocated((np.concatenate([centroids[:1], centroids]), parts, tasks), cap=cap, target=target)
+    before, after = np.minimum(cap, whole.factors), np.minimum(cap, split.factors)
+    for part in range(2):
+        if parts[part]:
+            assert after[part] == pytest.approx(before[0], rel=1e-9)
+    assert after[2:] == pytest.approx(before[1:], rel=1e-9)
+
+
+@given(pool=POOLS, estimator=ESTIMATORS, low=st.floats(0, 10), more=st.floats(0, 10))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_where_no_cap_binds_a_tasks_weight_lowers_no_share_of_what_the_task_likes(pool, estimator, low, more):
+    others = {"b": 1.0, "c": 2.0}
+    before, totals_before = allocated(pool, estimator, {"a": low, **others}, cap=1e6, target=100)
+    _, totals_after = allocated(pool, estimator, {"a": low + more, **others}, cap=1e6, target=100)
+    alone, _ = allocated(pool, estimator, {"a": 1.0}, cap=1e6, target=100)
+    assert before.scale == pytest.approx(100)  # no cap binds
+    liked = alone.importance >= before.importance
+    assert (totals_after[liked] >= totals_before[liked] - 1e-9).all()
+    assert (totals_after[~liked] <= totals_before[~liked] + 1e-9).all()
 
 
 def test_tasks_of_another_model_are_named():

@@ -8,16 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.recipe import Clusters
-from tests.distribution_alignment.alignment_graph import make_candidates
+from tests.distribution_alignment.alignment_graph import lay_out, make_candidates
 from transforms.distribution_alignment.clusters import (
     TrainCentroids,
     assign,
+    fine_counts,
     load_centroids,
     train_centroids,
     write_centroids,
 )
 from transforms.distribution_alignment.hashing import draw
-from transforms.distribution_alignment.vectors import exact_products, stored_units, unit_rows
+from transforms.distribution_alignment.records import CandidateShard
+from transforms.distribution_alignment.vectors import exact_products, unit_rows
+from transforms.distribution_alignment.work import Work
 
 
 def random_units(n: int, d: int, seed: int = 0) -> np.ndarray:
@@ -146,14 +149,62 @@ def test_missing_centroids_are_named(tmp_path):
         load_centroids(str(tmp_path / "nowhere.npy"))
 
 
+def train(candidates, clusters, folder, seed=7):
+    work = Work(str(folder / "work"))
+    path = str(folder / "centroids.npy")
+    with beam.Pipeline("FnApiRunner") as pipeline:
+        shards = pipeline | "Shards" >> beam.Create(lay_out(candidates, work)).with_output_types(CandidateShard)
+        _ = shards | "Train" >> TrainCentroids(clusters, seed, work, path)
+    return load_centroids(path)
+
+
+def by_draw(candidates, seed=7):
+    draws = np.array([draw("clusters", seed, uid.decode()) for uid in candidates.uids])
+    return candidates.take(np.argsort(draws)), np.sort(draws)
+
+
 def test_training_takes_the_samples_with_the_smallest_hashes(tmp_path):
     candidates = make_candidates(np.random.default_rng(0).normal(size=(60, 8)))
-    chosen = sorted(candidates, key=lambda c: draw("clusters", 7, c.uid))[:10]
-    path = str(tmp_path / "centroids.npy")
-    with beam.Pipeline("FnApiRunner") as pipeline:
-        (
-            pipeline
-            | "Candidates" >> beam.Create(candidates[::-1])
-            | "Train" >> TrainCentroids(Clusters(count=10, training_samples=10), 7, path)
-        )
-    assert np.array_equal(load_centroids(path), stored_units([c.embedding for c in chosen]))
+    ordered, draws = by_draw(candidates)
+    chosen = ordered.take(draws < 20 / 60)
+    assert 10 < len(chosen) < 30
+    # As many clusters as rows are chosen: each is its own centroid, in the order of the hashes.
+    centroids = train(candidates, Clusters(count=20, samples_per_cluster=1), tmp_path)
+    expected = train_centroids(unit_rows(chosen.embeddings), 20, 20, 7)
+    assert np.array_equal(centroids, expected)
+
+
+def test_two_levels_split_every_coarse_cluster_by_its_size(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [240, 120, 40])
+    candidates = make_candidates(10 * np.eye(3, 8)[labels] + rng.normal(size=(400, 8)))
+    centroids = train(candidates, Clusters(count=10, coarse_count=3, iterations=10), tmp_path)
+    assert centroids.shape == (10, 8)
+    assert np.linalg.norm(centroids, axis=1) == pytest.approx(np.ones(10), abs=1e-6)
+    coarse = load_centroids(str(tmp_path / "work" / "coarse.npy"))
+    sizes = np.bincount(assign(unit_rows(candidates.embeddings), coarse), minlength=3).tolist()
+    nearest = assign(np.asarray(centroids), coarse)
+    assert nearest.tolist() == sorted(nearest)  # a coarse cluster's stand together, in its order
+    assert dict(enumerate(np.bincount(nearest).tolist())) == fine_counts(dict(enumerate(sizes)), 10)
+
+
+@given(
+    sizes=st.dictionaries(st.integers(0, 50), st.integers(1, 1000), min_size=1, max_size=12), extra=st.integers(0, 400)
+)
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_fine_clusters_are_shared_in_proportion(sizes, extra):
+    count = len(sizes) + extra
+    counts = fine_counts(sizes, count)
+    assert set(counts) == set(sizes)
+    assert min(counts.values()) >= 1
+    assert count <= sum(counts.values()) < count + len(sizes)
+    total = sum(sizes.values())
+    for coarse, size in sizes.items():
+        assert counts[coarse] in (1, size * count // total, size * count // total + 1)
+
+
+def test_one_level_up_to_256_clusters_then_the_square_root():
+    assert [Clusters(count=n).first_level for n in (1, 256, 257, 10_000)] == [1, 1, 16, 100]
+    assert Clusters(count=1000, coarse_count=1).first_level == 1
+    with pytest.raises(ValueError, match="must not exceed"):
+        Clusters(count=3, coarse_count=4)

@@ -20,7 +20,7 @@ from transforms.distribution_alignment.copies import (
 )
 from transforms.distribution_alignment.digit_enhancement import enhance
 from transforms.distribution_alignment.hashing import draw
-from transforms.distribution_alignment.quality_duplication import mean_weight, weight
+from transforms.distribution_alignment.quality_duplication import mean_weight, weights
 
 CLUSTERS = st.lists(
     st.tuples(st.integers(0, 30), st.sampled_from([0.0, 1e-12, 0.1, 0.5, 1.0, 3.0])), min_size=1, max_size=7
@@ -40,7 +40,7 @@ def arrays_of(clusters):
 def every_expectation(scale, importance, sizes, quality, cap):
     factors = scaled(scale, share_of_each(importance, sizes, quality))
     return [
-        [expected_copies(float(f), rank, int(n), quality, cap) for rank in range(n)]
+        expected_copies(float(f), np.arange(n), int(n), quality, cap).tolist()
         for f, n in zip(factors, sizes, strict=True)
     ]
 
@@ -139,59 +139,85 @@ def test_targets():
 
 
 @pytest.mark.parametrize(
-    ("rank", "size", "expected"), [(0, 1, 2.0), (0, 2, 1.0), (1, 2, 3.0), (0, 5, 1.0), (1, 5, 1.5), (4, 5, 3.0)]
+    ("size", "expected"), [(0, []), (1, [2.0]), (2, [1.0, 3.0]), (3, [1.0, 2.0, 3.0]), (5, [1.0, 1.5, 2.0, 2.5, 3.0])]
 )
-def test_weight_rises_with_the_rank(rank, size, expected):
-    assert weight(rank, size, QualityDuplication(w1=1.0, w2=3.0)) == expected
+def test_weight_rises_with_the_rank(size, expected):
+    rule = QualityDuplication(w1=1.0, w2=3.0)
+    assert weights(np.arange(size), size, rule).tolist() == expected
+    assert weights(np.arange(size)[::-1], size, rule).tolist() == expected[::-1]
 
 
 @given(size=st.integers(1, 60), quality=QUALITIES)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_the_mean_weight_is_the_mean_of_the_weights(size, quality):
-    weights = [weight(rank, size, quality) for rank in range(size)]
-    assert math.fsum(weights) / size == pytest.approx(mean_weight(quality), rel=1e-12)
+    found = weights(np.arange(size), size, quality)
+    assert math.fsum(found) / size == pytest.approx(mean_weight(quality), rel=1e-12)
 
 
 @pytest.mark.parametrize(
     ("expected", "probability", "cap", "enhanced"),
     [
-        (0.5, 0.6, 10.0, 2.0),  # at the threshold
-        (0.5, np.nextafter(0.6, 0), 10.0, 0.5),  # just below
+        (0.5, 0.75, 10.0, 2.0),  # at the threshold
+        (0.5, np.nextafter(np.float32(0.75), np.float32(0)), 10.0, 0.5),  # just below
         (0.5, -1.0, 10.0, 0.5),  # never asked
         (3.0, 0.9, 10.0, 3.0),  # above the floor already
         (0.5, 0.9, 1.5, 1.5),  # the cap is below the floor
     ],
 )
 def test_digits_get_a_floor(expected, probability, cap, enhanced):
-    rule = DigitEnhancement(min_digit_probability=0.6, floor_copies=2.0)
-    assert enhance(expected, probability, rule, cap) == enhanced
+    rule = DigitEnhancement(min_digit_probability=0.75, floor_copies=2.0)
+    column = np.array([probability, -1.0], np.float32)
+    assert enhance(np.array([expected, 0.25]), column, rule, cap).tolist() == [enhanced, 0.25]
 
 
 def test_a_sample_never_asked_is_left_alone_at_the_lowest_threshold():
-    assert enhance(0.5, -1.0, DigitEnhancement(min_digit_probability=0.0), 10.0) == 0.5
+    found = enhance(np.array([0.5]), np.array([-1.0], np.float32), DigitEnhancement(min_digit_probability=0.0), 10.0)
+    assert found.tolist() == [0.5]
 
 
 UIDS = [f"{index:032x}" for index in range(20_000)]
+
+
+def whole_copies_of(expectations, seed, uids):
+    return whole_copies(np.array(expectations, float), seed, np.array([uid.encode() for uid in uids], "S32")).tolist()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("scale", [0.02, 1.0, 7.5])
 def test_whole_copies_add_up_to_the_expectation_within_the_bound(seed, scale):
     expectations = [scale * (index % 101) / 100 for index in range(len(UIDS))]
-    whole = [whole_copies(e, seed, uid) for e, uid in zip(expectations, UIDS, strict=True)]
+    whole = whole_copies_of(expectations, seed, UIDS)
     parts = [e - math.floor(e) for e in expectations]
     bound = 4 * math.sqrt(math.fsum(f * (1 - f) for f in parts))
     assert abs(sum(whole) - math.fsum(expectations)) <= bound
     assert all(w in (math.floor(e), math.ceil(e)) for w, e in zip(whole, expectations, strict=True))
 
 
+@given(
+    expectations=st.lists(st.floats(0, 10) | st.sampled_from([0.0, 1.0, 0.5, 1 / 3]), max_size=40),
+    seed=st.integers(0, 5),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_samples_in_another_order_or_tile_get_the_same_copies(expectations, seed, data):
+    uids = UIDS[: len(expectations)]
+    whole = whole_copies_of(expectations, seed, uids)
+    order = data.draw(st.permutations(range(len(uids))))
+    assert whole_copies_of([expectations[i] for i in order], seed, [uids[i] for i in order]) == [
+        whole[i] for i in order
+    ]
+    cut = data.draw(st.integers(0, len(uids)))
+    parts = [whole_copies_of(expectations[part], seed, uids[part]) for part in (slice(cut), slice(cut, None))]
+    assert parts[0] + parts[1] == whole
+    bound = 4 * math.sqrt(math.fsum(e % 1 * (1 - e % 1) for e in expectations))
+    assert abs(sum(whole) - math.fsum(expectations)) <= bound + 1e-9
+
+
 def test_the_fraction_is_compared_with_the_draw():
     u = draw("copies", 5, UIDS[0])
-    assert whole_copies(3 + u, 5, UIDS[0]) in (3, 4)  # 3 + u may round to either side
-    assert whole_copies(u, 5, UIDS[0]) == 0
-    assert whole_copies(float(np.nextafter(u, 1)), 5, UIDS[0]) == 1
-    assert whole_copies(0.0, 5, UIDS[0]) == 0
-    assert whole_copies(2.0, 5, UIDS[0]) == 2
+    below, above = float(np.nextafter(u, 0)), float(np.nextafter(u, 1))
+    assert whole_copies_of([below, u, above], 5, [UIDS[0]] * 3) == [0, 0, 1]
+    assert whole_copies_of([0.0, 2.0, 3 + u - 2**-40, 3 + u + 2**-40], 5, [UIDS[0]] * 4) == [0, 2, 3, 4]
 
 
 def test_draws_are_uniform_and_differ_by_seed_and_purpose():

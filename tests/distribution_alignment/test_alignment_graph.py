@@ -1,7 +1,6 @@
 """Stage 3 as a whole: equal to the formulas sample by sample, in any order, on any number of workers."""
 
 import math
-import random
 
 import numpy as np
 import pytest
@@ -19,9 +18,10 @@ from tests.distribution_alignment.alignment_graph import make_candidates, place
 from transforms.distribution_alignment.clusters import load_centroids
 from transforms.distribution_alignment.copies import UnreachableTargetError
 from transforms.distribution_alignment.hashing import draw
-from transforms.distribution_alignment.vectors import stored_units, unit_rows
+from transforms.distribution_alignment.vectors import unit_rows
 
 D = 16
+NOBODY = make_candidates(np.empty((0, D)))
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +58,16 @@ def everything(tasks, **changes):
 
 def by_the_formulas(candidates, settings, centroids, seed, pool_count=0):
     """DESIGN's formulas, one sample at a time, in float64, λ by plain bisection: uid → (cluster, keeper, E, copies)."""
-    units = stored_units([c.embedding for c in candidates]).astype(np.float64)
+    units = unit_rows(candidates.embeddings).astype(np.float64)
+    uids = [uid.decode() for uid in candidates.uids]
     cluster = (units @ centroids.T.astype(np.float64)).argmax(axis=1)
-    best_first = sorted(range(len(candidates)), key=lambda i: (-candidates[i].flipped_clip_cosine, candidates[i].uid))
+    best_first = sorted(range(len(uids)), key=lambda i: (-candidates.cosines[i], uids[i]))
     keeper = dict.fromkeys(best_first, "")
     if settings.semantic_dedup:
         for place_of, x in enumerate(best_first):
             for y in best_first[:place_of]:
                 if cluster[x] == cluster[y] and units[x] @ units[y] > 1 - settings.semantic_dedup.epsilon:
-                    keeper[x] = candidates[y].uid
+                    keeper[x] = uids[y]
                     break
     late = settings.semantic_dedup and settings.semantic_dedup.after_duplication
     counted = [x for x in best_first if late or not keeper[x]]
@@ -101,14 +102,14 @@ def by_the_formulas(candidates, settings, centroids, seed, pool_count=0):
         low, high = (low, middle) if enough else (middle, high)
 
     found = {}
-    for x, candidate in enumerate(candidates):
+    for x, uid in enumerate(uids):
         expected = 0.0 if keeper[x] else min(settings.max_copies, high * share[x])
         digits = settings.digit_enhancement
-        if digits and not keeper[x] and candidate.digit_probability >= digits.min_digit_probability:
+        if digits and not keeper[x] and candidates.digits[x] >= digits.min_digit_probability:
             expected = max(expected, digits.floor_copies)
         whole = math.floor(expected)
-        copies = whole + (draw("copies", seed, candidate.uid) < expected - whole)
-        found[candidate.uid] = (int(cluster[x]), keeper[x], expected, copies)
+        copies = whole + (draw("copies", seed, uid) < expected - whole)
+        found[uid] = (int(cluster[x]), keeper[x], expected, copies)
     return found
 
 
@@ -138,7 +139,9 @@ def test_every_sample_gets_what_the_formulas_say(candidates, tasks, tmp_path, ch
         cluster, keeper, expected, copies = oracle[p.uid]
         assert (p.cluster, p.semantic_duplicate_of, p.copies) == (cluster, keeper, copies)
         assert p.expected_copies == pytest.approx(expected, rel=1e-12)
-    assert {p.uid: p.shard for p in placements} == {c.uid: c.shard for c in candidates}
+    assert {p.uid: p.shard for p in placements} == {
+        uid.decode(): shard.decode() for uid, shard in zip(candidates.uids, candidates.shards, strict=True)
+    }
 
     total = math.fsum(p.expected_copies for p in placements)
     added = math.fsum(row["digit_addition"] for row in table)
@@ -162,19 +165,45 @@ def test_every_sample_gets_what_the_formulas_say(candidates, tasks, tmp_path, ch
     assert ("similarity_digits" in table[0]) == (settings.cids is not None)
 
 
-def test_no_order_batch_or_number_of_workers_changes_anything(candidates, tasks, tmp_path, monkeypatch):
-    settings = everything(tasks, clusters=Clusters(count=9, iterations=5, training_samples=120))
-    two_workers = {"direct_num_workers": 2, "direct_running_mode": "multi_processing"}
+TWO_WORKERS = {"direct_num_workers": 2, "direct_running_mode": "multi_processing"}
+
+
+@pytest.mark.parametrize("clusters", [Clusters(count=9, iterations=5, samples_per_cluster=13)], ids=["one level"])
+def test_no_order_batch_or_number_of_workers_changes_anything(candidates, tasks, tmp_path, monkeypatch, clusters):
+    assert_nothing_changes(candidates, everything(tasks, clusters=clusters), tmp_path, monkeypatch)
+
+
+def test_nor_where_clusters_have_two_levels_and_several_tiles(candidates, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr("transforms.distribution_alignment.tiles.TILE_ROWS", 8)
+    clusters = Clusters(count=7, coarse_count=3, iterations=5, samples_per_cluster=20)
+    table = assert_nothing_changes(candidates, everything(tasks, clusters=clusters), tmp_path, monkeypatch)
+    assert len(table) == 7
+    assert max(row["size"] for row in table) > 16
+
+
+def assert_nothing_changes(candidates, settings, folder, monkeypatch):
     runs = []
-    for run, (batch_rows, options) in enumerate([(1024, {}), (7, {}), (1024, two_workers)]):
+    for run, (batch_rows, options) in enumerate([(1024, {}), (7, {}), (1024, TWO_WORKERS)]):
         monkeypatch.setattr("transforms.distribution_alignment.clusters._BATCH_ROWS", batch_rows)
-        shuffled = random.Random(run).sample(candidates, len(candidates))
-        folder = tmp_path / str(run)
-        found = place(shuffled, settings, str(folder), **options)
-        runs.append((*found, (folder / "centroids.npy").read_bytes()))
+        shuffled = candidates.take(np.random.default_rng(run).permutation(len(candidates)))
+        found = place(shuffled, settings, str(folder / str(run)), **options)
+        runs.append((*found, (folder / str(run) / "centroids.npy").read_bytes()))
     assert runs[0] == runs[1]
     assert runs[0] == runs[2]
     assert any(p.copies > 1 for p in runs[0][0])
+    return runs[0][1]
+
+
+@pytest.mark.parametrize(("tile_rows", "after"), [(3, False), (40, True)])
+def test_a_cluster_in_tiles_is_judged_as_one(candidates, tasks, tmp_path, monkeypatch, tile_rows, after):
+    settings = everything(
+        tasks, clusters=Clusters(count=2, iterations=5), semantic_dedup=SemanticDedup(after_duplication=after)
+    )
+    whole = place(candidates, settings, str(tmp_path / "whole"), seed=11)
+    monkeypatch.setattr("transforms.distribution_alignment.tiles.TILE_ROWS", tile_rows)
+    assert place(candidates, settings, str(tmp_path / "tiles"), seed=11) == whole
+    assert len(list((tmp_path / "tiles" / "work" / "tiles").iterdir())) >= 150 // tile_rows
+    assert not (tmp_path / "whole" / "work" / "tiles").exists()
 
 
 def test_given_centroids_are_used_and_nothing_is_trained(candidates, tmp_path):
@@ -182,7 +211,7 @@ def test_given_centroids_are_used_and_nothing_is_trained(candidates, tmp_path):
     np.save(given, np.eye(3, D, dtype=np.float32))
     settings = DistributionAlignment(target=Target(survivors=True), clusters=Clusters(centroids=given))
     placements, table = place(candidates, settings, str(tmp_path / "run"))
-    units = stored_units([c.embedding for c in candidates])
+    units = unit_rows(candidates.embeddings)
     assert [p.cluster for p in placements] == units[:, :3].argmax(axis=1).tolist()
     assert len(table) == 3
     assert [p.copies for p in placements] == [1] * len(candidates)
@@ -191,18 +220,19 @@ def test_given_centroids_are_used_and_nothing_is_trained(candidates, tmp_path):
 
 @pytest.mark.parametrize("target", [Target(pool_share=0.2), Target(survivors=True)])
 def test_no_candidates_flow_through(tasks, tmp_path, target):
-    placements, table = place([], everything(tasks, target=target), str(tmp_path), pool_count=1000)
+    placements, table = place(NOBODY, everything(tasks, target=target), str(tmp_path), pool_count=1000)
     assert (placements, table) == ([], [])
     assert np.load(tmp_path / "centroids.npy").shape == (0, 0)
 
 
 def test_an_unreachable_target_ends_the_run_and_says_why(tasks, tmp_path):
     with pytest.raises(UnreachableTargetError, match=r"allows 0 from 0 samples, 7 too few"):
-        place([], everything(tasks, target=Target(samples=7)), str(tmp_path))
+        place(NOBODY, everything(tasks, target=Target(samples=7)), str(tmp_path))
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_and_two_samples(candidates, tasks, tmp_path, count):
-    placements, table = place(candidates[1 : 1 + count], everything(tasks, target=Target(samples=count)), str(tmp_path))
+    some = candidates.take(slice(1, 1 + count))
+    placements, table = place(some, everything(tasks, target=Target(samples=count)), str(tmp_path))
     assert math.fsum(p.expected_copies for p in placements) == pytest.approx(count)
     assert sum(row["size"] for row in table) == count

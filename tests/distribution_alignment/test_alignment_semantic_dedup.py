@@ -8,13 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.recipe import SemanticDedup
-from transforms.distribution_alignment.records import Member
-from transforms.distribution_alignment.semantic_dedup import (
-    _rank_cluster,
-    ranked,
-    semantic_duplicates,
-)
+from transforms.distribution_alignment import semantic_dedup
+from transforms.distribution_alignment.records import Judged, best_first
+from transforms.distribution_alignment.semantic_dedup import _rank, semantic_duplicates
 from transforms.distribution_alignment.vectors import exact_products, unit_rows
 
 TILE_EDGES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 17]
@@ -41,13 +37,13 @@ def clustered(n: int, d: int, spread: float, seed: int) -> np.ndarray:
 def test_equals_the_oracle_around_every_tile_edge(n, spread):
     units = clustered(n, 6, spread, seed=n)
     for epsilon in (0.05, 0.3):
-        assert semantic_duplicates(units, epsilon, tile_rows=4).tolist() == oracle(units, epsilon)
+        assert semantic_duplicates(units, epsilon, block_rows=4).tolist() == oracle(units, epsilon)
 
 
 @pytest.mark.parametrize("n", TILE_EDGES)
 def test_of_identical_samples_the_first_stays(n):
     units = np.repeat(unit_rows(np.ones((1, 5), np.float16)), n, axis=0)
-    assert semantic_duplicates(units, 0.05, tile_rows=4).tolist() == [-1, *[0] * (n - 1)][:n]
+    assert semantic_duplicates(units, 0.05, block_rows=4).tolist() == [-1, *[0] * (n - 1)][:n]
 
 
 @given(
@@ -101,46 +97,59 @@ def test_memory_is_that_of_tiles():
     assert peak < n * n * 4 / 50
 
 
-def member(uid: str, cosine: float, embedding: tuple[float, ...] = (1.0, 0.0)) -> Member:
-    return Member(uid, "0.tar", cosine, -1.0, np.array(embedding, "<f2").tobytes(), 3)
+@pytest.mark.parametrize("few_pairs", [0, 10**9])
+@pytest.mark.parametrize("trials", [0, 10**9])
+def test_neither_the_bound_nor_judging_pairs_one_by_one_changes_anything(monkeypatch, few_pairs, trials):
+    monkeypatch.setattr("transforms.distribution_alignment.semantic_dedup._FEW_PAIRS", few_pairs)
+    monkeypatch.setattr("transforms.distribution_alignment.semantic_dedup._TRIALS", trials)
+    for spread in (0.1, 0.5):
+        units = clustered(60, 16, spread, seed=4)
+        assert semantic_duplicates(units, 0.05, block_rows=16).tolist() == oracle(units, 0.05)
 
 
-def test_rank_is_higher_cosine_then_smaller_uid_in_any_order():
-    members = [member("b", 0.3), member("a", 0.3), member("c", 0.4), member("d", 0.2)]
-    for order in itertools.permutations(members):
-        assert [m.uid for m in ranked(order)] == ["c", "a", "b", "d"]
+def test_the_bound_spares_blocks_without_duplicates_and_is_given_up_where_it_never_does(monkeypatch):
+    units = clustered(200, 32, 3.0, 0)
+    looked = []
+    real = semantic_dedup._first_above
+    monkeypatch.setattr(
+        semantic_dedup, "_first_above", lambda *given: (looked.append(given[0].shape), real(*given))[1]
+    )
+    assert (semantic_duplicates(units, 0.05, block_rows=20) == -1).all()
+    assert looked == []
+    monkeypatch.setattr(semantic_dedup, "_FEW_PAIRS", 0)
+    near = unit_rows(np.ones((1, 128)) + 0.4 * np.random.default_rng(0).normal(size=(200, 128)))
+    duplicates = semantic_dedup.TileDuplicates(near, 0.05, block_rows=10)
+    assert (duplicates.against_itself(0) == -1).all()
+    assert len(looked) == 20 * 21 // 2
+    assert duplicates._tried == semantic_dedup._TRIALS
 
 
-def test_a_score_that_is_not_a_number_is_named():
-    with pytest.raises(ValueError, match=r"sample bad of 0\.tar: flipped_clip_cosine"):
-        ranked([member("good", 0.2), member("bad", float("nan"))])
+def test_a_bound_is_never_below_the_product():
+    units = clustered(80, 24, 0.5, seed=1)
+    bounds = semantic_dedup.TileDuplicates(units, 0.05)._bound_rows(units)
+    assert ((bounds @ bounds.T) - units @ units.T).min() > -1e-6
+    assert bounds.shape == (80, 7)
 
 
-MEMBERS = [
-    member("best", 0.4),
-    member("copy", 0.3),
-    member("other", 0.2, (0.0, 1.0)),
-    member("worst", 0.1, (0.0, -1.0)),
-]
+def judged(*keepers: bytes) -> Judged:
+    count = len(keepers)
+    uids = np.array([f"{number:032x}" for number in range(count)], "S32")
+    return Judged(uids, np.full(count, b"0"), np.zeros(count, np.float32), np.array(keepers, "S32"))
 
 
 @pytest.mark.parametrize(
-    ("rule", "expected"),
-    [
-        (None, [("", 3, 4), ("", 2, 4), ("", 1, 4), ("", 0, 4)]),
-        (SemanticDedup(), [("", 2, 3), ("best", -1, 3), ("", 1, 3), ("", 0, 3)]),
-        (
-            SemanticDedup(after_duplication=True),
-            [("", 3, 4), ("best", 2, 4), ("", 1, 4), ("", 0, 4)],
-        ),
-    ],
+    ("counts_all", "first", "second", "size"),
+    [(True, [4, 3, 2], [1, 0], 5), (False, [2, -1, 1], [0, -1], 3)],
 )
-def test_ranks_count_what_copies_are_shared_among(rule, expected):
-    rows = {row.uid: row for row in _rank_cluster((3, MEMBERS[::-1]), rule)}
-    found = [rows[m.uid] for m in MEMBERS]
-    assert [(r.semantic_duplicate_of, r.rank, r.cluster_size) for r in found] == expected
+def test_ranks_count_what_copies_are_shared_among(counts_all, first, second, size):
+    tiles = [(1, judged(b"", b"a")), (0, judged(b"", b"b", b""))]
+    ranked = {len(tile.members): tile for tile in _rank((3, tiles), counts_all)}
+    assert (ranked[3].ranks.tolist(), ranked[2].ranks.tolist()) == (first, second)
+    assert {(tile.cluster, tile.cluster_size) for tile in ranked.values()} == {(3, size)}
 
 
-def test_a_cluster_of_one_has_rank_0_of_1():
-    [row] = _rank_cluster((3, MEMBERS[:1]), SemanticDedup())
-    assert (row.rank, row.cluster_size, row.cluster) == (0, 1, 3)
+def test_rank_is_higher_cosine_then_smaller_uid():
+    uids, cosines = np.array([b"b", b"a", b"c", b"d"]), np.array([0.3, 0.3, 0.4, 0.2], np.float32)
+    for order in itertools.permutations(range(4)):
+        shuffled = list(order)
+        assert uids[shuffled][best_first(cosines[shuffled], uids[shuffled])].tolist() == [b"c", b"a", b"b", b"d"]

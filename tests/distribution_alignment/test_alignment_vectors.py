@@ -8,7 +8,6 @@ import pytest
 from transforms.distribution_alignment.vectors import (
     exact_products,
     exact_products_with,
-    stored_units,
     unit_rows,
 )
 
@@ -33,17 +32,6 @@ def test_a_value_that_is_not_finite_is_an_error_that_names_the_row(value):
     rows[5, 2] = value
     with pytest.raises(ValueError, match="vector 5 "):
         unit_rows(rows)
-
-
-def test_stored_units_read_little_endian_fp16():
-    stored = [np.array([3, 4], "<f2").tobytes(), np.array([0, -2], "<f2").tobytes()]
-    assert stored_units(stored) == pytest.approx(np.array([[0.6, 0.8], [0, -1]]), abs=1e-7)
-
-
-@pytest.mark.parametrize("embeddings", [[b"1234", b"12"], [b"123"], [b"", b""]])
-def test_embeddings_of_other_widths_are_an_error(embeddings):
-    with pytest.raises(ValueError, match="allowed: fp16 values"):
-        stored_units(embeddings)
 
 
 def test_exact_products_do_not_depend_on_how_rows_were_split():

@@ -25,6 +25,7 @@ from pipeline.sinks.decisions import (
     tally,
 )
 from pipeline.sources.annotations import count_samples
+from tests.distribution_alignment.alignment_graph import placements_of
 from tests.helpers import annotation, recipe, uid
 from transforms.distribution_alignment.records import Placement
 from transforms.rules import Thresholds
@@ -251,7 +252,7 @@ def lay_out(layout: Layout) -> list[Placement]:
 
 
 def write(layout: Layout, placements: list[Placement]) -> list[Tally]:
-    group = {WriteDecisions.SHARDS: [None], WriteDecisions.PLACEMENTS: placements}
+    group = {WriteDecisions.SHARDS: [None], WriteDecisions.PLACEMENTS: [placements_of(placements)]}
     return list(WriteDecisions(layout, recipe()).process(("s", group), THRESHOLDS))
 
 

@@ -11,8 +11,10 @@ import pytest
 
 from pipeline.layout import Layout
 from pipeline.sinks.subset import WriteSubset, subset_rows
+from tests.distribution_alignment.alignment_graph import placements_of
 from tests.helpers import uid
 from transforms.distribution_alignment.records import Placement
+from transforms.distribution_alignment.work import Work
 
 EXTREMES = [uid(0), uid(1), uid(2**63), uid(2**64 - 1), uid(2**64), uid(2**127), uid(2**128 - 1)]
 
@@ -23,7 +25,11 @@ def placement(uid_: str, copies: int) -> Placement:
 
 def write(folder: Path, placements: list[Placement]) -> np.ndarray:
     with beam.Pipeline("FnApiRunner") as p:
-        _ = p | beam.Create(placements).with_output_types(Placement) | WriteSubset(Layout(str(folder)))
+        _ = (
+            p
+            | beam.Create([placements_of(placements[::2]), placements_of(placements[1::2])])
+            | WriteSubset(Layout(str(folder)), Work(str(folder.with_name("work"))))
+        )
     assert [path.name for path in folder.iterdir()] == ["subset.npy"]
     rows: np.ndarray = np.load(folder / "subset.npy", allow_pickle=False)
     return rows
@@ -55,8 +61,6 @@ def test_the_file(tmp_path: Path) -> None:
     rng = random.Random(0)
     copies = {uid(rng.getrandbits(128)): rng.randrange(4) for _ in range(500)} | dict.fromkeys(EXTREMES, 2)
     placements = [placement(u, n) for u, n in copies.items()]
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
     rows = write(tmp_path / "a", placements)
     assert rows.dtype == np.dtype("u8,u8")
     assert rows.shape == (sum(copies.values()),)
@@ -67,11 +71,11 @@ def test_the_file(tmp_path: Path) -> None:
 
 
 def test_the_file_is_what_numpy_itself_writes(tmp_path: Path) -> None:
-    rows = write(tmp_path, [placement(u, 1) for u in EXTREMES])
+    rows = write(tmp_path / "a", [placement(u, 1) for u in EXTREMES])
     np.save(tmp_path / "numpy.npy", rows)
-    assert (tmp_path / "numpy.npy").read_bytes() == (tmp_path / "subset.npy").read_bytes()
+    assert (tmp_path / "numpy.npy").read_bytes() == (tmp_path / "a" / "subset.npy").read_bytes()
 
 
 @pytest.mark.parametrize("placements", [[], [placement(uid(1), 0)]])
 def test_an_empty_subset_is_a_file_too(tmp_path: Path, placements: list[Placement]) -> None:
-    assert write(tmp_path, placements).shape == (0,)
+    assert write(tmp_path / "a", placements).shape == (0,)

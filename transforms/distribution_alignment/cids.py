@@ -21,7 +21,7 @@ from apache_beam.io.filesystems import FileSystems
 from pipeline.recipe import Cids, DistributionAlignment
 from transforms.distribution_alignment import copies, quality_duplication
 from transforms.distribution_alignment.clusters import assign, load_centroids
-from transforms.distribution_alignment.records import Allocation, RankedMember
+from transforms.distribution_alignment.records import Allocation, RankedTile
 from transforms.distribution_alignment.vectors import exact_products_with, unit_rows
 from transforms.models.embedding_identity import parse_identity
 
@@ -220,7 +220,7 @@ class ReadTasks(beam.PTransform):
 
 
 class ClusterImportance(beam.PTransform):
-    """Ranked members → one `Allocation`.
+    """Ranked tiles → one `Allocation`.
 
     `centroids_path` (one path), `pool_count` (one int: the samples of the raw pool) and `tasks`
     (one dict, see `load_tasks`; None without `cids`) are side inputs.
@@ -243,10 +243,10 @@ class ClusterImportance(beam.PTransform):
             tasks,
         )
 
-    def expand(self, members: beam.PCollection[RankedMember]) -> beam.PCollection[Allocation]:
+    def expand(self, tiles: beam.PCollection[RankedTile]) -> beam.PCollection[Allocation]:
         return (
-            members
-            | "CountMember" >> beam.Map(_count_member)
+            tiles
+            | "CountMembers" >> beam.Map(_count_members)
             | "CountByCluster" >> beam.CombinePerKey(beam.combiners.TupleCombineFn(sum, sum))
             | "GatherCounts" >> beam.combiners.ToDict()
             | "Allocate"
@@ -260,8 +260,8 @@ class ClusterImportance(beam.PTransform):
         )
 
 
-def _count_member(member: RankedMember) -> tuple[int, tuple[int, int]]:
-    return member.cluster, (int(member.rank >= 0), int(not member.semantic_duplicate_of))
+def _count_members(tile: RankedTile) -> tuple[int, tuple[int, int]]:
+    return tile.cluster, (int((tile.ranks >= 0).sum()), int((tile.members.keepers == b"").sum()))
 
 
 def _allocate(

@@ -1,6 +1,6 @@
 """Clusters: spherical k-means on a hash-chosen sample, then assignment by inner product.
 
-Paper: the data is clustered by k-means over image embeddings. Ours: the sample, the seeds and how
+Paper: the data is clustered by k-means over image embeddings. Ours: the sample, the two levels, the seeds and how
 ties are judged, so that the clusters depend on nothing but the candidates, the seed and the
 settings.
 """
@@ -10,19 +10,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import apache_beam as beam
 import faiss
 import numpy as np
 from apache_beam.io.filesystems import FileSystems
+from apache_beam.pvalue import AsSingleton
 from apache_beam.utils.shared import Shared
 
 from pipeline import files
 from pipeline.recipe import Clusters
 from transforms.distribution_alignment.hashing import draw
-from transforms.distribution_alignment.records import Candidate, Member
-from transforms.distribution_alignment.vectors import NEAR, exact_products, stored_units, unit_rows
+from transforms.distribution_alignment.records import CandidateShard, RankKeys
+from transforms.distribution_alignment.vectors import NEAR, exact_products, unit_rows
+from transforms.distribution_alignment.work import MEMBER_COLUMNS, Work, read_candidates, write_arrays
 
 _TRAINING_THREADS = 1  # sums taken by several threads end in other last bits, and k-means magnifies them
 _BATCH_ROWS = 1024
@@ -137,60 +140,162 @@ def write_centroids(path: str, centroids: np.ndarray) -> str:
 
 
 class TrainCentroids(beam.PTransform):
-    """Candidates → the path of the centroids, in one element.
+    """Candidate shards → the path of the centroids, in one element.
 
-    Trains on the `training_samples` candidates with the smallest hash(seed, uid), and writes
-    `output_path`; where the settings name centroids, gives that path and trains nothing. Without
-    candidates the file holds an array of (0, 0).
+    Trains on about `samples_per_cluster` candidates a cluster, those with the smallest hash(seed, uid), and writes
+    `output_path`; where the settings name centroids, gives that path and trains nothing. With more than one cluster at
+    the first level, each of them is then clustered on its own, by whatever worker is free. Without candidates the file
+    holds an array of (0, 0).
     """
 
-    def __init__(self, settings: Clusters, seed: int, output_path: str) -> None:
+    def __init__(self, settings: Clusters, seed: int, work: Work, output_path: str) -> None:
         super().__init__()
-        self.settings, self.seed, self.output_path = settings, seed, output_path
+        self.settings, self.seed, self.work, self.output_path = settings, seed, work, output_path
 
-    def expand(self, candidates: beam.PCollection[Candidate]) -> beam.PCollection[str]:
-        if self.settings.centroids is not None:
-            return candidates.pipeline | "GivenCentroids" >> beam.Create([self.settings.centroids])
+    def expand(self, shards: beam.PCollection[CandidateShard]) -> beam.PCollection[str]:
+        settings, work = self.settings, self.work
+        if settings.centroids is not None:
+            return shards.pipeline | "Given centroids" >> beam.Create([settings.centroids])
+        total = shards | "Counts" >> beam.Map(_count) | "Add counts" >> beam.CombineGlobally(sum)
+        rows = shards | "Choose rows" >> beam.FlatMap(_chosen, settings, self.seed, work, AsSingleton(total))
+        if settings.first_level == 1:
+            return rows | "Train" >> _TrainOne(settings, self.seed, settings.count, self.output_path)
+
+        few = rows | "Choose fewer" >> beam.FlatMap(_fewer, settings, AsSingleton(total))
+        coarse = few | "Train coarse" >> _TrainOne(settings, self.seed, settings.first_level, work.coarse_centroids)
+        parts = rows | "Coarse cluster" >> beam.FlatMap(_by_coarse, AsSingleton(coarse))
+        sizes = parts | "Size" >> beam.Map(_size) | "Add sizes" >> beam.CombinePerKey(sum) | beam.combiners.ToDict()
+        trained = (
+            parts
+            | "Gather coarse cluster" >> beam.GroupByKey()
+            | "Train fine" >> beam.Map(_train_fine, settings, self.seed, work, AsSingleton(sizes))
+        )
+        return trained | "All fine" >> beam.combiners.ToList() | "Join" >> beam.Map(_join, work, self.output_path)
+
+
+class TrainingRows(NamedTuple):
+    """Rows to train on: draws float64 (n,), their hash; uids bytes (n,); embeddings float16 (n, d)."""
+
+    draws: np.ndarray
+    uids: np.ndarray
+    embeddings: np.ndarray
+
+
+def _count(shard: CandidateShard) -> int:
+    return shard.samples
+
+
+def _chosen(shard: CandidateShard, settings: Clusters, seed: int, work: Work, total: int) -> Iterator[TrainingRows]:
+    candidates = read_candidates(work.candidates(shard.shard))
+    draws = np.array([draw("clusters", seed, uid.decode()) for uid in candidates.uids.tolist()])
+    kept = draws < settings.samples_per_cluster * settings.count / max(total, 1)
+    if kept.any():
+        yield TrainingRows(draws[kept], candidates.uids[kept], candidates.embeddings[kept])
+
+
+def _fewer(rows: TrainingRows, settings: Clusters, total: int) -> Iterator[TrainingRows]:
+    kept = rows.draws < settings.samples_per_cluster * settings.first_level / max(total, 1)
+    if kept.any():
+        yield TrainingRows(*(column[kept] for column in rows))
+
+
+class _TrainOne(beam.PTransform):
+    """Training rows → the path of `count` centroids, trained by one worker."""
+
+    def __init__(self, settings: Clusters, seed: int, count: int, path: str) -> None:
+        super().__init__()
+        self.settings, self.seed, self.count, self.path = settings, seed, count, path
+
+    def expand(self, rows: beam.PCollection[TrainingRows]) -> beam.PCollection[str]:
         return (
-            candidates
-            | "HashCandidates" >> beam.Map(_hashed, self.seed)
-            | "SmallestHashes" >> beam.combiners.Top.Smallest(self.settings.training_samples)
-            | "TrainAndWrite" >> beam.Map(_train, self.settings, self.seed, self.output_path)
+            rows
+            | "Gather" >> beam.combiners.ToList()
+            | "Train and write" >> beam.Map(_train, self.settings, self.seed, self.count, self.path)
         )
 
 
-def _hashed(candidate: Candidate, seed: int) -> tuple[float, str, bytes]:
-    return draw("clusters", seed, candidate.uid), candidate.uid, candidate.embedding
+def _train(parts: Sequence[TrainingRows], settings: Clusters, seed: int, count: int, path: str) -> str:
+    return write_centroids(path, train_centroids(_units_in_order(parts), count, settings.iterations, seed))
 
 
-def _train(sample: Sequence[tuple[float, str, bytes]], settings: Clusters, seed: int, output_path: str) -> str:
-    units = stored_units([embedding for _, _, embedding in sample])
-    return write_centroids(output_path, train_centroids(units, settings.count, settings.iterations, seed))
+def _units_in_order(parts: Sequence[TrainingRows]) -> np.ndarray:
+    """Unit vectors in the order of their hash, which no order of shards changes: float32 (n, d)."""
+    if not parts:
+        return np.empty((0, 0), np.float32)
+    draws, uids, embeddings = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return unit_rows(embeddings[np.lexsort((uids, draws))])
+
+
+def _by_coarse(rows: TrainingRows, coarse_path: str) -> Iterator[tuple[int, TrainingRows]]:
+    clusters = assign(unit_rows(rows.embeddings), load_centroids(coarse_path))
+    for cluster in np.unique(clusters).tolist():
+        yield cluster, TrainingRows(*(column[clusters == cluster] for column in rows))
+
+
+def _size(part: tuple[int, TrainingRows]) -> tuple[int, int]:
+    cluster, rows = part
+    return cluster, len(rows.draws)
+
+
+def fine_counts(sizes: Mapping[int, int], count: int) -> dict[int, int]:
+    """How many of `count` clusters each coarse cluster of so many training rows is split into: in proportion, at least
+    1, the rest by largest remainder, then by the smaller number."""
+    total = sum(sizes.values())
+    shares = {coarse: size * count // total for coarse, size in sizes.items()}
+    counts = {coarse: max(1, share) for coarse, share in shares.items()}
+    by_remainder = sorted(sizes, key=lambda coarse: (-(sizes[coarse] * count % total), coarse))
+    lifted = set([coarse for coarse in by_remainder if shares[coarse]][: max(0, count - sum(counts.values()))])
+    return {coarse: number + (coarse in lifted) for coarse, number in counts.items()}
+
+
+def _train_fine(
+    group: tuple[int, Iterable[TrainingRows]], settings: Clusters, seed: int, work: Work, sizes: Mapping[int, int]
+) -> int:
+    coarse, parts = group
+    _train(list(parts), settings, seed, fine_counts(sizes, settings.count)[coarse], work.fine_centroids(coarse))
+    return coarse
+
+
+def _join(coarse_clusters: Sequence[int], work: Work, path: str) -> str:
+    """One file of all fine centroids, in the order of their coarse clusters, a part in memory at a time."""
+    parts = [work.fine_centroids(coarse) for coarse in sorted(coarse_clusters)]
+    shapes = [load_centroids(part).shape for part in parts]
+    header = io.BytesIO()
+    shape = (sum(rows for rows, _ in shapes), shapes[0][1] if shapes else 0)
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with files.write_aside(path) as file:
+        file.write(header.getvalue())
+        for part in parts:
+            file.write(np.ascontiguousarray(load_centroids(part)).tobytes())
+    return path
 
 
 class AssignClusters(beam.PTransform):
-    """Candidates → members of the cluster whose centroid is nearest. `centroids_path` is
-    `TrainCentroids`' output; the centroids are loaded once a process."""
+    """Candidate shards → the same rows in the work folder, by cluster; (cluster, sort keys of the members there) come
+    out. `centroids_path` is `TrainCentroids`' output; the centroids are loaded once a process.
+    """
 
-    def __init__(self, centroids_path: beam.PCollection[str]) -> None:
+    def __init__(self, work: Work, centroids_path: beam.PCollection[str]) -> None:
         super().__init__()
-        self.centroids_path = centroids_path
+        self.work, self.centroids_path = work, centroids_path
 
-    def expand(self, candidates: beam.PCollection[Candidate]) -> beam.PCollection[Member]:
-        return (
-            candidates
-            | "BatchCandidates" >> beam.BatchElements(min_batch_size=_BATCH_ROWS, max_batch_size=_BATCH_ROWS)
-            | "Nearest" >> beam.ParDo(_AssignBatch(), beam.pvalue.AsSingleton(self.centroids_path))
-        )
+    def expand(self, shards: beam.PCollection[CandidateShard]) -> beam.PCollection[tuple[int, RankKeys]]:
+        return shards | "Nearest" >> beam.ParDo(_AssignShard(self.work), AsSingleton(self.centroids_path))
 
 
-class _AssignBatch(beam.DoFn):
-    def __init__(self) -> None:
-        self._shared = Shared()
+@beam.typehints.with_output_types(tuple[int, RankKeys])
+class _AssignShard(beam.DoFn):
+    def __init__(self, work: Work) -> None:
+        self._work, self._shared = work, Shared()
 
-    def process(self, batch: Sequence[Candidate], centroids_path: str) -> Iterator[Member]:
-        load = functools.partial(load_centroids, centroids_path)
-        centroids = self._shared.acquire(load, tag=centroids_path)
-        clusters = assign(stored_units([candidate.embedding for candidate in batch]), centroids)
-        for candidate, cluster in zip(batch, clusters.tolist(), strict=True):
-            yield Member(*candidate, cluster=cluster)
+    def process(self, shard: CandidateShard, centroids_path: str) -> Iterator[tuple[int, RankKeys]]:
+        centroids = self._shared.acquire(functools.partial(load_centroids, centroids_path), tag=centroids_path)
+        candidates = read_candidates(self._work.candidates(shard.shard))
+        clusters = assign(unit_rows(candidates.embeddings), centroids)
+        order = np.lexsort((candidates.uids, -candidates.cosines, clusters))
+        clusters, candidates = clusters[order], candidates.take(order)
+        columns = {"clusters": clusters, **dict(candidates.columns())}
+        files.write_bytes(self._work.embeddings(shard.shard), candidates.embeddings.tobytes())
+        write_arrays(self._work.members(shard.shard), {name: columns[name] for name in MEMBER_COLUMNS})
+        for cluster, members in RankKeys(candidates.cosines, candidates.uids).groups(clusters):
+            yield int(cluster), members

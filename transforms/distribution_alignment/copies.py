@@ -19,7 +19,7 @@ from pipeline.recipe import DistributionAlignment, QualityDuplication, Target
 from transforms.distribution_alignment import quality_duplication
 from transforms.distribution_alignment.digit_enhancement import enhance
 from transforms.distribution_alignment.hashing import draw
-from transforms.distribution_alignment.records import Allocation, Placement, RankedMember
+from transforms.distribution_alignment.records import Allocation, Placements, RankedTile
 
 PLACEMENTS = "placements"
 TALLIES = "tallies"
@@ -114,16 +114,19 @@ def scaled(scale: float, shares: np.ndarray) -> np.ndarray:
     return np.multiply(scale, shares, out=np.zeros_like(shares), where=shares > 0)
 
 
-def expected_copies(factor: float, rank: int, size: int, quality: QualityDuplication, cap: float) -> float:
-    """E(x) = min(cap, factor·w(x)), with factor = λ·p(c)/(n_c·w̄_c)."""
-    return min(cap, factor * quality_duplication.weight(rank, size, quality))
+def expected_copies(
+    factor: float, ranks: np.ndarray, size: int, quality: QualityDuplication, cap: float
+) -> np.ndarray:
+    """E(x) = min(cap, factor·w(x)), with factor = λ·p(c)/(n_c·w̄_c): ranks int64 (n,) → float64 (n,)."""
+    return np.minimum(cap, factor * quality_duplication.weights(ranks, size, quality))
 
 
-def whole_copies(expected: float, seed: int, uid: str) -> int:
+def whole_copies(expected: np.ndarray, seed: int, uids: np.ndarray) -> np.ndarray:
     """⌊E⌋ + [u(seed, uid) < E - ⌊E⌋], u a hash in [0, 1): on average E, and the same on every
-    run."""
-    whole = math.floor(expected)
-    return whole + (draw("copies", seed, uid) < expected - whole)
+    run. float64 (n,), bytes (n,) → int64 (n,)."""
+    whole = np.floor(expected)
+    drawn = np.array([draw("copies", seed, uid.decode()) for uid in uids.tolist()])
+    return whole.astype(np.int64) + (drawn < expected - whole)
 
 
 class Tally(NamedTuple):
@@ -138,7 +141,7 @@ class Tally(NamedTuple):
 
 
 class AssignCopies(beam.PTransform):
-    """Ranked members → `PLACEMENTS`, one for each, and `TALLIES`, which `ClusterTable` sums.
+    """Ranked tiles → `PLACEMENTS`, one `Placements` for each, and `TALLIES`, which `ClusterTable` sums.
 
     `allocation` is `ClusterImportance`' output.
     """
@@ -147,9 +150,9 @@ class AssignCopies(beam.PTransform):
         super().__init__()
         self.settings, self.seed, self.allocation = settings, seed, allocation
 
-    def expand(self, members: beam.PCollection[RankedMember]) -> beam.pvalue.DoOutputsTuple:
+    def expand(self, tiles: beam.PCollection[RankedTile]) -> beam.pvalue.DoOutputsTuple:
         factors = self.allocation | "Factors" >> beam.Map(_factors)
-        return members | "PlaceMembers" >> beam.ParDo(
+        return tiles | "Place members" >> beam.ParDo(
             _Place(self.settings, self.seed), beam.pvalue.AsSingleton(factors)
         ).with_outputs(TALLIES, main=PLACEMENTS)
 
@@ -158,31 +161,35 @@ def _factors(allocation: Allocation) -> np.ndarray:
     return allocation.factors
 
 
-@beam.typehints.with_output_types(Placement)
+@beam.typehints.with_output_types(Placements)
 class _Place(beam.DoFn):
     def __init__(self, settings: DistributionAlignment, seed: int) -> None:
         self.settings, self.seed = settings, seed
 
-    def process(self, member: RankedMember, factors: np.ndarray) -> Iterator[Placement | beam.pvalue.TaggedOutput]:
-        dropped = bool(member.semantic_duplicate_of)
-        planned = expected = 0.0
-        if not dropped:
-            planned = expected = self._planned(member, float(factors[member.cluster]))
-            digits = self.settings.digit_enhancement
-            if digits is not None:
-                expected = enhance(planned, member.digit_probability, digits, self.settings.max_copies)
-        copies = whole_copies(expected, self.seed, member.uid)
-        yield Placement(member.uid, member.shard, member.cluster, member.semantic_duplicate_of, expected, copies)
-        tally = Tally(1, int(dropped), _units(expected), _units(expected - planned), copies)
-        yield beam.pvalue.TaggedOutput(TALLIES, (member.cluster, tuple(tally)))
+    def process(self, tile: RankedTile, factors: np.ndarray) -> Iterator[Placements | beam.pvalue.TaggedOutput]:
+        members, cluster = tile.members, tile.cluster
+        kept = members.keepers == b""
+        planned = np.where(kept, self._planned(tile, float(factors[cluster])), 0.0)
+        expected = planned
+        if (digits := self.settings.digit_enhancement) is not None:
+            raised = enhance(planned, members.digits, digits, self.settings.max_copies)
+            expected = np.where(kept, raised, 0.0)
+        copies = whole_copies(expected, self.seed, members.uids)
+        clusters = np.full(len(members), cluster, np.int32)
+        yield Placements(members.uids, members.shards, clusters, members.keepers, expected, copies)
+        tally = Tally(
+            len(members), int((~kept).sum()), _units(expected), _units(expected - planned), int(copies.sum())
+        )
+        yield beam.pvalue.TaggedOutput(TALLIES, (cluster, tuple(tally)))
 
-    def _planned(self, member: RankedMember, factor: float) -> float:
+    def _planned(self, tile: RankedTile, factor: float) -> np.ndarray:
         quality = self.settings.quality_duplication or quality_duplication.WITHOUT
-        return expected_copies(factor, member.rank, member.cluster_size, quality, self.settings.max_copies)
+        return expected_copies(factor, tile.ranks, tile.cluster_size, quality, self.settings.max_copies)
 
 
-def _units(copies: float) -> int:
-    return round(math.ldexp(copies, _TALLY_BITS))
+def _units(copies: np.ndarray) -> int:
+    """Their sum in units of 2^-40."""
+    return sum(np.rint(np.ldexp(copies, _TALLY_BITS)).astype(np.int64).tolist())
 
 
 def cluster_rows(allocation: Allocation, tallies: Mapping[int, Tally]) -> list[dict[str, Any]]:

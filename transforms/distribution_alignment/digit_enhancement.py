@@ -5,16 +5,18 @@ Paper: digit pictures are raised. Ours: how, and by how much.
 
 from __future__ import annotations
 
+import numpy as np
+
 from pipeline.recipe import DigitEnhancement
 
 
-def enhance(expected: float, digit_probability: float, settings: DigitEnhancement, max_copies: float) -> float:
-    """E(x) = max(E(x), floor) for a sample with digit probability >= threshold, never above
-    `max_copies`.
+def enhance(
+    expected: np.ndarray, digit_probabilities: np.ndarray, settings: DigitEnhancement, max_copies: float
+) -> np.ndarray:
+    """E(x) = max(E(x), floor) for the samples with digit probability >= threshold, never above `max_copies`: float64
+    (n,), float32 (n,) → float64 (n,).
 
-    A sample never asked has probability -1.0 and is left as it is. Never called for a dropped
-    sample.
+    A sample never asked has probability -1.0 and is left as it is. Never called for a dropped sample.
     """
-    if digit_probability >= settings.min_digit_probability:
-        return max(expected, min(settings.floor_copies, max_copies))
-    return expected
+    floor = min(settings.floor_copies, max_copies)
+    return np.where(digit_probabilities >= settings.min_digit_probability, np.maximum(expected, floor), expected)

@@ -6,17 +6,19 @@ with weights rising from w1 = 1 to w2 = 2 or 3. Ours: the weight rises linearly 
 
 from __future__ import annotations
 
+import numpy as np
+
 from pipeline.recipe import QualityDuplication
 
 WITHOUT = QualityDuplication(w1=1.0, w2=1.0)
 """Every sample weighs the same: what is used where the rule is off."""
 
 
-def weight(rank: int, size: int, settings: QualityDuplication) -> float:
-    """w(x) = w1 + (w2 - w1)·i/(n_c - 1), for the rank i from 0 (worst) to n_c - 1 (best); i/(n_c -
-    1) is ½ where n_c = 1."""
-    height = rank / (size - 1) if size > 1 else 0.5
-    return settings.w1 + (settings.w2 - settings.w1) * height
+def weights(ranks: np.ndarray, size: int, settings: QualityDuplication) -> np.ndarray:
+    """w(x) = w1 + (w2 - w1)·i/(n_c - 1), for the ranks i from 0 (worst) to n_c - 1 (best), int64 (n,) → float64 (n,);
+    i/(n_c - 1) is ½ where n_c = 1."""
+    heights = ranks / (size - 1) if size > 1 else np.full(len(ranks), 0.5)
+    return settings.w1 + (settings.w2 - settings.w1) * heights
 
 
 def mean_weight(settings: QualityDuplication) -> float:

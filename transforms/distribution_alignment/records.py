@@ -1,59 +1,129 @@
-"""The rows that flow through stage 3. All slim, frozen, of plain types."""
+"""What flows through stage 3: columns of many samples at once, as numpy arrays. No element holds more than one shard's
+candidates or one tile."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-from apache_beam import coders
 
 
-class Candidate(NamedTuple):
-    """A sample that no earlier rule dropped.
+class CandidateShard(NamedTuple):
+    """A shard whose candidates lie in the work folder: so many samples that no earlier rule dropped."""
 
-    `digit_probability` is -1.0 where the question was never asked; `embedding` holds d
-    L2-normalised fp16 values, little-endian.
+    shard: str
+    samples: int
+
+
+class _Columns:
+    """Equally long arrays, the fields of a dataclass; element i of each belongs to sample i."""
+
+    def columns(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Each array with its name."""
+        return ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(next(self.columns())[1])
+
+    def take(self, rows: Any) -> Self:
+        """The samples at `rows`: a slice, a mask or indices."""
+        return type(self)(**{name: column[rows] for name, column in self.columns()})
+
+    def groups(self, keys: np.ndarray) -> Iterator[tuple[Any, Self]]:
+        """The samples of each key in turn, keys ascending; samples of one key keep their order."""
+        order = np.argsort(keys, kind="stable")
+        ordered = keys[order]
+        starts = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+        for rows in np.split(order, starts) if len(order) else ():
+            yield keys[rows[0]], self.take(rows)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """All samples of `parts`, at least one part, one after another."""
+        columns = zip(*(part.columns() for part in parts), strict=True)
+        return cls(**{column[0][0]: np.concatenate([array for _, array in column]) for column in columns})
+
+
+def best_first(cosines: np.ndarray, uids: np.ndarray) -> np.ndarray:
+    """The order of the rank: higher flipped-CLIP cosine, then smaller uid. int64 (n,)."""
+    return np.lexsort((uids, -cosines))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidates(_Columns):
+    """Samples that no earlier rule dropped.
+
+    uids bytes (n,) of 32; shards bytes (n,); cosines float32 (n,): flipped-CLIP; digits float32 (n,): digit
+    probability, -1.0 where the question was never asked; embeddings float16 (n, d), L2-normalised, little-endian.
     """
 
-    uid: str
-    shard: str
-    flipped_clip_cosine: float
-    digit_probability: float
-    embedding: bytes
+    uids: np.ndarray
+    shards: np.ndarray
+    cosines: np.ndarray
+    digits: np.ndarray
+    embeddings: np.ndarray
+
+    def best_first(self) -> Self:
+        """By rank."""
+        return self.take(best_first(self.cosines, self.uids))
 
 
-class Member(NamedTuple):
-    """A candidate in its cluster."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class RankKeys(_Columns):
+    """What the rank of samples hangs on: cosines float32 (n,), uids bytes (n,)."""
 
-    uid: str
-    shard: str
-    flipped_clip_cosine: float
-    digit_probability: float
-    embedding: bytes
-    cluster: int
+    cosines: np.ndarray
+    uids: np.ndarray
 
 
-class RankedMember(NamedTuple):
-    """A member with its place in its cluster.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judged(_Columns):
+    """Members of one cluster after semantic dedup, best first. keepers bytes (n,): the uid of the best-ranked better
+    member that each is a duplicate of, b"" where there is none."""
 
-    `semantic_duplicate_of` is the uid of the best-ranked keeper, "" where there is none. `rank`
-    counts from 0 (worst) to `cluster_size` - 1 (best) over the members that copies are shared
-    among; it is -1 for one that is not counted.
+    uids: np.ndarray
+    shards: np.ndarray
+    digits: np.ndarray
+    keepers: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RankedTile:
+    """Consecutive members of one cluster with their places in it.
+
+    ranks int64 (n,) count from 0 (worst) to `cluster_size` - 1 (best) over the members that copies are shared among; -1
+    for one that is not counted.
     """
 
-    uid: str
-    shard: str
-    digit_probability: float
     cluster: int
-    semantic_duplicate_of: str
-    rank: int
+    members: Judged
+    ranks: np.ndarray
     cluster_size: int
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placements(_Columns):
+    """What stage 3 decided: clusters int32 (n,), keepers bytes (n,) (b"" = nobody's duplicate), expected_copies float64
+    (n,), copies int64 (n,)."""
+
+    uids: np.ndarray
+    shards: np.ndarray
+    clusters: np.ndarray
+    keepers: np.ndarray
+    expected_copies: np.ndarray
+    copies: np.ndarray
+
+    def one_by_one(self) -> Iterator[Placement]:
+        """Each sample's decision as plain Python values."""
+        values = (column.tolist() for _, column in self.columns())
+        for uid, shard, cluster, keeper, expected, copies in zip(*values, strict=True):
+            yield Placement(uid.decode(), shard.decode(), cluster, keeper.decode(), expected, copies)
+
+
 class Placement(NamedTuple):
-    """What stage 3 decided about a sample: its cluster, whose duplicate it is ("" = nobody's), and
-    its copies."""
+    """What stage 3 decided about one sample: its cluster, whose duplicate it is ("" = nobody's), and its copies."""
 
     uid: str
     shard: str
@@ -78,8 +148,3 @@ class Allocation:
     factors: np.ndarray
     target: float
     scale: float
-
-
-# Beam would pickle a NamedTuple; its row coder is three times as fast, and deterministic.
-for _record in (Candidate, Member, RankedMember, Placement):
-    coders.registry.register_coder(_record, coders.RowCoder)

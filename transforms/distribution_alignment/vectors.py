@@ -3,8 +3,6 @@ was split."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 NEAR = 1e-4
@@ -30,20 +28,6 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
             raise ValueError(f"vector {row} holds a value that is not finite")
         units[start : start + _BLOCK_ROWS] = block / np.sqrt(np.where(squares > 0, squares, 1.0))[:, None]
     return units
-
-
-def stored_units(embeddings: Sequence[bytes]) -> np.ndarray:
-    """Embeddings stored as fp16 bytes → unit vectors, float32 (n, d). Raises ValueError where
-    widths differ."""
-    widths = {len(embedding) for embedding in embeddings}
-    if not widths:
-        return np.empty((0, 0), np.float32)
-    if len(widths) > 1 or (width := widths.pop()) == 0 or width % 2:
-        raise ValueError(
-            f"embeddings of {min(map(len, embeddings))} to {max(map(len, embeddings))} bytes; "
-            "allowed: fp16 values, two bytes each, equally many for every sample"
-        )
-    return unit_rows(np.frombuffer(b"".join(embeddings), "<f2").reshape(len(embeddings), -1))
 
 
 def exact_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:

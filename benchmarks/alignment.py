@@ -1,0 +1,314 @@
+"""Stage 3 at size: time, memory, and whether it finds exactly the duplicates that were planted.
+
+    python -m benchmarks.alignment [--quick] [--json] [--rows N …] [--workers N]
+
+Tables as stages 1 and 2 leave them, generated and seeded: embeddings of 512 dimensions around rows/1,000 centres, 5 %
+of the rows near copies of another row above the threshold of 1 - epsilon, 5 % just below it. All of stage 3 runs over
+them in a process of its own: k-means with k = rows/1,000, assignment, semantic dedup, CIDS, copies, decisions. A last
+run has one cluster that holds 200,000 rows; its centroids are given, because k-means would part it. The tile kernel is
+compared with bare matrix products of the same shape and precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import build, tables
+from pipeline import recipe as recipes
+from pipeline.layout import Layout
+from pipeline.run import pipeline_of
+from pipeline.sources.webdataset import list_shards
+from transforms.distribution_alignment.semantic_dedup import semantic_duplicates
+from transforms.distribution_alignment.vectors import exact_products, unit_rows
+
+DIMENSIONS = 512
+SHARD_ROWS = 10_000
+EPSILON = 0.05
+LARGE_CLUSTER_ROWS = 200_000
+ORACLE_ROWS = 2_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Generated rows. units float16 (n, d); cosines float32 (n,): flipped-CLIP, the rank; origin int64 (n,): the row
+    that each was made from, -1 where none; copies bool (n,): whether it lies above the threshold; centres float32
+    (k, d)."""
+
+    units: np.ndarray
+    cosines: np.ndarray
+    origin: np.ndarray
+    copies: np.ndarray
+    centres: np.ndarray
+
+
+def make_pool(rows: int, large_cluster_rows: int = 0) -> Pool:
+    """`rows` rows around rows/1,000 centres; so many of them around the first."""
+    rng = np.random.default_rng(rows + large_cluster_rows)
+    count = max(2, rows // 1000)
+    centres = unit_rows(rng.normal(size=(count, DIMENSIONS)).astype(np.float32))
+    around = rng.integers(1 if large_cluster_rows else 0, count, size=rows)
+    around[rng.permutation(rows)[:large_cluster_rows]] = 0
+    units = np.empty((rows, DIMENSIONS), np.float16)
+    for start in range(0, rows, SHARD_ROWS):
+        block = slice(start, start + SHARD_ROWS)
+        noise = rng.standard_normal((len(around[block]), DIMENSIONS), np.float32) * (0.8 / DIMENSIONS**0.5)
+        units[block] = unit_rows(centres[around[block]] + noise)
+    chosen = rng.permutation(rows)[: rows // 5]
+    planted, origins = chosen[: rows // 10], chosen[rows // 10 :][: rows // 10]
+    origin, copies = np.full(rows, -1), np.zeros(rows, bool)
+    origin[planted] = origins
+    copies[planted[::2]] = True
+    for start in range(0, len(planted), SHARD_ROWS):
+        made = planted[start : start + SHARD_ROWS]
+        source = unit_rows(units[origin[made]])
+        aside = rng.standard_normal(source.shape, np.float32)
+        aside = unit_rows(aside - source * np.einsum("ij,ij->i", aside, source)[:, None])
+        cosine = np.where(copies[made], rng.uniform(0.955, 0.995, len(made)), rng.uniform(0.92, 0.945, len(made)))
+        units[made] = cosine[:, None] * source + np.sqrt(1 - cosine**2)[:, None] * aside
+    cosines = rng.uniform(0.2, 0.4, rows).round(4).astype(np.float32)  # rounded, so that some tie
+    return Pool(units, cosines, origin, copies, centres)
+
+
+def write_tables(pool: Pool, folder: Path) -> None:
+    """The tables of stages 1 and 2, and empty tars to name the shards."""
+    layout = Layout(str(folder / "out"))
+    (folder / "pool").mkdir(parents=True)
+    count = len(pool.units)
+    for number, start in enumerate(range(0, count, SHARD_ROWS)):
+        shard, rows = f"{number:05d}", range(start, min(start + SHARD_ROWS, count))
+        (folder / "pool" / f"{shard}.tar").write_bytes(bytes(10_240))
+        same = {"uid": [f"{row:032x}" for row in rows], "key": [f"{row:09d}" for row in rows]}
+        stop = slice(rows.start, rows.stop)
+        columns: dict[str, tuple[pa.Schema, dict[str, Any]]] = {
+            layout.single_modality(shard): (
+                tables.SINGLE_MODALITY,
+                {"shard": [shard] * len(rows), "caption": [f"caption of picture {row}" for row in rows],
+                 "width_px": [512] * len(rows), "height_px": [384] * len(rows),
+                 "original_width_px": [512] * len(rows), "original_height_px": [384] * len(rows),
+                 "word_count": [4] * len(rows), "character_count": [26] * len(rows)},
+            ),
+            layout.pool_wide(shard): (
+                tables.POOL_WIDE, {"pool_samples": [count] * len(rows), "caption_image_count": [1] * len(rows)}
+            ),
+            layout.cross_modality(shard): (
+                tables.CROSS_MODALITY,
+                {"flipped_clip_cosine": pool.cosines[stop], "digit_probability": (pool.cosines[stop] * 7919) % 1,
+                 "embedding": [row.tobytes() for row in pool.units[stop]]},
+            ),
+        }  # fmt: skip
+        for path, (schema, given) in columns.items():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            values: dict[str, Any] = {**dict.fromkeys(schema.names), **same, **given}
+            arrays = [
+                pa.nulls(len(rows), f.type) if values[f.name] is None else pa.array(values[f.name], f.type)
+                for f in schema
+            ]
+            pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path, compression="zstd")
+    np.save(folder / "centres.npy", pool.centres)
+    rng = np.random.default_rng(1)
+    vectors = {name: rng.normal(size=(8, DIMENSIONS)).astype(np.float32) for name in ("digits", "pets")}
+    np.savez(folder / "tasks.npz", allow_pickle=False, **vectors)
+
+
+def recipe(rows: int, tasks: str, centroids: str | None) -> recipes.Recipe:
+    """Every rule of stage 3, and rules of the earlier stages that all rows pass."""
+    return recipes.Recipe(
+        name="benchmark",
+        single_modality=recipes.SingleModality(
+            caption_length=recipes.CaptionLength(),
+            aspect_ratio=recipes.AspectRatio(),
+            min_side=recipes.MinSide(),
+            near_duplicate=recipes.NearDuplicate(),
+            caption_frequency=recipes.CaptionFrequency(),
+        ),
+        cross_modality=recipes.CrossModality(
+            flipped_clip=recipes.FlippedClip(model="bundled:clip", min=0.19),
+            digit=recipes.Digit(model="bundled:digit"),
+        ),
+        distribution_alignment=recipes.DistributionAlignment(
+            target=recipes.Target(pool_share=0.2),
+            clusters=recipes.Clusters(count=max(2, rows // 1000), centroids=centroids),
+            semantic_dedup=recipes.SemanticDedup(epsilon=EPSILON),
+            cids=recipes.Cids(tasks=tasks),
+            quality_duplication=recipes.QualityDuplication(),
+            digit_enhancement=recipes.DigitEnhancement(),
+        ),
+    )
+
+
+def run_stage(folder: str, rows: str, centroids: str, *beam_options: str) -> None:
+    """The child process: stage 3 over the tables under `folder`; prints its seconds."""
+    settings = recipe(int(rows), f"{folder}/tasks.npz", centroids or None)
+    job = build.Job(settings, tuple(list_shards(f"{folder}/pool")), Layout(f"{folder}/out"), {})
+    started = time.monotonic()
+    pipeline = pipeline_of(list(beam_options))
+    build.distribution_alignment(pipeline, job)
+    pipeline.run().wait_until_finish()
+    print(time.monotonic() - started)
+
+
+def stage_figures(pool: Pool, folder: Path, workers: int, centroids: str = "") -> dict[str, float]:
+    """Seconds and peak bytes of stage 3 over `pool`, and what it found of what was planted."""
+    write_tables(pool, folder)
+    options = [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"] if workers > 1 else []
+    command = [sys.executable, "-m", "benchmarks.alignment", "--stage", str(folder), str(len(pool.units)), centroids]
+    child = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+    with PeakBytes(child.pid) as peak:
+        text = child.communicate()[0]
+    if child.returncode:
+        raise RuntimeError(f"stage 3 over {folder} ended with status {child.returncode}")
+    return {"seconds": float(text.splitlines()[-1]), "peak_bytes": peak.bytes, **found(pool, folder)}
+
+
+class PeakBytes:
+    """The largest sum of the resident sets of a process and its children, looked at every 50 ms."""
+
+    def __init__(self, pid: int) -> None:
+        self._process, self._done, self.bytes = psutil.Process(pid), threading.Event(), 0
+
+    def __enter__(self) -> PeakBytes:
+        self._follower = threading.Thread(target=self._follow)
+        self._follower.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._follower.join()
+
+    def _follow(self) -> None:
+        while not self._done.wait(0.05):
+            try:
+                family = [self._process, *self._process.children(recursive=True)]
+                self.bytes = max(self.bytes, sum(process.memory_info().rss for process in family))
+            except psutil.NoSuchProcess:
+                continue  # one of them has just ended
+
+
+def found(pool: Pool, folder: Path) -> dict[str, float]:
+    """How the decisions compare with what was planted, and with the oracle on some rows of the largest cluster."""
+    rows = len(pool.units)
+    cluster, keeper = np.empty(rows, np.int64), np.full(rows, -1)
+    for path in sorted((folder / "out" / "decisions").glob("*.parquet")):
+        table = pq.read_table(path, columns=["uid", "cluster", "semantic_duplicate_of"]).to_pydict()
+        numbers = [int(uid, 16) for uid in table["uid"]]
+        cluster[numbers] = table["cluster"]
+        keeper[numbers] = [-1 if uid is None else int(uid, 16) for uid in table["semantic_duplicate_of"]]
+    # The worse of the two goes; uids count the rows, so that ties end at the smaller number.
+    planted = np.flatnonzero(pool.origin >= 0)
+    pairs = np.column_stack([planted, pool.origin[planted]])
+    worse_first = np.take_along_axis(pairs, np.lexsort((-pairs, pool.cosines[pairs]), axis=1), axis=1)
+    goes = worse_first[:, 0]
+    together = cluster[pairs[:, 0]] == cluster[pairs[:, 1]]
+    above, dropped = pool.copies[planted], keeper >= 0
+    explained = np.zeros(rows, bool)
+    explained[goes[above & together]] = True
+    return {
+        "planted_above": int((above & together).sum()),
+        "planted_above_found": int(dropped[goes[above & together]].sum()),
+        "planted_above_parted_by_k_means": int((above & ~together).sum()),
+        "planted_below": int((~above).sum()),
+        "dropped_otherwise": int((dropped & ~explained).sum()),
+        "largest_cluster_rows": int(np.bincount(cluster).max()),
+        "oracle_rows": min(ORACLE_ROWS, rows),
+        "oracle_differs": oracle_differences(pool, cluster, keeper),
+    }
+
+
+def oracle_differences(pool: Pool, cluster: np.ndarray, keeper: np.ndarray) -> int:
+    """For how many rows of a subsample of the largest cluster the keeper is not the one of the definition, float64."""
+    members = np.flatnonzero(cluster == np.bincount(cluster).argmax())
+    members = members[np.lexsort((members, -pool.cosines[members]))]
+    units = unit_rows(pool.units[members])
+    differing = 0
+    places = np.random.default_rng(2).permutation(len(members))[:ORACLE_ROWS]
+    for start in range(0, len(places), 64):
+        some = places[start : start + 64]
+        products = units.astype(np.float32) @ units[some].T
+        for column, place in enumerate(some):
+            near = np.flatnonzero(products[:place, column] > 1 - EPSILON - 1e-3)
+            exact = exact_products(units[near], np.repeat(units[place : place + 1], len(near), axis=0))
+            keepers = members[near[exact > 1 - EPSILON]]
+            differing += keeper[members[place]] != (keepers[0] if len(keepers) else -1)
+    return int(differing)
+
+
+def kernel_ratios(rows: int = 8192, block: int = 1024) -> dict[str, float]:
+    """The tile kernel against bare products of the same blocks, float32: where the bound spares most of them, and where
+    it never does."""
+    rng = np.random.default_rng(0)
+    centre = rng.normal(size=(1, DIMENSIONS))
+    spread = {"distinct rows": 1.0, "all rows nearly duplicates": 0.25}
+    ratios = {}
+    for name, noise in spread.items():
+        units = unit_rows(centre + noise * rng.normal(size=(rows, DIMENSIONS)))
+
+        def bare(units: np.ndarray = units) -> None:
+            for column in range(0, rows, block):
+                for row in range(0, column + 1, block):
+                    units[row : row + block] @ units[column : column + block].T
+
+        def kernel(units: np.ndarray = units) -> None:
+            semantic_duplicates(units, EPSILON)
+
+        ratios[f"tile kernel / bare products, {name}"] = _seconds(bare) / _seconds(kernel)
+    return ratios
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    taken = []
+    for _ in range(5):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="smaller pools: shows that it runs, not the growth")
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument("--rows", type=int, nargs=2, default=[250_000, 1_000_000])
+    parser.add_argument("--workers", type=int, default=1, help="worker processes of the local runner")
+    parser.add_argument("--no-skewed", action="store_true")
+    parser.add_argument("--stage", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage:
+        return run_stage(*arguments.stage)
+    few, many = (10_000, 40_000) if arguments.quick else arguments.rows
+    large = LARGE_CLUSTER_ROWS // (10 if arguments.quick else 1)
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        runs = [("few", few, 0), ("many", many, 0), *([] if arguments.no_skewed else [("skewed", 2 * large, large)])]
+        for what, rows, large_rows in runs:
+            folder = Path(name) / what
+            pool = make_pool(rows, large_rows)
+            centroids = str(folder / "centres.npy") if large_rows else ""
+            for figure, value in stage_figures(pool, folder, arguments.workers, centroids).items():
+                figures[f"{what}: {figure}"] = value
+                print(f"{what}, {rows:,} rows: {figure}: {value:,.6g}", flush=True)
+    growth = figures["many: seconds"] / figures["few: seconds"]
+    figures = {**kernel_ratios(), f"seconds, {many:,} rows / {few:,} rows": growth, **figures}
+    for figure, value in list(figures.items())[:3]:
+        print(f"{figure}: {value:.4g}")
+    if arguments.json:
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
