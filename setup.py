@@ -41,7 +41,10 @@ setup(
         "typer>=0.29",
     ],
     extras_require={
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "scikit-image", "types-PyYAML", "uv"],
+        "dev": [
+            "hypothesis", "mypy", "psutil", "pytest", "pytest-xdist", "ruff", "scikit-image", "types-PyYAML",
+            "types-psutil", "uv",
+        ],
     },
     entry_points={"console_scripts": ["pairsift = pipeline.cli:main"]},
 )

@@ -44,6 +44,11 @@ class Layout:
         return files.join(self.output, ".progress")
 
     @property
+    def alignment_work(self) -> str:
+        """Arrays that the steps of stage 3 hand on; goes when that stage ends."""
+        return files.join(self.output, ".distribution_alignment")
+
+    @property
     def centroids(self) -> str:
         """float32 (k, d), L2-normalised."""
         return files.join(self.output, "centroids.npy")
