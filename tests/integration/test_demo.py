@@ -29,7 +29,8 @@ POOL = importlib.resources.files("pipeline") / "demo" / "pool"
 LABELS = importlib.resources.files("pipeline") / "demo" / "labels.csv"
 RECIPE = importlib.resources.files("recipes") / "demo.yaml"
 COMPARED = (
-    "annotations", "decisions", "subset.npy", "funnel.json", "clusters.parquet", "centroids.npy", "dead_letters"
+    "annotations", "decisions", "subset.npy", "funnel.json", "clusters.parquet", "clusters.svg", "centroids.npy",
+    "dead_letters",
 )  # fmt: skip
 
 
