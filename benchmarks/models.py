@@ -3,8 +3,8 @@
     python -m benchmarks.models [--quick] [--json] [--device cpu|cuda] [--only clip|itm|digit] [--pairs N] [--rounds R]
                                 [--no-peers]
 
-For each model and precision, in pairs a second: the bare forward pass on ready tensors (the mean of before and after
-the rest); through RunInference on prepared batches (in our precision only); all of stage 2, from tars on disk to
+For each model and precision, in pairs a second: the bare forward pass on ready tensors (in our precision the mean
+of before and after the rest); through RunInference on prepared batches (in our precision only); all of stage 2, from tars on disk to
 written tables. Then clip-retrieval and data-juicer on the same
 pictures with the same weights (`make bench-peers` first). What starts once (loading, warming up) is taken out of every
 figure alike: each is the slope between a small and a large pool. Measurements take turns, round by round, and every
@@ -222,7 +222,7 @@ def subjects(folder: Path, arguments: argparse.Namespace) -> list[Subject]:
     batch = 256 if cuda else 64
     more = [batch if quick else pairs for pairs in (arguments.pairs, arguments.pairs_fp32)]
     large, large_fp32 = (batch * (1 + pairs // batch) for pairs in more)
-    itm_batch, itm_pairs = (128, (128, 128 + 4096, 128 + 4096)) if cuda else (16, (16, 16 + 128, 16 + 48))
+    itm_batch, itm_pairs = (128, (128, 128 + 4096, 128 + 4096)) if cuda else (16, (16, 16 + 96, 16 + 48))
     random_models.save_clip(folder / "clip", architecture)
     captions = " ".join(sample.annotation.caption.lower() for sample in pictures.pairs(300))
     words = sorted(set(re.findall(r"[a-z]+", captions)))
@@ -284,8 +284,8 @@ def measure(arguments: argparse.Namespace, folder: Path, say: Callable[[str], No
                     _add(rates, f"{name} RunInference", inference_rate(subject, handler, settings, some), say)
                 there = folder / "stage" / name / str(number)
                 _add(rates, f"{name} stage 2", stage_rate(subject, settings, some, there), say)
-                # Before and after what it is compared with: the machine's pace changes within a minute.
-                bare.append(bare_rate(subject, handler, model, some[subject.small :]))
+                if precision == precisions[0]:  # again after what is compared with it: the machine's pace changes
+                    bare.append(bare_rate(subject, handler, model, some[subject.small :]))
                 _add(rates, f"{name} bare", statistics.mean(bare), say)
                 del model
             for peer, seconds in _peers(subject, folder, architecture, arguments).items():

@@ -70,14 +70,19 @@ def save_siglip(folder: Path, embed_dim: int = 768, **smaller: dict[str, Any]) -
     word_tokenizer().save_pretrained(folder)
 
 
-def save_itm(folder: Path, words: list[str], layers: int = 12) -> None:
-    """The architecture of Salesforce/blip-itm-base-coco, over a vocabulary of the given words."""
+LARGE_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+"""What Salesforce/blip-itm-large-coco changes."""
+
+
+def save_itm(folder: Path, words: list[str], layers: int = 12, **vision: Any) -> None:
+    """The architecture of Salesforce/blip-itm-base-coco, its picture tower changed by `vision`, over a vocabulary of the
+    given words."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
     vocabulary = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words])
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)})
     text = {"num_hidden_layers": layers, "vocab_size": 30524, "pad_token_id": 0, "sep_token_id": 3, "eos_token_id": 3}
-    vision = {"num_hidden_layers": layers, "image_size": 384}
+    vision = {"num_hidden_layers": layers, "image_size": 384, **vision}
     torch.manual_seed(0)
     BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
     BlipProcessor(BlipImageProcessor(), tokenizer).save_pretrained(folder)
@@ -100,7 +105,11 @@ def save_digit(folder: Path, tokenizer: Any, layers: int | None = None) -> None:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     torch.manual_seed(0)
-    Blip2ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    torch.set_default_dtype(torch.bfloat16)  # made in fp32 first, it would take 15 GB of memory
+    try:
+        Blip2ForConditionalGeneration(config).save_pretrained(folder)
+    finally:
+        torch.set_default_dtype(torch.float32)
     side = config.vision_config.image_size
     processor = Blip2Processor(BlipImageProcessor(size={"height": side, "width": side}), tokenizer, num_query_tokens=32)
     processor.save_pretrained(folder)

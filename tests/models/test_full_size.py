@@ -12,6 +12,7 @@ from benchmarks import random_models
 from pipeline import recipe
 from tests.models.model_batches import make_batch, make_sample, scores
 from transforms.models.blip import BlipHandler
+from transforms.models.blip2 import Blip2Handler
 from transforms.models.clip import ClipHandler
 from transforms.models.handler import SampleBatchHandler
 
@@ -47,7 +48,15 @@ def test_siglip(tmp_path: Path):
     assert_bits_stay(ClipHandler(settings, "cpu", "bf16"))
 
 
-def test_blip_itm_base(tmp_path: Path):
-    random_models.save_itm(tmp_path / "itm", ["a", "red", "square", "number", "picture", "of"])
+@pytest.mark.parametrize("vision", [{}, random_models.LARGE_VISION], ids=["base", "large"])
+def test_blip_itm(tmp_path: Path, vision: dict):
+    random_models.save_itm(tmp_path / "itm", ["a", "red", "square", "number", "picture", "of"], **vision)
     settings = recipe.ImageTextMatching(model=str(tmp_path / "itm"), min=0.0, batch_size=2)
     assert_bits_stay(BlipHandler(settings, "cpu", None, "bf16"))
+
+
+@pytest.mark.large
+def test_blip2_opt_2_7b(tmp_path: Path):
+    random_models.save_digit(tmp_path / "digit", random_models.word_tokenizer())
+    settings = recipe.Digit(model=str(tmp_path / "digit"), prompts=[random_models.PROMPT], batch_size=2)
+    assert_bits_stay(Blip2Handler(settings, "cpu", None, None, "bf16"))
