@@ -102,7 +102,11 @@ def _tar_images(path: str, bounds: PoolBounds, decoder: TfioDecoder) -> Iterator
         try:
             for member in tar_members(stream):
                 name = f"{path}/{member.name}"
-                if not member.is_file or os.path.basename(name).startswith("."):
+                if os.path.basename(name).startswith("."):
+                    continue
+                if not member.is_file:
+                    if _is_named_as_an_image(name):
+                        yield Unreadable(name, "is a link or a device, not a file")
                     continue
                 content = _image_content(name, member.size_bytes, member.read, bounds)
                 if content is not None:
@@ -117,11 +121,15 @@ def _image_content(
     """The file's bytes; None where it is no image."""
     too_large = size_bytes > bounds.max_image_bytes
     content = read(_HEAD_BYTES if too_large else size_bytes)
-    if os.path.splitext(name)[1].lower().removeprefix(".") not in _EXTENSIONS and not _looks_like_an_image(content):
+    if not _is_named_as_an_image(name) and not _looks_like_an_image(content):
         return None
     if too_large:
         return Unreadable(name, f"{size_bytes} bytes; the recipe's pool.max_image_bytes is {bounds.max_image_bytes}")
     return content
+
+
+def _is_named_as_an_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower().removeprefix(".") in _EXTENSIONS
 
 
 def _looks_like_an_image(head: bytes) -> bool:

@@ -41,6 +41,8 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGSEGV)
             elif word == "hang":
                 time.sleep(60)
+            elif word == "slow":
+                time.sleep(1)
             elif word == "refuse":
                 send(b"F", 7, 0, b"no good")
             elif word == "huge":

@@ -27,7 +27,7 @@ from tests.helpers import DEMO_RECIPE, encode, jpeg, picture, recipe, settings, 
 from tests.models import tiny_models
 from transforms.distribution_alignment.cids import load_tasks, load_tasks_model
 from transforms.distribution_alignment.vectors import unit_rows
-from transforms.models.clip import ClipHandler
+from transforms.models.clip import ClipHandler, LoadedClip
 from transforms.models.embedding_identity import differences
 
 MNIST = Path(__file__).parents[3] / "shared" / "data" / "tasks" / "mnist"
@@ -232,6 +232,16 @@ def test_a_file_for_tensorflow_io_without_it_is_an_error(place: Path) -> None:
     assert "pets/scan: is a DICOM file" in result.stderr
     assert "constraints-tfio.txt" in result.stderr
     assert not (place / "tasks.npz").exists()
+
+
+def test_a_gpu_whose_memory_is_too_small(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LoadedClip, "score", too_much)
+    result = centroids("pets=pets")
+    assert result.exit_code == 1
+    assert "too small for flipped_clip.batch_size 4; make it smaller in the recipe" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("name", ["file", "allow_pickle", "arr_0", "x-1"])

@@ -70,6 +70,14 @@ def test_a_process_that_is_lost_costs_the_file_at_hand(
     assert starts(log) == 2
 
 
+def test_the_limit_is_for_all_of_a_file_and_for_each_file_anew(started: tuple[TfioDecoder, Path]) -> None:
+    decoder, log = started
+    assert decoded(decoder, "slow", "1", "slow", "2")[-1] == "tensorflow-io took more than 1.5 s"
+    decoder._limit_s = 30
+    assert decoded(decoder, "slow", "1", "slow", "2") == [1, 2]
+    assert starts(log) == 2
+
+
 def test_the_time_in_which_pictures_are_looked_at_is_not_the_decoders(started: tuple[TfioDecoder, Path]) -> None:
     decoder, log = started
     found = decoder.pictures("x.dcm", tfio_child.DICOM, 1, file("1", "2"))

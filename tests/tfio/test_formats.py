@@ -199,6 +199,17 @@ def test_bare_codestreams_of_jpeg_2000(tmp_path: Path, decoder: TfioDecoder) -> 
     assert_pictures(read(tmp_path, decoder, *[file[file.index(b"\xff\x4f\xff\x51") :] for file in files]), RGB, GREY)
 
 
+def test_jpeg_2000_that_would_come_out_wrong(tmp_path: Path, decoder: TfioDecoder) -> None:
+    sound = jp2(Image.fromarray(RGB))
+    colours = sound.index(b"colr\1") + 7
+    sycc = sound[:colours] + struct.pack(">I", 18) + sound[colours + 4 :]
+    depth = sound.index(b"\xff\x4f\xff\x51") + 42
+    mixed = sound[:depth] + b"\3" + sound[depth + 1 :]
+    found = read(tmp_path, decoder, sycc, mixed)
+    assert found == ["its colours are sYCC, which is not converted",
+                     "its components are not all of 8 to 16 bits, unsigned and of one depth"]  # fmt: skip
+
+
 # What is damaged --------------------------------------------------------------------------------------------------
 
 

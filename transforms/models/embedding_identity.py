@@ -28,8 +28,8 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     """The fields in which two identities differ so that their embeddings cannot be compared; none where they can.
 
     Weights are compared by their hashes where both are known, else by model name, tag and revision: one model may come
-    from a hub here and from a folder there. Precision moves an embedding less than it takes to change a cluster's
-    likeness to a task (docs/models.md), so it is recorded and may differ.
+    from a hub here and from a folder there. Precision is recorded and may differ: it moves embeddings a little
+    (docs/models.md), not into another space.
     """
     hashes = ours["weights_sha256"] and theirs["weights_sha256"]
     compared = (*(("weights_sha256",) if hashes else _NAMES), *_ALWAYS)
