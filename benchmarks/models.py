@@ -3,10 +3,10 @@
     python -m benchmarks.models [--quick] [--json] [--device cpu|cuda] [--only clip|itm|digit] [--pairs N] [--rounds R]
                                 [--no-peers]
 
-For each model and precision, in pairs a second: the bare forward pass on ready tensors (in our precision the mean
-of before and after the rest); through RunInference on prepared batches (in our precision only); all of stage 2, from tars on disk to
-written tables. Then clip-retrieval and data-juicer on the same
-pictures with the same weights (`make bench-peers` first). What starts once (loading, warming up) is taken out of every
+For each model and precision, in pairs a second: the bare forward pass on ready tensors (in our precision the mean of
+before and after the rest); through RunInference on prepared batches (in our precision only); all of stage 2, from tars
+on disk to written tables. Then clip-retrieval and data-juicer on the same pictures with the same weights (`make
+bench-peers` first). What starts once (loading, warming up) is taken out of every
 figure alike: each is the slope between a small and a large pool. Measurements take turns, round by round, and every
 ratio is the median of the rounds' own ratios, because machines are shared.
 """

@@ -75,8 +75,8 @@ LARGE_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_laye
 
 
 def save_itm(folder: Path, words: list[str], layers: int = 12, **vision: Any) -> None:
-    """The architecture of Salesforce/blip-itm-base-coco, its picture tower changed by `vision`, over a vocabulary of the
-    given words."""
+    """The architecture of Salesforce/blip-itm-base-coco, its picture tower changed by `vision`, over a vocabulary of
+    the given words."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
     vocabulary = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words])
