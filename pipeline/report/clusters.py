@@ -167,7 +167,8 @@ def _similarities(figure: Figure, axes: Axes, table: _Table, edges: np.ndarray) 
     groups = np.arange(len(table.before)) if len(edges) == len(table.before) + 1 else _groups(table)
     weight = np.bincount(groups, table.before)
     cells = [np.bincount(groups, table.before * values) / weight for _, values in shown]
-    mesh = axes.pcolormesh(edges, np.arange(len(shown) + 1), np.array(cells), cmap="cividis")
+    # Edges in the cells' own colour, else browsers show the page between cells.
+    mesh = axes.pcolormesh(edges, np.arange(len(shown) + 1), np.array(cells), cmap="cividis", edgecolors="face")
     axes.invert_yaxis()
     labels = [f"{_printable(name)}\n{_means(table, values)}" for name, values in shown]
     axes.set_yticks(np.arange(len(shown)) + 0.5, labels, fontsize=7)
