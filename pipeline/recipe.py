@@ -313,8 +313,8 @@ class SemanticDedup(_Settings):
 
 
 class Cids(_Settings):
-    """Cluster-importance-based data selection. `tasks` names a .npz of float32 (m, d) task centroids, or
-    `bundled:tasks`; `task_weights` default to equal ones."""
+    """Cluster-importance-based data selection. `tasks` names a .npz of float32 (m, d) task centroids, as
+    `pairsift centroids` writes it, or `bundled:tasks`; `task_weights` default to equal ones."""
 
     tasks: str
     task_weights: dict[str, Annotated[float, Field(ge=0.0)]] | None = None
