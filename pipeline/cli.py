@@ -189,8 +189,8 @@ def _show_resharded(done: Resharded, as_json: bool) -> None:
     print(f"{folder.output}: {subset.tally.rows:,} copies of {subset.samples:,} samples in {spread.tars:,} tars")
     if several:
         print(
-            f"copies of one sample are at least {spread.least_rows_apart:,} rows and {spread.least_tars_apart:,} tars "
-            "apart"
+            f"copies of one sample are at least {spread.least_rows_apart:,} rows apart; the numbers of their tars "
+            f"differ by at least {spread.least_tars_apart:,}"
         )
     else:
         print("no sample stands in it twice")

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,22 +65,34 @@ def reshard(
     spread = Spread.plan(subset.samples, subset.most_copies, subset.tally.rows, samples_per_shard)
     folder = ReshardedFolder(output.rstrip("/") or output, spread.tars)
     claim(folder, _manifest(tables, layout, subset, spread))
+    if not _is_finished(folder):
+        with progress.following(NAME, _line(folder)):
+            pipeline = pipeline_of(beam_options)
+            _ = (
+                pipeline
+                | "Shards" >> beam.Create(shards)
+                | "Spread shards" >> beam.Reshuffle()
+                | "Write resharded" >> WriteResharded(layout, bounds, subset, spread, folder)
+            )
+            pipeline.run().wait_until_finish()
+    files.delete_if_there(folder.places_folder)
+    return Resharded(subset, spread, folder)
+
+
+def _is_finished(folder: ReshardedFolder) -> bool:
+    there = files.names_in(folder.output)
+    return files.exists(folder.sizes) and all(folder.tar_name(index) in there for index in range(folder.tars))
+
+
+def _line(folder: ReshardedFolder) -> Callable[[], str]:
+    """Says how many tars there are, and for how long it has been asked."""
     started = time.monotonic()
 
     def line() -> str:
         tars = sum(name.endswith(".tar") for name in files.names_in(folder.output))
-        return f"{NAME}: {tars}/{spread.tars} tars, {time.monotonic() - started:.0f} s"
+        return f"{NAME}: {tars}/{folder.tars} tars, {time.monotonic() - started:.0f} s"
 
-    with progress.following(NAME, line):
-        pipeline = pipeline_of(beam_options)
-        _ = (
-            pipeline
-            | "Shards" >> beam.Create(shards)
-            | "Spread shards" >> beam.Reshuffle()
-            | "Write resharded" >> WriteResharded(layout, bounds, subset, spread, folder)
-        )
-        pipeline.run().wait_until_finish()
-    return Resharded(subset, spread, folder)
+    return line
 
 
 def _finished_run(layout: Layout) -> tuple[PoolBounds, Subset]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import heapq
 import io
-import itertools
-import operator
 import tarfile
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -19,8 +16,8 @@ from pipeline import files, tables
 from pipeline.layout import Layout
 from pipeline.recipe import PoolBounds
 from pipeline.records import Shard
+from pipeline.sources.places import PLACES, find_places
 from pipeline.sources.subset import Subset, Tally
-from pipeline.sources.webdataset import BrokenTar, Members, read_members
 from pipeline.spread import Segment, Spread, segments
 
 _SHOWN_FAULTS = 5
@@ -35,7 +32,10 @@ class Incomplete(RuntimeError):
 
 
 class _Changed(Exception):
-    """A sample that the pool no longer holds as it was judged; where, and what is wrong."""
+    """A sample that the pool no longer holds as it was judged: where, and what is wrong."""
+
+    def __init__(self, shard: Shard, key: str, fault: str) -> None:
+        super().__init__(f"shard {shard.name}, key {key!a}: {fault}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,15 @@ class ReshardedFolder:
         """Tar name -> rows, as open_clip looks for it beside the tars; written last, when all are whole."""
         return files.join(self.output, "sizes.json")
 
+    def places(self, shard: str) -> str:
+        """Where the chosen samples of a shard lie in its tar."""
+        return files.join(self.places_folder, f"{shard}.parquet")
+
+    @property
+    def places_folder(self) -> str:
+        """Goes when all tars are written."""
+        return files.join(self.output, ".places")
+
     @property
     def manifest(self) -> str:
         """What the tars were made from."""
@@ -74,19 +83,11 @@ class _CountedShard:
 
 
 @dataclasses.dataclass(frozen=True)
-class _PlannedSegment:
-    """Which of a shard's samples go into a tar, and the shard."""
-
-    shard: Shard
-    segment: Segment
-
-
-@dataclasses.dataclass(frozen=True)
 class _PlannedTar:
-    """All that one output tar is made from, in a few lines: not its rows."""
+    """All that one output tar is made from: which samples of which shards, in a few lines."""
 
     index: int
-    segments: tuple[_PlannedSegment, ...]
+    parts: tuple[tuple[Shard, Segment], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,24 +100,25 @@ class _Outcome:
 
 
 class _Row(NamedTuple):
-    """One row of an output tar. Rows sort by position, then by the sample's number; no two have both in common."""
+    """One row of an output tar: a copy of a sample, and the row of PLACES that says where it lies."""
 
     position: int
     sample: int
     copy: int
-    decision: dict[str, Any]
-    members: Members
+    shard: Shard
+    place: dict[str, Any]
 
 
 class WriteResharded(beam.PTransform):
     """PCollection[Shard] -> the path of sizes.json, once all output tars are there.
 
-    The shards are those of decisions/; one that the pool no longer has comes with an empty path. Each worker writes one
-    output tar at a time: it merges at most `spread.most_copies` streams over input tars, so its memory holds as many
-    samples and one shard's decisions for each. An output tar that is there already is not written again.
+    The shards are those of decisions/; one that the pool no longer has comes with an empty path. Each input tar is
+    streamed once, to find where in it the chosen samples lie; then each output tar is written by itself, and reads only
+    the samples that it holds: once for every copy. A worker holds one sample and the slim rows of one tar. No pixels
+    cross a shuffle. An output tar that is there already is not written again.
 
     Raises Disagreement where decisions/ and subset.npy do not say the same. A sample that the pool no longer holds, or
-    holds with another image or caption, costs its output tar only; when all others are written, Incomplete is raised.
+    holds with another image or caption, costs its output tars only; when all others are written, Incomplete is raised.
     """
 
     def __init__(
@@ -129,22 +131,25 @@ class WriteResharded(beam.PTransform):
     def expand(self, shards: beam.PCollection) -> beam.PCollection:
         return (
             shards
-            | "Count samples" >> beam.Map(_count, self._layout)
-            | "All counts" >> beam.combiners.ToList()
+            | "Find places" >> beam.Map(_find_places, self._layout, self._bounds, self._folder)
+            | "All shards" >> beam.combiners.ToList()
             | "Plan tars" >> beam.FlatMap(_plan, self._spread, self._subset)
             | "Spread tars" >> beam.Reshuffle()
-            | "Write tar" >> beam.ParDo(_WriteTar(self._layout, self._bounds, self._spread, self._folder))
+            | "Write tar" >> beam.ParDo(_WriteTar(self._spread, self._folder))
             | "All tars" >> beam.combiners.ToList()
             | "Check and write sizes" >> beam.Map(_finish, self._subset, self._folder)
         )
 
 
-def _count(shard: Shard, layout: Layout) -> _CountedShard:
+def _find_places(shard: Shard, layout: Layout, bounds: PoolBounds, folder: ReshardedFolder) -> _CountedShard:
     shard = Shard(*shard)
-    rows = tables.read_table(layout.decisions(shard.name), ["uid", "copies"])
-    return _CountedShard(
-        shard, sum(row["copies"] > 0 for row in rows), Tally.of((row["uid"], row["copies"]) for row in rows)
-    )
+    path = folder.places(shard.name)
+    if tables.is_finished(path, shard.fingerprint):
+        rows = tables.read_table(path, ["uid", "copies"])
+    else:
+        rows = find_places(shard, layout, bounds)
+        tables.write_table(path, rows, PLACES, made_from=shard.fingerprint)
+    return _CountedShard(shard, len(rows), Tally.of((row["uid"], row["copies"]) for row in rows))
 
 
 def _plan(counted: list[_CountedShard], spread: Spread, subset: Subset) -> Iterator[_PlannedTar]:
@@ -158,105 +163,79 @@ def _plan(counted: list[_CountedShard], spread: Spread, subset: Subset) -> Itera
         )
     for tar in range(spread.tars):
         parts = segments(spread.stretches(tar), samples)
-        yield _PlannedTar(tar, tuple(_PlannedSegment(counted[part.shard].shard, part) for part in parts))
+        yield _PlannedTar(tar, tuple((counted[part.shard].shard, part) for part in parts))
 
 
 class _WriteTar(beam.DoFn):
-    def __init__(self, layout: Layout, bounds: PoolBounds, spread: Spread, folder: ReshardedFolder) -> None:
-        self._layout, self._bounds, self._spread, self._folder = layout, bounds, spread, folder
+    def __init__(self, spread: Spread, folder: ReshardedFolder) -> None:
+        self._spread, self._folder = spread, folder
 
     def process(self, planned: _PlannedTar) -> Iterator[_Outcome]:
-        path = self._folder.tar(planned.index)
+        path, rows = self._folder.tar(planned.index), sorted(self._rows(planned), key=_by_position)
         try:
-            if files.exists(path):
-                uids = [row["uid"] for part in planned.segments for _, row in self._decisions(part)]
-            else:
-                uids = self._write(path, planned)
+            if not files.exists(path):
+                _write(path, rows)
         except _Changed as error:
             yield _Outcome(planned.index, Tally(), str(error))
         else:
-            yield _Outcome(planned.index, Tally.of((uid, 1) for uid in uids))
+            yield _Outcome(planned.index, Tally.of((row.place["uid"], 1) for row in rows))
 
-    def _write(self, path: str, planned: _PlannedTar) -> list[str]:
-        """The uids of the rows written."""
-        uids = []
-        with contextlib.ExitStack() as stack:
-            streams = [
-                stack.enter_context(contextlib.closing(self._stream(list(parts))))
-                for _, parts in itertools.groupby(planned.segments, key=lambda part: part.segment.copy)
-            ]
-            file = stack.enter_context(files.write_aside(path))
-            # Of all formats the one without extended headers; uids and member sizes always fit into it.
-            tar = stack.enter_context(tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT))
-            for row in heapq.merge(*streams, key=operator.attrgetter("position", "sample")):
-                _add(tar, row)
-                uids.append(row.decision["uid"])
-        return uids
-
-    def _stream(self, parts: list[_PlannedSegment]) -> Generator[_Row, None, None]:
-        """The rows of one copy, by position."""
-        for part in parts:
-            decisions = list(self._decisions(part))
-            if not decisions:  # then the shard's tar need not even be there
-                continue
-            with contextlib.closing(_judged_members(part.shard, self._bounds, decisions)) as found:
-                for (sample, decision), members in zip(decisions, found, strict=True):
-                    position = self._spread.position(sample, part.segment.copy)
-                    yield _Row(position, sample, part.segment.copy, decision, members)
-
-    def _decisions(self, part: _PlannedSegment) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(the sample's number, its decision) for those of a segment that have the segment's copy."""
-        columns = ["uid", "key", "caption", "image_sha256", "copies"]
-        rows = tables.read_table(self._layout.decisions(part.shard.name), columns)
-        segment = part.segment
-        numbered = enumerate((row for row in rows if row["copies"] > 0), segment.first)
-        for sample, row in itertools.islice(numbered, segment.start - segment.first, segment.stop - segment.first):
-            if row["copies"] > segment.copy:
-                yield sample, row
+    def _rows(self, planned: _PlannedTar) -> Iterator[_Row]:
+        for shard, part in planned.parts:
+            places = tables.read_table(self._folder.places(shard.name))
+            for sample in range(part.start, part.stop):
+                place = places[sample - part.first]
+                if place["copies"] > part.copy:
+                    yield _Row(self._spread.position(sample, part.copy), sample, part.copy, shard, place)
 
 
-def _judged_members(
-    shard: Shard, bounds: PoolBounds, decisions: list[tuple[int, dict[str, Any]]]
-) -> Generator[Members, None, None]:
-    """The files of each sample, read in one pass that ends with the last. Raises _Changed."""
-    if not shard.path:
-        raise _Changed(f"shard {shard.name}, key {decisions[0][1]['key']!a}: the pool no longer has that shard")
-    found = read_members(shard.path, bounds)
-    for _, decision in decisions:
-        key = decision["key"]
-        try:
-            members = next((members for members in found if members.key == key), None)
-        except BrokenTar as error:
-            raise _Changed(f"shard {shard.name}, key {key!a}: the tar is broken {error}") from error
-        fault = _fault(members, decision)
-        if members is None or fault:
-            raise _Changed(f"shard {shard.name}, key {key!a}: {fault}")
-        yield members
+def _by_position(row: _Row) -> tuple[int, int]:
+    return row.position, row.sample  # no two rows have both in common
 
 
-def _fault(members: Members | None, decision: dict[str, Any]) -> str | None:
-    """What is no longer as it was judged; None where all is."""
-    if members is None:
-        return "not in the tar any more, or at another place"
-    if members.fault:
-        return f"{members.fault[0]}: {members.fault[1]}"
-    if members.image is None or members.caption is None:
-        return "has no image or no caption any more"
-    if hashlib.sha256(members.image).hexdigest() != decision["image_sha256"]:
-        return "has another image than the one that was judged"
-    if members.caption != decision["caption"].encode():
-        return "has another caption than the one that was judged"
-    return None
+def _write(path: str, rows: list[_Row]) -> None:
+    """Write one output tar, whole or not at all. Raises _Changed."""
+    for row in rows:
+        if row.place["fault"]:
+            raise _Changed(row.shard, row.place["key"], row.place["fault"])
+    with (
+        files.write_aside(path) as file,
+        # The format without extended headers: uids and the sizes of samples always fit into it.
+        tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar,
+        contextlib.closing(_OpenShards()) as shards,
+    ):
+        for row in rows:
+            for extension, content in shards.read(row):
+                info = tarfile.TarInfo(f"{row.place['uid']}-{row.copy}.{extension}")  # its mtime and owner are 0
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
 
 
-def _add(tar: tarfile.TarFile, row: _Row) -> None:
-    members = row.members
-    contents = {members.image_extension: members.image, "txt": members.caption, "json": members.metadata}
-    for extension, content in contents.items():
-        if content is not None:
-            info = tarfile.TarInfo(f"{row.decision['uid']}-{row.copy}.{extension}")  # its mtime and owner are 0
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+class _OpenShards:
+    """Reads samples at their places. The rows of one copy go through the pool in its order, so one open tar for each
+    copy is enough."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, tuple[Shard, Any]] = {}
+
+    def read(self, row: _Row) -> Iterator[tuple[str, bytes]]:
+        """(extension, content) of each file. Raises _Changed where it has changed since its place was found."""
+        opened = self._open.get(row.copy)
+        if opened is None or opened[0] != row.shard:
+            if opened is not None:
+                opened[1].close()
+            opened = self._open[row.copy] = row.shard, files.open_binary(row.shard.path)
+        for place in row.place["files"]:
+            opened[1].seek(place["offset"])
+            content = opened[1].read(place["size_bytes"])
+            if hashlib.sha256(content).hexdigest() != place["sha256"]:
+                raise _Changed(row.shard, row.place["key"], f"its {place['extension']} has changed just now")
+            yield place["extension"], content
+
+    def close(self) -> None:
+        """Close all."""
+        for _, file in self._open.values():
+            file.close()
 
 
 def _finish(outcomes: list[_Outcome], subset: Subset, folder: ReshardedFolder) -> str:

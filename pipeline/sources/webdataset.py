@@ -86,15 +86,15 @@ class BrokenTar(Exception):
 class Members:
     """What a tar holds under one key, each file's own bytes, and the first thing wrong with it (reason, message).
 
-    `image_extension` is one of IMAGE_EXTENSIONS, empty where there is no image.
+    `offsets` says by extension, in small letters, at which byte of the tar a file's own bytes begin.
     """
 
     key: str
     image: bytes | None = None
-    image_extension: str = ""
     caption: bytes | None = None
     metadata: bytes | None = None
     fault: tuple[str, str] | None = None
+    offsets: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def is_whole(self) -> bool:
@@ -163,9 +163,10 @@ def _metadata(members: Members) -> tuple[dict[str, Any], tuple[str, str] | None]
 
 class TarMember(NamedTuple):
     """What a tar holds under a name, no folder; `is_file` is false of links and devices. `read` gives its first so many
-    bytes (-1: all), once, and before the next member is asked for."""
+    bytes (-1: all), once, and before the next member is asked for. They begin at byte `offset` of the tar."""
 
     name: str
+    offset: int
     size_bytes: int
     is_file: bool
     read: Callable[[int], bytes]
@@ -186,7 +187,7 @@ def tar_members(file: BinaryIO) -> Iterator[TarMember]:
             offset = member.offset
             if not member.isdir():
                 read = functools.partial(_content, tar, member)
-                yield TarMember(_text(member.name), member.size, member.isreg(), read)
+                yield TarMember(_text(member.name), member.offset_data, member.size, member.isreg(), read)
     except (tarfile.TarError, EOFError) as error:
         raise _broken_at(offset, error) from error
 
@@ -260,8 +261,7 @@ def _take(member: TarMember, extension: str, group: Members, bounds: PoolBounds)
         group.fault = group.fault or (f"{field}_too_large", message)
     else:
         setattr(group, field, member.read(-1))
-        if field == "image":
-            group.image_extension = extension
+        group.offsets[extension] = member.offset
 
 
 class _StrictTarInfo(tarfile.TarInfo):

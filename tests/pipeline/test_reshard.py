@@ -7,6 +7,7 @@ import importlib.resources
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import tarfile
@@ -25,6 +26,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from pipeline import files, tables
+from pipeline import reshard as reshard_module
 from pipeline.cli import app
 from pipeline.layout import Layout
 from pipeline.progress import Progress
@@ -310,10 +312,10 @@ def test_a_rerun_writes_nothing_and_opens_no_tar(
     pool: Path, run: Path, resharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
-        raise AssertionError("written or opened again")
+        raise AssertionError("a tar was opened or a file written")
 
     with monkeypatch.context() as patch:
-        patch.setattr(resharded_module, "read_members", refuse)
+        patch.setattr(reshard_module, "pipeline_of", refuse)
         patch.setattr(files, "write_aside", refuse)
         run_reshard(run, pool, resharded)
     missing = sorted(tars(resharded))[1]
@@ -357,10 +359,6 @@ def pairsift(*more: str, out: str = "out", pool: str = "pool", output: str = "ta
 
 
 def test_what_is_told(place: Path) -> None:
-    result = pairsift()
-    assert result.exit_code == 0, result.output
-    assert "tars: 25 copies of 24 samples in 5 tars" in result.stdout
-    assert "at least 12 rows and 2 tars apart" in result.stdout
     events = [json.loads(line) for line in pairsift("--json").stdout.splitlines()]
     assert [event["event"] for event in events] == ["stage_done", "done"]
     assert events[0]["message"].startswith("reshard: 5/5 tars")
@@ -368,6 +366,12 @@ def test_what_is_told(place: Path) -> None:
         "event": "done", "output": "tars", "samples": 24, "copies": 25, "tars": 5, "least_rows_apart": 12,
         "least_tars_apart": 2,
     }  # fmt: skip
+    result = pairsift()
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        "tars: 25 copies of 24 samples in 5 tars",
+        "copies of one sample are at least 12 rows apart; the numbers of their tars differ by at least 2",
+    ]
 
 
 def test_no_sample_twice(place: Path) -> None:
@@ -382,9 +386,9 @@ def told(result: Result) -> str:
 
 
 def only_whole_tars(folder: Path) -> set[str]:
-    """The tars there; nothing but them and what names the resharding."""
+    """The tars there; nothing but them, what names the resharding, and what it can go on from."""
     found = set(tars(folder))
-    assert tree(folder).keys() == found | {"reshard.json"}
+    assert tree(folder).keys() == found | {"reshard.json", *(f".places/{shard}.parquet" for shard in range(3))}
     return found
 
 
@@ -412,6 +416,27 @@ def test_samples_that_changed_cost_their_own_tars(place: Path) -> None:
     small_pool(place / "pool")  # as it was judged
     assert pairsift(per_shard=1).exit_code == 0
     assert tree(place / "tars") == tree(place / "whole")
+
+
+def test_samples_that_stand_elsewhere_in_their_tar(place: Path) -> None:
+    assert pairsift(output="whole").exit_code == 0
+    content = small_pool(place / "pool")["1.tar"]
+    (place / "pool" / "1.tar").write_bytes(tar_bytes([*content[12:], *content[:12]]))
+    assert pairsift().exit_code == 0
+    assert tree(place / "tars") == tree(place / "whole")
+
+
+def test_a_tar_that_changes_while_it_is_resharded(place: Path) -> None:
+    (place / "pool" / "2.tar").rename(place / "2.tar")
+    assert "pool no longer has" in told(pairsift(per_shard=1))  # what is in the other tars is known by now
+    (place / "2.tar").rename(place / "pool" / "2.tar")
+    (place / "tars" / "00009.tar").unlink()
+    path = place / "pool" / "1.tar"
+    before, content = path.stat(), path.read_bytes()
+    path.write_bytes(content.replace(b"caption 1 1", b"CAPTION 1 1"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "00009.tar: shard 1, key 'k1': its txt has changed just now" in told(pairsift(per_shard=1))
+    assert len(only_whole_tars(place / "tars")) == 23
 
 
 def test_a_tar_that_breaks_off(place: Path) -> None:
