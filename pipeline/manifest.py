@@ -82,8 +82,8 @@ def _check_tasks_model(path: str, tasks: list[str], ours: dict[str, Any]) -> Non
     if differing:
         sources = " ".join(f"{task}=IMAGES" for task in tasks)
         raise ValueError(
-            f"cids.tasks: {path}: was made with another model ({described(theirs, differing)}) than the recipe's "
-            f"({described(ours, differing)}); make a file that fits: "
+            f"cids.tasks: {path}: holds other embeddings ({described(theirs, differing)}) than the recipe "
+            f"makes ({described(ours, differing)}); make a file that fits: "
             f"pairsift centroids {sources} --recipe RECIPE --output tasks.npz"
         )
 

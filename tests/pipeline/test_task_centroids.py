@@ -301,15 +301,15 @@ def test_a_recipe_of_another_model_is_refused_at_start(
     result = CliRunner().invoke(app, ["run", "run.yaml", "--input", "pool", "--output", "out"])
     assert result.exit_code == 2, result.output
     said = " ".join(result.stderr.split())
-    assert f"tasks.npz: was made with another model (model {json.dumps(str(clip_folder))}, {named} " in said
-    assert f"than the recipe's (model {json.dumps(str(place / 'other'))}, {named} " in said
+    assert f"tasks.npz: holds other embeddings (model {json.dumps(str(clip_folder))}, {named} " in said
+    assert f"than the recipe makes (model {json.dumps(str(place / 'other'))}, {named} " in said
     assert "pairsift centroids cars=IMAGES pets=IMAGES --recipe RECIPE --output tasks.npz" in said
     assert not (place / "out").exists()
 
 
 def test_the_bundled_tasks_fit_the_bundled_model_alone(clip_folder: Path) -> None:
     identities(recipe())
-    with pytest.raises(ValueError, match="bundled:tasks: was made with another model"):
+    with pytest.raises(ValueError, match="bundled:tasks: holds other embeddings"):
         identities(parse_recipe(with_clip(clip_folder), "test"))
 
 
