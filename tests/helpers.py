@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import itertools
 import json
+import math
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +117,15 @@ def whole_sample(seed: int = 0, **columns: Any) -> Sample:
     """A decoded sample."""
     content = jpeg(seed=seed)
     return Sample(annotation(**columns), {}, content, np.asarray(picture(seed=seed)))
+
+
+def least_apart(places: Iterable[tuple[Any, int]]) -> float:
+    """The smallest difference between two places of one thing; infinite where nothing has two."""
+    of: dict[Any, list[int]] = defaultdict(list)
+    for thing, place in places:
+        of[thing].append(place)
+    pairs = (pair for found in of.values() for pair in itertools.pairwise(sorted(found)))
+    return min((after - before for before, after in pairs), default=math.inf)
 
 
 def uid(number: int) -> str:

@@ -19,8 +19,11 @@ from rich.table import Table
 from pipeline import run as run_module
 from pipeline.manifest import clip_identity
 from pipeline.progress import Progress
-from pipeline.recipe import STAGES, load_recipe
-from pipeline.sources.webdataset import list_shards
+from pipeline.recipe import STAGES, PoolBounds, load_recipe
+from pipeline.records import Sample
+from pipeline.reshard import reshard
+from pipeline.sources.webdataset import list_shards, read_samples
+from tests.helpers import least_apart
 from transforms.distribution_alignment.cids import load_tasks_model
 from transforms.models.weights import model_identity
 
@@ -239,3 +242,12 @@ def test_a_second_run_reads_no_shard_again(output, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "read_samples", refuse)
     run_demo(output)
     assert snapshot(output) == before
+
+
+def test_the_subset_can_be_resharded(output, decisions, tmp_path):
+    done = reshard(str(output), str(POOL), str(tmp_path / "tars"), 50, [], Progress(Console(stderr=True)))
+    found = [s for shard in list_shards(str(tmp_path / "tars")) for s in read_samples(shard, PoolBounds(), "test")]
+    assert all(isinstance(sample, Sample) for sample in found)
+    uids = [sample.annotation.uid for sample in found if isinstance(sample, Sample)]
+    assert Counter(uids) == {uid: row["copies"] for uid, row in decisions.items() if row["copies"]}
+    assert least_apart((uid, row) for row, uid in enumerate(uids)) >= done.spread.least_rows_apart > 50

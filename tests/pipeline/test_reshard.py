@@ -12,7 +12,7 @@ import re
 import shutil
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from pipeline.sources import subset as subset_module
 from pipeline.sources.subset import Tally, read_subset
 from pipeline.sources.webdataset import list_shards, read_samples
 from pipeline.spread import Spread, segments
-from tests.helpers import BOUNDS, Members, recipe, sample_members, tar_bytes, uid, write_pool
+from tests.helpers import BOUNDS, Members, least_apart, recipe, sample_members, tar_bytes, uid, write_pool
 
 DEMO_POOL = importlib.resources.files("pipeline") / "demo" / "pool"
 
@@ -62,15 +62,6 @@ def rows_of_tar(spread: Spread, copies: Sequence[int], tar: int) -> list[Row]:
 def planned(copies: Sequence[int], samples_per_shard: int) -> tuple[Spread, list[list[Row]]]:
     spread = Spread.plan(len(copies), max(copies), sum(copies), samples_per_shard)
     return spread, [rows_of_tar(spread, copies, tar) for tar in range(spread.tars)]
-
-
-def least_apart(places: Iterator[tuple[Any, int]]) -> float:
-    """The smallest difference between two places of one thing; infinite where nothing has two."""
-    of: dict[Any, list[int]] = defaultdict(list)
-    for thing, place in places:
-        of[thing].append(place)
-    pairs = (pair for found in of.values() for pair in itertools.pairwise(sorted(found)))
-    return min((after - before for before, after in pairs), default=math.inf)
 
 
 @given(COPIES, st.integers(1, 30))
@@ -284,7 +275,7 @@ def test_copies_in_the_tars_are_far_apart(run: Path, resharded: Path) -> None:
     spread = Spread.plan(subset.samples, subset.most_copies, subset.tally.rows, 100)
     assert spread.least_rows_apart > 100
     assert least_apart((uid_, row) for row, (uid_, _) in enumerate(rows)) >= spread.least_rows_apart
-    assert least_apart(iter(rows)) >= spread.least_tars_apart >= 2
+    assert least_apart(rows) >= spread.least_tars_apart >= 2
 
 
 def test_names_sizes_and_headers(resharded: Path) -> None:
