@@ -832,11 +832,12 @@ def make_tasks(args: argparse.Namespace) -> None:
     corpus = Corpus(args)
     folder = args.output / "clip"
     clip, preprocess, _ = load_clip(folder)
-    digits = []
-    for digit in range(10):
-        rng = random.Random(f"{SEED}/task/{digit}")
-        plates = [lettering.plate(str(digit), (200, 200), rng, corpus.fonts) for _ in range(24)]
-        digits.append(embed(clip, preprocess, plates).mean(0))
+    # Numbers as a pool holds them, written on pictures: plates that show a digit and nothing else have no likeness to
+    # those. The mean over many pictures keeps what they share.
+    numbers = list(corpus.written("number", corpus.clip_art("train")[::5], "task"))
+    written = embed(clip, preprocess, [image for image, _, _ in numbers])
+    first = np.array([text.lstrip("$")[0] for _, text, _ in numbers])
+    digits = [written[first == digit].mean(0) for digit in "0123456789"]
     animals = [i for i in corpus.split("train") if corpus.pictures[i].path.startswith("animals/")]
     points = embed(clip, preprocess, [Image.fromarray(corpus.pixels[i]) for i in animals])
     centroids = points[np.random.default_rng(SEED).permutation(len(points))[:8]]

@@ -170,6 +170,13 @@ def test_digits_get_a_floor(expected, probability, cap, enhanced):
     assert enhance(np.array([expected, 0.25]), column, rule, cap).tolist() == [enhanced, 0.25]
 
 
+def test_a_stored_probability_is_compared_with_the_threshold_itself():
+    below, above = np.float32(0.7), np.float32(0.6)  # in float64: 0.69999999 and 0.60000002
+    for probability, threshold, enhanced in ((below, 0.7, 0.5), (above, 0.6, 2.0)):
+        rule = DigitEnhancement(min_digit_probability=threshold)
+        assert enhance(np.array([0.5]), np.array([probability]), rule, 10.0).tolist() == [enhanced]
+
+
 def test_a_sample_never_asked_is_left_alone_at_the_lowest_threshold():
     found = enhance(np.array([0.5]), np.array([-1.0], np.float32), DigitEnhancement(min_digit_probability=0.0), 10.0)
     assert found.tolist() == [0.5]

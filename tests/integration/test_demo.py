@@ -7,6 +7,7 @@ import hashlib
 import importlib.resources
 import io
 import json
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -16,10 +17,12 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from pipeline import build
 from pipeline import run as run_module
+from pipeline.layout import Layout
 from pipeline.manifest import clip_identity
 from pipeline.progress import Progress
-from pipeline.recipe import STAGES, PoolBounds, load_recipe
+from pipeline.recipe import STAGES, Cids, DistributionAlignment, PoolBounds, Target, load_recipe
 from pipeline.records import Sample
 from pipeline.reshard import reshard
 from pipeline.sources.webdataset import list_shards, read_samples
@@ -251,3 +254,26 @@ def test_the_subset_can_be_resharded(output, decisions, tmp_path):
     uids = [sample.annotation.uid for sample in found if isinstance(sample, Sample)]
     assert Counter(uids) == {uid: row["copies"] for uid, row in decisions.items() if row["copies"]}
     assert least_apart((uid, row) for row, uid in enumerate(uids)) >= done.spread.least_rows_apart > 50
+
+
+@pytest.mark.parametrize("target", [{"survivors": True}, {"pool_share": 0.2}, {"pool_share": 0.1}])
+def test_the_digit_task_alone_raises_the_share_of_digit_pictures(output, labels, tmp_path, target):
+    """CIDS by itself (no digit enhancement, no quality duplication) at its default temperature and cap."""
+    demo = load_recipe(str(RECIPE)).distribution_alignment
+    assert demo.cids is not None
+    alone = DistributionAlignment(
+        target=Target(**target),
+        clusters=demo.clusters,
+        semantic_dedup=demo.semantic_dedup,
+        cids=Cids(tasks=demo.cids.tasks, task_weights={"digits": 1.0}),
+    )
+    changed = load_recipe(str(RECIPE)).model_copy(update={"distribution_alignment": alone})
+    shutil.copytree(output / "annotations", tmp_path / "annotations")
+    job = build.Job(changed, tuple(list_shards(str(POOL))), Layout(str(tmp_path)), {stage: {} for stage in STAGES})
+    run_module._run_stage("distribution_alignment", job, [])
+
+    digits = {label["uid"] for label in labels if label["digit"] == "1"}
+    subset = [f"{int(high):016x}{int(low):016x}" for high, low in np.load(tmp_path / "subset.npy")]
+    of_pool, of_subset = len(digits) / len(labels), sum(uid in digits for uid in subset) / len(subset)
+    assert of_pool <= 0.1
+    assert of_subset >= 3 * of_pool

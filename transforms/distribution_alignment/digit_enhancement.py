@@ -19,4 +19,5 @@ def enhance(
     A sample never asked has probability -1.0 and is left as it is. Never called for a dropped sample.
     """
     floor = min(settings.floor_copies, max_copies)
-    return np.where(digit_probabilities >= settings.min_digit_probability, np.maximum(expected, floor), expected)
+    # In float64, as the recipe has the threshold: a float32 above it may lie below its nearest float32.
+    return np.where(digit_probabilities.astype(np.float64) >= settings.min_digit_probability, np.maximum(expected, floor), expected)
