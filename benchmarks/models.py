@@ -121,7 +121,8 @@ def bare_rate(subject: Subject, handler: Any, model: Any, samples: list[Sample])
 
 def inference_rate(subject: Subject, handler: Any, settings: recipes.CrossModality, samples: list[Sample]) -> float:
     """Pairs a second through RunInference, on batches that are prepared and in memory."""
-    _Ready.samples = [prepare.load_prepare(settings)(pictures.decoded(sample)) for sample in samples]
+    prepared = prepare.load_prepare(settings)
+    _Ready.samples = [prepared(pictures.decoded(sample)) for sample in samples]
 
     def seconds(count: int) -> float:
         started = time.monotonic()
