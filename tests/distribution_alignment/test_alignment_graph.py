@@ -206,6 +206,15 @@ def test_a_cluster_in_tiles_is_judged_as_one(candidates, tasks, tmp_path, monkey
     assert not (tmp_path / "whole" / "work" / "tiles").exists()
 
 
+def test_embeddings_through_the_shuffle_or_from_disk_are_the_same(candidates, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr("transforms.distribution_alignment.tiles.TILE_ROWS", 40)
+    settings = everything(tasks, clusters=Clusters(count=2, iterations=5))
+    from_disk = place(candidates, settings, str(tmp_path / "disk"))
+    monkeypatch.setattr("transforms.distribution_alignment.tiles._is_local", lambda path: False)
+    monkeypatch.setattr("transforms.distribution_alignment.work.EmbeddingSlice.read", None)
+    assert place(candidates, settings, str(tmp_path / "shuffle")) == from_disk
+
+
 def test_given_centroids_are_used_and_nothing_is_trained(candidates, tmp_path):
     given = str(tmp_path / "given.npy")
     np.save(given, np.eye(3, D, dtype=np.float32))

@@ -20,4 +20,5 @@ def enhance(
     """
     floor = min(settings.floor_copies, max_copies)
     # In float64, as the recipe has the threshold: a float32 above it may lie below its nearest float32.
-    return np.where(digit_probabilities.astype(np.float64) >= settings.min_digit_probability, np.maximum(expected, floor), expected)
+    shows_digits = digit_probabilities.astype(np.float64) >= settings.min_digit_probability
+    return np.where(shows_digits, np.maximum(expected, floor), expected)

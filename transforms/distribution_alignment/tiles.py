@@ -154,11 +154,15 @@ def _runs(ascending: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(ascending)], strict=True))
 
 
+def _is_local(path: str) -> bool:
+    return FileSystems.get_scheme(path) is None
+
+
 class _Embeddings:
     """The embeddings of a shard's members: read here, or left on the local disk."""
 
     def __init__(self, path: str, rows: int) -> None:
-        self._path, self._local = path, FileSystems.get_scheme(path) is None
+        self._path, self._local = path, _is_local(path)
         content = b"" if self._local else files.read_bytes(path)
         size_bytes = os.path.getsize(path) if self._local else len(content)
         self._dimensions = size_bytes // 2 // rows
