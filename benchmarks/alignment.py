@@ -1,6 +1,6 @@
 """Stage 3 at size: time, memory, and whether it finds exactly the duplicates that were planted.
 
-    python -m benchmarks.alignment [--quick] [--json] [--rows N …] [--workers N]
+    python -m benchmarks.alignment [--quick] [--json] [--rows N N] [--only RUN] [--workers N]
 
 Tables as stages 1 and 2 leave them, generated and seeded: embeddings of 512 dimensions around rows/1,000 centres, 5 %
 of the rows near copies of another row above the threshold of 1 - epsilon, 5 % just below it. All of stage 3 runs over
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     parser.add_argument("--rows", type=int, nargs=2, default=[250_000, 1_000_000])
     parser.add_argument("--workers", type=int, default=1, help="worker processes of the local runner")
-    parser.add_argument("--no-skewed", action="store_true")
+    parser.add_argument("--only", choices=["few", "many", "skewed"], help="one of the runs, without the ratios")
     parser.add_argument("--stage", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
@@ -294,18 +294,21 @@ def main() -> None:
     large = LARGE_CLUSTER_ROWS // (10 if arguments.quick else 1)
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
-        runs = [("few", few, 0), ("many", many, 0), *([] if arguments.no_skewed else [("skewed", 2 * large, large)])]
-        for what, rows, large_rows in runs:
+        for what, rows, large_rows in (("few", few, 0), ("many", many, 0), ("skewed", 2 * large, large)):
+            if arguments.only not in (None, what):
+                continue
             folder = Path(name) / what
             pool = make_pool(rows, large_rows)
             centroids = str(folder / "centres.npy") if large_rows else ""
             for figure, value in stage_figures(pool, folder, arguments.workers, centroids).items():
                 figures[f"{what}: {figure}"] = value
                 print(f"{what}, {rows:,} rows: {figure}: {value:,.6g}", flush=True)
-    growth = figures["many: seconds"] / figures["few: seconds"]
-    figures = {**kernel_ratios(), f"seconds, {many:,} rows / {few:,} rows": growth, **figures}
-    for figure, value in list(figures.items())[:3]:
-        print(f"{figure}: {value:.4g}")
+    if arguments.only is None:
+        growth = figures["many: seconds"] / figures["few: seconds"]
+        ratios = {**kernel_ratios(), f"seconds, {many:,} rows / {few:,} rows": growth}
+        for figure, value in ratios.items():
+            print(f"{figure}: {value:.4g}")
+        figures = ratios | figures
     if arguments.json:
         print(json.dumps(figures))
 
