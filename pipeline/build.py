@@ -217,6 +217,9 @@ class _SingleModalityWork:
     def is_finished(self, shard: Shard) -> bool:
         return tables.is_finished(self._layout.single_modality(shard.name), self.made_from(shard))
 
+    def in_hand(self, shard: Shard) -> str:
+        return self._layout.in_hand(self.stage, shard.name)
+
     def wanted(self, shard: Shard) -> None:
         return None
 
@@ -236,6 +239,9 @@ class _CrossModalityWork:
 
     def is_finished(self, shard: Shard) -> bool:
         return tables.is_finished(self._layout.cross_modality(shard.name), self.made_from(shard))
+
+    def in_hand(self, shard: Shard) -> str:
+        return self._layout.in_hand(self.stage, shard.name)
 
     def wanted(self, shard: Shard) -> dict[str, Annotation]:
         rules = rules_of(self._recipe, SINGLE_MODALITY)

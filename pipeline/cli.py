@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.layout import Layout
+from pipeline.printable import PrintableFormatter, printable
 from pipeline.recipe import STAGES, Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
@@ -159,7 +160,9 @@ def _exit_status(as_json: bool, verbose: bool) -> Iterator[None]:
     from pipeline.run import UsageError
     from pipeline.sources.webdataset import NoShards
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         yield
     except (UsageError, NoShards) as error:
@@ -245,7 +248,7 @@ def _fail(status: int, message: str, as_json: bool) -> None:
 
 
 def _say(message: str) -> None:
-    _errors.print(f"pairsift: {message}", highlight=False, markup=False, soft_wrap=True)
+    _errors.print(f"pairsift: {printable(message)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:

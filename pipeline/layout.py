@@ -43,6 +43,15 @@ class Layout:
         """Goes when the run ends."""
         return files.join(self.output, ".progress")
 
+    def in_hand(self, stage: str, shard: str) -> str:
+        """A mark that is there while a stage works on a shard, and stays where that never came to an end."""
+        return files.join(self.in_hand_folder, stage, f"{shard}.mark")
+
+    @property
+    def in_hand_folder(self) -> str:
+        """Goes when the run ends well."""
+        return files.join(self.output, ".in_hand")
+
     @property
     def alignment_work(self) -> str:
         """Arrays that the steps of stage 3 hand on; goes when that stage ends."""

@@ -71,6 +71,11 @@ class PoolBounds(_Settings):
     max_image_pixels: int = Field(64_000_000, gt=0, le=178_000_000)  # Pillow itself refuses more
     max_caption_bytes: int = Field(16_384, gt=0)
     max_json_bytes: int = Field(2**20, gt=0)
+    max_json_depth: int = Field(64, ge=1, le=500)  # Python's own parser ends near 1,000
+    max_key_characters: int = Field(1024, ge=64)
+    max_tar_members: int = Field(1_000_000, gt=0)
+    max_tar_bytes: int = Field(64 * 2**30, gt=0)
+    max_decode_seconds: float = Field(60.0, gt=0.0)
 
 
 # Stage 1 ---------------------------------------------------------------------------------------------------------

@@ -83,6 +83,7 @@ def run(
             times[stage] = round(time.monotonic() - started, 3)
     finally:
         files.delete_if_there(layout.progress_folder)
+    files.delete_if_there(layout.in_hand_folder)
     files.write_json(layout.run, {"seconds": times, "shards": len(shards)})
     decided = DISTRIBUTION_ALIGNMENT in stages  # else a funnel that lies there is an earlier run's
     funnel = json.loads(files.read_bytes(layout.funnel)) if decided else None

@@ -53,7 +53,7 @@ def decide(
         dropped_by = dropped_by or first_failing(annotation, scored)
         placement = placements.pop(annotation.uid, None)
         if (dropped_by is None) != (placement is not None):
-            where = f"{annotation.uid} ({annotation.key} of shard {annotation.shard})"
+            where = f"{annotation.uid} ({annotation.key!a} of shard {annotation.shard})"
             raise Unaccounted(f"{where}: dropped by {dropped_by}, yet its placement is {placement}")
         row = tables.annotation_row(annotation)
         row.update(dropped_by=dropped_by, copies=0)

@@ -7,8 +7,12 @@ import warnings
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+
+_START_OF_SCAN = b"\xff\xda"
+_MAX_SCANS_AT_FULL_SIZE = 16  # a progressive JPEG usually has 10
 
 
 def silence_pillow() -> None:
@@ -41,8 +45,15 @@ def decode(
     try:
         with Image.open(io.BytesIO(content), formats=formats) as image:
             size = image.size
-            if size[0] * size[1] > max_pixels:
+            pixels = size[0] * size[1]
+            if pixels == 0:
+                raise UndecodableImage("undecodable_image", f"{size[0]}x{size[1]} px")
+            if pixels > max_pixels:
                 raise UndecodableImage("image_too_large", f"{size[0]}x{size[1]} px; the recipe allows {max_pixels}")
+            # A scan of a few bytes goes over the whole picture, and a file has room for a hundred thousand of them.
+            scans = content.count(_START_OF_SCAN) if isinstance(image, JpegImageFile) else 1
+            if scans * pixels > _MAX_SCANS_AT_FULL_SIZE * max_pixels:
+                raise UndecodableImage("image_too_large", f"{scans} scans of {size[0]}x{size[1]} px")
             if draft_side_px is not None:
                 image.draft("RGB", (draft_side_px, draft_side_px))
             if image.mode.startswith("I"):

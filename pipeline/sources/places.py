@@ -11,7 +11,8 @@ from pipeline import tables
 from pipeline.layout import Layout
 from pipeline.recipe import PoolBounds
 from pipeline.records import Shard
-from pipeline.sources.webdataset import IMAGE_EXTENSIONS, BrokenTar, Members, read_members
+from pipeline.sources.tars import BrokenTar
+from pipeline.sources.webdataset import IMAGE_EXTENSIONS, Members, read_members
 
 _FILE = pa.struct(
     [("extension", pa.string()), ("offset", pa.int64()), ("size_bytes", pa.int64()), ("sha256", pa.string())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Protocol
@@ -12,7 +13,8 @@ import apache_beam as beam
 from pipeline.recipe import PoolBounds
 from pipeline.records import Annotation, Attempt, DeadLetter, Sample, SampleBatch, Shard, dead_letter
 from pipeline.sources.ahead import in_order, in_turns
-from pipeline.sources.images import UndecodableImage, decode
+from pipeline.sources.decoding import Decode, decoder_of
+from pipeline.sources.images import UndecodableImage
 from pipeline.sources.webdataset import read_samples
 
 # Of a process; the cores that it may use, and no more pictures at full size at once than memory bears.
@@ -30,6 +32,9 @@ class Work(Protocol):
 
     def wanted(self, shard: Shard) -> dict[str, Annotation] | None:
         """The samples to read by key, as far as they are known; None for all of the shard."""
+
+    def in_hand(self, shard: Shard) -> str:
+        """The path of the mark that lies there while the shard is worked on."""
 
 
 Prepare = Callable[[Sample], Sample]
@@ -85,9 +90,13 @@ class _ReadShard(beam.DoFn):
             return
         if self._load_prepare and self._prepare is None:
             self._prepare = self._load_prepare()
+        with decoder_of(self._work.in_hand(shard), self._bounds.max_decode_seconds) as decode:
+            yield from self._tries(shard, decode)
+
+    def _tries(self, shard: Shard, decode: Decode) -> Iterator[SampleBatch]:
         attempt = Attempt()
         while True:
-            with contextlib.closing(self._decoded_samples(shard)) as samples:
+            with contextlib.closing(self._decoded_samples(shard, decode)) as samples:
                 for batch in _batches(shard, samples, self._batch_size, attempt):
                     yield batch  # the stage's models look at it before the next line runs
                     if attempt.out_of_memory:
@@ -96,8 +105,9 @@ class _ReadShard(beam.DoFn):
                 return
             attempt = attempt.smaller()
 
-    def _decoded_samples(self, shard: Shard) -> Generator[Sample | DeadLetter, None, None]:
-        return self._threaded(self._decoded, self._samples(shard), DECODE_THREADS, self._batch_size)
+    def _decoded_samples(self, shard: Shard, decode: Decode) -> Generator[Sample | DeadLetter, None, None]:
+        decoded = functools.partial(self._decoded, decode)
+        return self._threaded(decoded, self._samples(shard), DECODE_THREADS, self._batch_size)
 
     def _samples(self, shard: Shard) -> Iterator[Sample | DeadLetter]:
         wanted = self._work.wanted(shard)
@@ -117,7 +127,7 @@ class _ReadShard(beam.DoFn):
             message = "stage 1 saw this sample, the tar no longer holds it whole"
             yield dead_letter(annotation, self._work.stage, "vanished", message)
 
-    def _decoded(self, sample: Sample | DeadLetter) -> Sample | DeadLetter:
+    def _decoded(self, decode: Decode, sample: Sample | DeadLetter) -> Sample | DeadLetter:
         if isinstance(sample, DeadLetter):
             return sample
         try:

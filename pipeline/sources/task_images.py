@@ -21,8 +21,8 @@ from pipeline import files
 from pipeline.recipe import PoolBounds
 from pipeline.sources import tfio_child
 from pipeline.sources.images import FORMATS, UndecodableImage, decode
+from pipeline.sources.tars import BrokenTar, tar_members
 from pipeline.sources.tfio_decoder import TfioDecoder
-from pipeline.sources.webdataset import BrokenTar, tar_members
 
 _PILLOW_FORMATS = (*FORMATS, "BMP", "GIF", "PPM", "TIFF")
 _EXTENSIONS = frozenset(
@@ -100,7 +100,7 @@ def read_images(listed: list[FileMetadata], bounds: PoolBounds, decoder: TfioDec
 def _tar_images(path: str, bounds: PoolBounds, decoder: TfioDecoder) -> Iterator[Picture | Unreadable]:
     with files.open_binary(path) as stream:
         try:
-            for member in tar_members(stream):
+            for member in tar_members(stream, bounds):
                 name = f"{path}/{member.name}"
                 if os.path.basename(name).startswith("."):
                     continue

@@ -7,18 +7,12 @@ costs the file at hand and no other.
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import tempfile
-import threading
-import time
 from collections.abc import Generator
-from types import TracebackType
-from typing import IO
 
 import numpy as np
 
 from pipeline.sources import tfio_child
+from pipeline.sources.child_process import ChildProcess, Limit
 from pipeline.sources.images import UndecodableImage
 from pipeline.sources.tfio_child import ANSWER, END, FAULT, PICTURE, READY, REQUEST
 
@@ -44,7 +38,7 @@ class TfioDecoder:
 
     def __init__(self, python: str | None, max_pixels: int, limit_s: float = 60.0) -> None:
         self._python, self._max_pixels, self._limit_s = python, max_pixels, limit_s
-        self._process: _Process | None = None
+        self._process: ChildProcess | None = None
 
     def __enter__(self) -> TfioDecoder:
         return self
@@ -60,7 +54,7 @@ class TfioDecoder:
         `kind` is one of `tfio_child`'s; `pages` is how many pages a TIFF has. Raises NoTfio.
         """
         process = self._started(name, kind)
-        limit = _Limit(process, self._limit_s)
+        limit = Limit(process, self._limit_s)
         whole = False
         try:
             with limit:
@@ -79,7 +73,7 @@ class TfioDecoder:
             if not whole:
                 self._stop()
 
-    def _received(self, process: _Process) -> np.ndarray | UndecodableImage | None:
+    def _received(self, process: ChildProcess) -> np.ndarray | UndecodableImage | None:
         """The next answer; None after the last."""
         tag, first, second = ANSWER.unpack(process.read(ANSWER.size))
         if tag == PICTURE and first * second <= self._max_pixels:
@@ -90,7 +84,7 @@ class TfioDecoder:
             return None
         raise EOFError(f"unknown answer {tag!r}")
 
-    def _started(self, name: str, kind: bytes) -> _Process:
+    def _started(self, name: str, kind: bytes) -> ChildProcess:
         if self._process is not None and self._process.is_there():
             return self._process
         self._stop()
@@ -98,11 +92,12 @@ class TfioDecoder:
             raise NoTfio(f"{name}: is {_NAMES[kind]}, which Pillow cannot read: {HOW_TO_INSTALL}")
         option = f"--tfio-python: {self._python}:"
         try:
-            process = _Process(self._python)
+            # -I: what this process imports from is not its business
+            process = ChildProcess([self._python, "-I", tfio_child.__file__])
         except OSError as error:
             raise NoTfio(f"{option} cannot be started ({error.strerror}): {HOW_TO_INSTALL}") from error
         try:
-            with _Limit(process, _START_LIMIT_S):
+            with Limit(process, _START_LIMIT_S):
                 if process.read(ANSWER.size)[:1] != READY:
                     raise EOFError("it is no Python")
         except EOFError as error:
@@ -123,76 +118,3 @@ _NAMES = {
     tfio_child.EXR: "an EXR file",
     tfio_child.JPEG_2000: "a JPEG 2000 file",
 }
-
-
-class _Process:
-    """The other end. Reading and writing block; `_Limit` ends them by ending the process."""
-
-    def __init__(self, python: str) -> None:
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `kill`)
-        command = [python, "-I", tfio_child.__file__]  # -I: what this process imports from is not its business
-        try:
-            self._popen = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
-            )
-        except OSError:
-            self._errors.close()
-            raise
-
-    def is_there(self) -> bool:
-        """Whether the process has not ended."""
-        return self._popen.poll() is None
-
-    def write(self, content: bytes) -> None:
-        """Raises BrokenPipeError where the process is gone."""
-        assert self._popen.stdin is not None
-        self._popen.stdin.write(content)
-        self._popen.stdin.flush()
-
-    def read(self, size_bytes: int) -> bytes:
-        """So many bytes. Raises EOFError, with the last line that the process wrote, where it is gone."""
-        assert self._popen.stdout is not None
-        content = self._popen.stdout.read(size_bytes)
-        if len(content) < size_bytes:
-            raise EOFError(self._last_line() or f"exit status {self._popen.wait()}")
-        return content
-
-    def kill(self) -> None:
-        """End the process, if it has not ended."""
-        self._popen.kill()
-        self._popen.wait()
-        for stream in (self._popen.stdin, self._popen.stdout, self._errors):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):  # what was not written yet
-                stream.close()
-
-    def expire(self) -> None:
-        """End the process while another thread waits for it."""
-        self._popen.kill()
-
-    def _last_line(self) -> str:
-        self._errors.seek(0, 2)
-        self._errors.seek(max(0, self._errors.tell() - _MAX_TEXT_BYTES))
-        lines = self._errors.read().decode("utf-8", "replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-class _Limit:
-    """Ends the process once the time spent within adds up to `limit_s`."""
-
-    def __init__(self, process: _Process, limit_s: float) -> None:
-        self._process, self._left_s, self.passed = process, limit_s, False
-
-    def __enter__(self) -> None:
-        self._since_s = time.monotonic()
-        self._timer = threading.Timer(max(0.0, self._left_s), self._pass)
-        self._timer.start()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._timer.cancel()
-        self._timer.join()
-        self._left_s -= time.monotonic() - self._since_s
-
-    def _pass(self) -> None:
-        self.passed = True
-        self._process.expire()

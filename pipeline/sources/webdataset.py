@@ -6,31 +6,26 @@ Members are streamed, never extracted to disk; nothing in a tar is trusted.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import hashlib
 import json
 import re
-import tarfile
 import urllib.parse
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 from apache_beam.io.filesystems import FileSystems
 
 from pipeline import files
 from pipeline.recipe import PoolBounds
 from pipeline.records import Annotation, DeadLetter, Sample, Shard, dead_letter, uid_of
+from pipeline.sources.tars import BrokenTar, TarMember, tar_members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _OTHER_PICTURES = ("avif", "bmp", "gif", "heic", "jxl", "tif", "tiff")
 
 _GLOB = re.compile(r"[*?[]")
-_MAX_EXTENDED_HEADERS = 8  # in a row
-_MAX_EXTENDED_HEADER_BYTES = 2**20
-
-
-_EXTENDED_HEADERS = (
-    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
-)  # fmt: skip
+_JSON_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"?|([\[{])|([\]}])', re.DOTALL)
+_MAX_SHARD_NAME = 160  # characters; a disk allows 255 for the files that are named after it
 _FIELDS = {"txt": "caption", "json": "metadata"} | dict.fromkeys(IMAGE_EXTENSIONS, "image")
 
 
@@ -64,7 +59,15 @@ def list_shards(pool: str) -> list[Shard]:
 
 
 def _escaped(name: str) -> str:
-    return urllib.parse.quote(name, safe="", errors="surrogateescape")
+    return _shortened(urllib.parse.quote(name, safe="", errors="surrogateescape"), _MAX_SHARD_NAME)
+
+
+def _shortened(name: str, max_characters: int) -> str:
+    """A name beyond the bound as its beginning and its hash; longer than the bound, so that it is no other's name."""
+    if len(name) <= max_characters:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:32]
+    return f"{name[: max_characters - 32]}-{digest}"
 
 
 def _relative(path: str, folder: str) -> str:
@@ -73,13 +76,6 @@ def _relative(path: str, folder: str) -> str:
         path, folder = path.replace("\\", "/"), folder.removeprefix("./")
         path = path.removeprefix("./")
     return path.removeprefix(folder)
-
-
-class BrokenTar(Exception):
-    """A tar that breaks off or whose headers are damaged.
-
-    Deliberately no tarfile.HeaderError: tarfile takes those, past the first header, for the end of the tar.
-    """
 
 
 @dataclasses.dataclass
@@ -126,13 +122,13 @@ def read_samples(shard: Shard, bounds: PoolBounds, stage: str) -> Iterator[Sampl
                 yield DeadLetter(shard.name, members.key, "", stage, "duplicate_key", message)
                 continue
             seen.add(members.key)
-            yield _sample(shard, members, stage)
+            yield _sample(shard, members, bounds, stage)
     except BrokenTar as error:
-        yield DeadLetter(shard.name, "", "", stage, "broken_tar", str(error)[:500])
+        yield DeadLetter(shard.name, "", "", stage, error.reason, str(error)[:500])
 
 
-def _sample(shard: Shard, members: Members, stage: str) -> Sample | DeadLetter:
-    metadata, fault = _metadata(members)
+def _sample(shard: Shard, members: Members, bounds: PoolBounds, stage: str) -> Sample | DeadLetter:
+    metadata, fault = _metadata(members, bounds)
     named = Annotation(uid_of(shard.name, members.key, metadata), shard.name, members.key, "")
     fault = members.fault or fault
     if fault:
@@ -148,75 +144,52 @@ def _sample(shard: Shard, members: Members, stage: str) -> Sample | DeadLetter:
     return Sample(named.with_columns(caption=caption), metadata, members.image)
 
 
-def _metadata(members: Members) -> tuple[dict[str, Any], tuple[str, str] | None]:
+def _metadata(members: Members, bounds: PoolBounds) -> tuple[dict[str, Any], tuple[str, str] | None]:
     """The json object of a sample, and what is wrong with it (None: nothing)."""
     if members.metadata is None:
         return {}, None
     try:
-        metadata = json.loads(members.metadata)
-    except (ValueError, RecursionError) as error:
+        text = members.metadata.decode(json.detect_encoding(members.metadata), "surrogatepass")
+        # Before it is parsed: at which depth the parser gives up depends on how deep its caller is.
+        if _nests_deeper(text, bounds.max_json_depth):
+            message = f"lists and objects within one another; the recipe allows {bounds.max_json_depth} levels"
+            return {}, ("json_too_deep", message)
+        metadata = json.loads(text)
+    except ValueError as error:
         return {}, ("undecodable_json", str(error))
     if not isinstance(metadata, dict):
         return {}, ("undecodable_json", f"got {type(metadata).__name__}, not an object")
     return metadata, None
 
 
-class TarMember(NamedTuple):
-    """What a tar holds under a name, no folder; `is_file` is false of links and devices. `read` gives its first so many
-    bytes (-1: all), once, and before the next member is asked for. They begin at byte `offset` of the tar."""
-
-    name: str
-    offset: int
-    size_bytes: int
-    is_file: bool
-    read: Callable[[int], bytes]
-
-
-def tar_members(file: BinaryIO) -> Iterator[TarMember]:
-    """What a tar holds, in its order, as a stream.
-
-    Raises BrokenTar, which names the offset; so does `TarMember.read`.
-    """
-    offset = 0
-    try:
-        tar = tarfile.open(  # noqa: SIM115 (holds nothing open)
-            fileobj=file, mode="r|", tarinfo=_StrictTarInfo, encoding="utf-8", errors="surrogateescape"
-        )
-        for member in tar:
-            tar.members.clear()  # type: ignore[attr-defined]  # the stream never looks back, and a tar may have millions
-            offset = member.offset
-            if not member.isdir():
-                read = functools.partial(_content, tar, member)
-                yield TarMember(_text(member.name), member.offset_data, member.size, member.isreg(), read)
-    except (tarfile.TarError, EOFError) as error:
-        raise _broken_at(offset, error) from error
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit_bytes: int) -> bytes:
-    content = tar.extractfile(member)
-    assert content is not None  # a regular member always has content
-    try:
-        return content.read(limit_bytes)
-    except (tarfile.TarError, EOFError) as error:
-        raise _broken_at(member.offset, error) from error
-
-
-def _broken_at(offset: int, error: Exception) -> BrokenTar:
-    return BrokenTar(f"at byte {offset}: {error}; what follows was not read")
+def _nests_deeper(text: str, max_depth: int) -> bool:
+    """Whether the lists and objects of a JSON text nest deeper than that."""
+    if text.count("[") + text.count("{") <= max_depth:
+        return False
+    depth = 0
+    for found in _JSON_STRING_OR_BRACKET.finditer(text):
+        depth += (found[1] is not None) - (found[2] is not None)
+        if depth > max_depth:
+            return True
+    return False
 
 
 def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[Members]:
     """Consecutive members with one key. A tar that breaks yields what was whole, then raises."""
     group: Members | None = None
     try:
-        for member in tar_members(file):
-            key, extension = _split(member.name)
+        for member in tar_members(file, bounds):
+            name, extension = _split(member.name)
             if not (extension in _FIELDS or _belongs_to_a_sample(extension)):
                 continue
+            key = _shortened(name, bounds.max_key_characters)
             if group is not None and group.key != key:
                 yield group
                 group = None
             group = group or Members(key)
+            if key != name:
+                message = f"{len(name)} characters; the recipe allows {bounds.max_key_characters}"
+                group.fault = group.fault or ("key_too_long", message)
             if extension in _FIELDS:
                 _take(member, extension, group, bounds)
     except BrokenTar:
@@ -226,11 +199,6 @@ def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[Members]:
         raise
     if group is not None:
         yield group
-
-
-def _text(name: str) -> str:
-    """A member's name with what is no UTF-8 escaped, because tables hold only text."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -253,7 +221,7 @@ def _take(member: TarMember, extension: str, group: Members, bounds: PoolBounds)
         "image": bounds.max_image_bytes, "caption": bounds.max_caption_bytes, "metadata": bounds.max_json_bytes
     }[field]  # fmt: skip
     if not member.is_file:
-        group.fault = group.fault or ("unsupported_member", f"{member.name} is a link or a device, not a file")
+        group.fault = group.fault or ("unsupported_member", f"{member.name} is a link, a device or a sparse file")
     elif getattr(group, field) is not None:
         group.fault = group.fault or ("duplicate_member", f"a second {field}: {member.name}")
     elif member.size_bytes > limit_bytes:
@@ -262,30 +230,3 @@ def _take(member: TarMember, extension: str, group: Members, bounds: PoolBounds)
     else:
         setattr(group, field, member.read(-1))
         group.offsets[extension] = member.offset
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    """Headers whose damage is told, instead of silently ending the archive, and whose size is bounded."""
-
-    @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictTarInfo:
-        try:
-            return super().fromtarfile(tarfile_)
-        except (tarfile.EOFHeaderError, BrokenTar):  # type: ignore[attr-defined]
-            raise
-        except Exception as error:  # tarfile raises anything at all on hostile headers
-            raise BrokenTar(f"at byte {tarfile_.offset}: {error}; what follows was not read") from error
-
-    def _proc_member(self, tarfile_: Any) -> Any:
-        # What tarfile calls for each header. It reads an extended one whole, and follows it by recursion.
-        tarfile_.extended = getattr(tarfile_, "extended", 0) + 1 if self.type in _EXTENDED_HEADERS else 0
-        if tarfile_.extended > _MAX_EXTENDED_HEADERS:
-            raise tarfile.HeaderError(f"more than {_MAX_EXTENDED_HEADERS} extended headers in a row")
-        if tarfile_.extended and self.size > _MAX_EXTENDED_HEADER_BYTES:
-            raise tarfile.HeaderError(f"an extended header of {self.size} bytes")
-        return super()._proc_member(tarfile_)  # type: ignore[misc]
-
-    def _refuse_sparse(self, *_: object) -> None:
-        raise tarfile.HeaderError("a sparse file, which is not read")
-
-    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse

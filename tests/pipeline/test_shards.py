@@ -30,6 +30,9 @@ class FakeWork:
     def wanted(self, shard: Shard) -> dict[str, Annotation] | None:
         return self.wants
 
+    def in_hand(self, shard: Shard) -> str:
+        return f"{shard.path}.mark"
+
 
 def read(
     work: FakeWork, shards: list[Shard], batch_size: int = 2, draft: int | None = None, bounds: PoolBounds = BOUNDS

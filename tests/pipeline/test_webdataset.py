@@ -134,8 +134,8 @@ def test_captions_are_kept_as_they_are(tmp_path: Path) -> None:
         ([("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", b"[1]")], "undecodable_json", "list"),
         ([("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", b"")], "undecodable_json", ""),
         ([("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", b"\xff\x00")], "undecodable_json", ""),
-        ([("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", b"[" * 200_000)], "undecodable_json", "recursion"),
-        ([("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", b'{"a":' * 150_000)], "undecodable_json", "recursion"),
+        ([("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", b"[" * 200_000)], "json_too_deep", "64 levels"),
+        ([("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", b'{"a":' * 150_000)], "json_too_deep", "64 levels"),
         ([("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", b'{"a": ' + b"9" * 9999 + b"}")], "undecodable_json", "digit"),
         ([("k.jpg", b"x"), ("k.png", b"y"), ("k.txt", b"c")], "duplicate_member", "k.png"),
         ([("k.jpg", b"x"), ("k.txt", b"c"), ("k.TXT", b"d")], "duplicate_member", "k.TXT"),
@@ -461,6 +461,7 @@ def test_no_shard_is_named_like_a_folder(tmp_path: Path, name: str) -> None:
         for path in (
             layout.single_modality(shard.name), layout.pool_wide(shard.name), layout.cross_modality(shard.name),
             layout.dead_letters("s", shard.name), layout.decisions(shard.name), layout.progress("s", shard.name),
+            layout.in_hand("s", shard.name),
         ):  # fmt: skip
             resolved = Path(os.path.normpath(path))
             assert resolved.is_relative_to(tmp_path / "out")

@@ -1,0 +1,193 @@
+"""Tars as a stream of members, never extracted to disk. Nothing in a tar is trusted: what a header says is believed as
+far as the recipe's bounds and the bytes that are there allow."""
+
+from __future__ import annotations
+
+import functools
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from pipeline.recipe import PoolBounds
+
+_MAX_EXTENDED_HEADERS = 8  # in a row
+_MAX_EXTENDED_HEADER_BYTES = 2**20
+_MAX_EMPTY_READS = 8  # tarfile itself asks once or twice at the end of a file
+_CHUNK_BYTES = 2**16
+
+_EXTENDED_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
+)  # fmt: skip
+
+
+class BrokenTar(Exception):
+    """A tar that breaks off, has damaged headers, or goes beyond a bound; `reason` is the dead letter's code.
+
+    Deliberately no tarfile.HeaderError: tarfile takes those, past the first header, for the end of the tar.
+    """
+
+    def __init__(self, message: str, reason: str = "broken_tar") -> None:
+        self.reason = reason
+        super().__init__(message)
+
+
+class _BeyondBound(tarfile.TarError):
+    """More than the recipe allows."""
+
+
+class TarMember(NamedTuple):
+    """What a tar holds under a name, no folder; `is_file` is false of links, devices and sparse files. `read` gives its
+    first so many bytes (-1: all), once, and before the next member is asked for. They begin at byte `offset` of the
+    tar."""
+
+    name: str
+    offset: int
+    size_bytes: int
+    is_file: bool
+    read: Callable[[int], bytes]
+
+
+def tar_members(file: BinaryIO, bounds: PoolBounds) -> Iterator[TarMember]:
+    """What a tar holds, in its order, as a stream.
+
+    Raises BrokenTar, which names the offset; so does `TarMember.read`.
+    """
+    offset, bounded = 0, cast(BinaryIO, _BoundedFile(file, bounds.max_tar_bytes))
+    try:
+        tar = tarfile.open(  # noqa: SIM115 (holds nothing open)
+            fileobj=bounded, mode="r|", tarinfo=_StrictTarInfo, encoding="utf-8", errors="surrogateescape"
+        )
+        for count, member in enumerate(tar, start=1):
+            tar.members.clear()  # type: ignore[attr-defined]  # the stream never looks back, and a tar may have millions
+            offset = member.offset
+            if count > bounds.max_tar_members:
+                raise _BeyondBound(f"the recipe allows {bounds.max_tar_members} members")
+            if not member.isdir():
+                read = functools.partial(_content, tar, member)
+                is_file = member.isreg() and not member.issparse()
+                yield TarMember(_text(member.name), member.offset_data, member.size, is_file, read)
+        offset = tar.offset
+        _check_nothing_follows(tar.fileobj)
+    except (tarfile.TarError, EOFError) as error:
+        raise _broken_at(offset, error) from error
+
+
+def _check_nothing_follows(stream: Any) -> None:
+    """Two tars joined end to end, say: whoever stops at the end mark loses the second without a word."""
+    while content := stream.read(_CHUNK_BYTES):
+        if content.strip(b"\0"):
+            raise tarfile.ReadError("the tar ends here, but the file goes on")
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit_bytes: int) -> bytes:
+    content = tar.extractfile(member)
+    assert content is not None  # a regular member always has content
+    try:
+        return content.read(limit_bytes)
+    except (tarfile.TarError, EOFError) as error:
+        raise _broken_at(member.offset, error) from error
+
+
+def _broken_at(offset: int, error: Exception) -> BrokenTar:
+    reason = "tar_too_large" if isinstance(error, _BeyondBound) else "broken_tar"
+    return BrokenTar(f"at byte {offset}: {error}; what follows was not read", reason)
+
+
+def _text(name: str) -> str:
+    """A member's name with what is no UTF-8 escaped, because tables hold only text."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+class _BoundedFile:
+    """What tarfile reads from. Past the end of a file it would go on asking, block by block, for as long as a header
+    says that there is more: for years, where that says 8 EiB."""
+
+    def __init__(self, file: BinaryIO, max_bytes: int) -> None:
+        self._file, self._max_bytes = file, max_bytes
+        self._read_bytes = self._empty_reads = 0
+
+    def read(self, size_bytes: int) -> bytes:
+        content = self._file.read(size_bytes)
+        self._read_bytes += len(content)
+        self._empty_reads += not content
+        if self._read_bytes > self._max_bytes:
+            raise _BeyondBound(f"the recipe allows {self._max_bytes} bytes")
+        if self._empty_reads > _MAX_EMPTY_READS:
+            raise tarfile.ReadError("unexpected end of data")
+        return content
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Headers whose damage is told, instead of silently ending the archive, and which are read in bounded time and
+    memory. Of an extended header only the name and the size count."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictTarInfo:
+        try:
+            return super().fromtarfile(tarfile_)
+        except (tarfile.EOFHeaderError, BrokenTar):  # type: ignore[attr-defined]
+            raise
+        except Exception as error:  # tarfile raises anything at all on hostile headers
+            raise _broken_at(tarfile_.offset, error) from error
+
+    def _proc_member(self, tarfile_: Any) -> Any:
+        # What tarfile calls for each header. It reads an extended one whole, and follows it by recursion.
+        tarfile_.extended = getattr(tarfile_, "extended", 0) + 1 if self.type in _EXTENDED_HEADERS else 0
+        if tarfile_.extended > _MAX_EXTENDED_HEADERS:
+            raise tarfile.HeaderError(f"more than {_MAX_EXTENDED_HEADERS} extended headers in a row")
+        if tarfile_.extended and self.size > _MAX_EXTENDED_HEADER_BYTES:
+            raise tarfile.HeaderError(f"an extended header of {self.size} bytes")
+        return super()._proc_member(tarfile_)  # type: ignore[misc]
+
+    def _proc_pax(self, tarfile_: Any) -> Any:
+        # tarfile's own searches the header with patterns that take quadratic time (CVE-2024-6232), and keeps global
+        # headers for good. Those say nothing of interest here.
+        records = _pax_records(tarfile_.fileobj.read(self._block(self.size))[: self.size])  # type: ignore[attr-defined]
+        try:
+            following: Any = self.fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError("the tar ends after an extended header") from error
+        if self.type == tarfile.XGLTYPE:
+            return following
+        following.offset = self.offset
+        if any(keyword.startswith(b"GNU.sparse.") for keyword in records):
+            following.sparse = []
+        name = records.get(b"GNU.sparse.name", records.get(b"path"))
+        if name is not None:
+            following.name = name.decode("utf-8", "surrogateescape").rstrip("/")
+        size = records.get(b"size")
+        if size is not None:
+            if not (size.isdigit() and len(size) < 20):
+                raise tarfile.HeaderError(f"an extended header with size {size[:40]!r}")
+            following.size = int(size)
+            has_content = following.isreg() or following.type not in tarfile.SUPPORTED_TYPES
+            tarfile_.offset = following.offset_data + has_content * following._block(following.size)
+        return following
+
+    def _proc_sparse(self, tarfile_: Any) -> Any:
+        # The map of its holes is passed over; tarfile's own keeps it, whatever its length.
+        _, goes_on, _ = self._sparse_structs  # type: ignore[attr-defined]
+        while goes_on:
+            block = tarfile_.fileobj.read(tarfile.BLOCKSIZE)
+            if len(block) < tarfile.BLOCKSIZE:
+                raise tarfile.HeaderError("the map of a sparse file breaks off")
+            goes_on = block[504] != 0
+        self.sparse: Any = []
+        self.offset_data = tarfile_.fileobj.tell()
+        tarfile_.offset = self.offset_data + self._block(self.size)  # type: ignore[attr-defined]
+        return self
+
+
+def _pax_records(content: bytes) -> dict[bytes, bytes]:
+    """The records of an extended header, each `b"%d %s=%s\\n" % (length of all of it, keyword, value)`."""
+    records: dict[bytes, bytes] = {}
+    start = 0
+    while start < len(content):
+        length, _, _ = content[start : start + 20].partition(b" ")
+        end = start + int(length) if length.isdigit() else 0
+        keyword, equals, value = content[start + len(length) + 1 : end - 1].partition(b"=")
+        if not equals or end > len(content) or content[end - 1 : end] != b"\n":
+            raise tarfile.HeaderError("a damaged extended header")
+        records[keyword] = value
+        start = end
+    return records

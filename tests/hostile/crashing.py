@@ -1,0 +1,50 @@
+"""pairsift with a decoder that crashes or hangs on pictures that say so, as a program of its own:
+
+python -m tests.hostile.crashing RECIPE POOL OUTPUT    stage 1 of a run
+python -m tests.hostile.crashing MARK                  a picture that hangs, while the mark is there
+python -m tests.hostile.crashing                       the process in which either decodes the second time
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from pipeline.sources import decoder_child, decoding, guarded_decoder, images
+
+CRASH, HANG, SWELL = b"please crash", b"please hang", b"please swell"
+COMMAND = (sys.executable, "-m", "tests.hostile.crashing")
+
+
+def decode(content, *arguments):
+    if CRASH in content:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if HANG in content:
+        time.sleep(1_000)
+    if SWELL in content:
+        raise MemoryError
+    return images.decode(content, *arguments)
+
+
+def main() -> None:
+    decoder_child.decode = decode  # type: ignore[attr-defined]
+    decoding.decode, guarded_decoder.COMMAND = decode, COMMAND  # type: ignore[attr-defined]
+    match sys.argv[1:]:
+        case []:
+            decoder_child.main()
+        case [mark]:
+            with decoding.decoder_of(mark, 1.0) as decode_in_hand:
+                try:
+                    decode_in_hand(HANG, 1, None)
+                except images.UndecodableImage as error:
+                    print(error.reason)
+        case [recipe, pool, output]:
+            from pipeline.cli import app
+
+            app(["run", recipe, "--input", pool, "--output", output, "--stages", "single_modality"])
+
+
+if __name__ == "__main__":
+    main()
