@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO_OUTPUT ?= out/demo
 
-.PHONY: demo test test-large lint constraints tfio test-tfio constraints-tfio bench-peers clean
+.PHONY: demo test fuzz test-large lint constraints tfio test-tfio constraints-tfio bench-peers clean
 
 # Installs once; again only when what is to be installed has changed.
 .venv/installed: setup.py constraints.txt
@@ -16,6 +16,10 @@ demo: .venv/installed
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest -n 2
+
+# Other random inputs each time; FUZZ_EXAMPLES says how many of each sort (docs/reliability.md).
+fuzz: .venv/installed
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-20000} $(BIN)/python -m pytest -n 0 tests/hostile/test_fuzz.py
 
 # BLIP-2 at full size: 10 GB of memory and of disk.
 test-large: .venv/installed

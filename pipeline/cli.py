@@ -235,7 +235,8 @@ def _show(funnel: dict[str, Any], layout: Layout) -> None:
 
 
 def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Not `splitlines`: text of a pool, quoted in the message, would choose with "\r" which part of it is shown.
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 

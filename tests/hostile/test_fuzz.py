@@ -14,7 +14,7 @@ import struct
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +237,7 @@ CAPTIONS = st.one_of(
 
 
 @pytest.fixture(scope="module")
-def check_caption() -> Iterator[Check]:
+def check_caption() -> Check:
     detector, (tagger, _) = language.load_detector(), pos_pattern.load_tagger("bundled")
 
     def check(caption: str) -> None:
@@ -253,7 +253,7 @@ def check_caption() -> Iterator[Check]:
         shown = printable(caption)
         assert shown.isprintable() and (shown == caption) == caption.isprintable()
 
-    yield check
+    return check
 
 
 def test_captions(check_caption: Check, record_property: Any) -> None:
@@ -308,8 +308,7 @@ def check_image(content: bytes) -> None:
     for draft in (None, 16):
         try:
             pixels, (width, height) = decode(content, 100_000, draft)
-        except UndecodableImage as error:
-            assert error.reason in ("undecodable_image", "image_too_large")
+        except UndecodableImage:  # the one declared error
             continue
         assert 0 < width * height <= 100_000
         assert pixels.shape[2:] == (3,) and pixels.dtype.name == "uint8" and pixels.size > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pipeline import files
 from pipeline.build import Job
 from pipeline.cli import app
 from pipeline.manifest import identities
+from pipeline.printable import PrintableFormatter
 from pipeline.recipe import STAGES
 from pipeline.sinks.decisions import funnel
 from tests.helpers import DEMO_RECIPE, recipe, sample_members, settings, write_pool
@@ -296,6 +298,18 @@ def test_a_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(line)["event"] == "error"
     assert isinstance(pairsift(*run_arguments(), "--verbose").exception, RuntimeError)
     assert not (place / "out" / ".progress").exists()
+
+
+def test_text_of_a_pool_does_not_steer_the_terminal(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile = "key \x1b]0;title\x07\x1b[2J \x9b31m \u202e\u2066 \ud800 \r gone"
+    monkeypatch.setattr(run_module, "_run_stage", failing(RuntimeError(hostile)))
+    shown = pairsift(*run_arguments()).stderr
+    assert all(c.isprintable() or c == "\n" for c in shown)
+    assert r"key \x1b]0;title\x07\x1b[2J \x9b31m \u202e\u2066 \ud800 \r gone" in " ".join(shown.split())
+    machine = pairsift(*run_arguments(), "--json").stdout
+    assert machine.isascii() and all(c.isprintable() or c == "\n" for c in machine)
+    record = logging.LogRecord("x", logging.WARNING, "", 1, "first %s", ("\x1b[2J\nsecond\u202e",), None)
+    assert PrintableFormatter("%(message)s").format(record) == "first \\x1b[2J\nsecond\\u202e"
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_rows_stay_in_order_and_nothing_is_changed() -> None:
 
 
 def test_a_survivor_without_a_placement_is_unaccounted() -> None:
-    with pytest.raises(Unaccounted, match=rf"{uid(2)} \(k2 of shard s\)"):
+    with pytest.raises(Unaccounted, match=rf"{uid(2)} \('k2' of shard s\)"):
         decided([row(1), row(2)], [placed(1)])
 
 

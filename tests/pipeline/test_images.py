@@ -124,6 +124,24 @@ def test_the_bound_on_pixels() -> None:
         decode(jpeg(800, 800), 500_000, 100)
 
 
+@pytest.mark.parametrize("size", [(0, 0), (0, 9), (9, 0)])
+def test_no_pixels(size: tuple[int, int]) -> None:
+    assert refused(png_claiming(*size)).reason == "undecodable_image"
+
+
+def test_scans_of_a_jpeg_are_bounded() -> None:
+    """A few bytes a scan, and each goes over the whole picture: 20 MiB of them take half an hour."""
+    content = encode(picture(400, 400), "JPEG", progressive=True)
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    pixels = 400 * 400
+    assert decode(content, pixels)[1] == (400, 400)
+    many = content[:-2] + scan * 20 + content[-2:]
+    error = refused(many, pixels)
+    assert error.reason == "image_too_large"
+    assert "scans of 400x400 px" in str(error)
+    assert decode(many, 3 * pixels)[1] == (400, 400)
+
+
 @pytest.mark.parametrize("size", [(20_000, 20_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
 def test_a_decompression_bomb_is_refused_before_it_goes_off(size: tuple[int, int]) -> None:
     error = refused(png_claiming(*size))

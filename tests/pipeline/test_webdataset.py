@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import files
 from pipeline.layout import Layout
 from pipeline.recipe import PoolBounds
 from pipeline.records import DeadLetter, Sample, Shard
@@ -400,6 +401,122 @@ def test_extended_headers_are_bounded(tmp_path: Path, type_: bytes) -> None:
     assert peak < 16 * 2**20
 
 
+def before_the_end(content: bytes) -> bytes:
+    """A tar without its end mark."""
+    return content[: offsets(content)[-1][3]]
+
+
+A, Z = (tar_bytes(sample_members(key)) for key in "az")
+
+
+@pytest.mark.parametrize("name", ["k.bin", "k.jpg"])
+@pytest.mark.parametrize("size_bytes", [10**6, 2**40, 2**62])
+def test_a_member_that_claims_more_than_there_is_ends_the_tar_at_once(
+    tmp_path: Path, name: str, size_bytes: int
+) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size_bytes  # tarfile would look for its end block by block, for years
+    found = read_bytes(tmp_path, before_the_end(A) + info.tobuf(tarfile.GNU_FORMAT) + b"x" * 999)
+    assert keys(found) == ["a", "!broken_tar:"]
+
+
+def test_an_extended_header_of_digits_is_refused_at_once(tmp_path: Path) -> None:
+    digits = extended_headers(tarfile.XHDTYPE, b"1" * 2**20, 1)  # CVE-2024-6232: quadratic in tarfile
+    assert keys(read_bytes(tmp_path, before_the_end(A) + digits + Z)) == ["a", "!broken_tar:"]
+
+
+def test_two_tars_joined_end_to_end_do_not_lose_the_second_silently(tmp_path: Path) -> None:
+    found = read_bytes(tmp_path, A + Z)
+    assert keys(found) == ["a", "!broken_tar:"]
+    assert isinstance(found[-1], DeadLetter)
+    assert "the tar ends here, but the file goes on" in found[-1].message
+
+
+@pytest.mark.parametrize("version", ["gnu", "gnu with a long map", "0.0", "0.1", "1.0"])
+def test_a_sparse_member_costs_its_sample_and_no_other(tmp_path: Path, version: str) -> None:
+    pax = {
+        "0.0": pax_record("GNU.sparse.size", "9") + pax_record("GNU.sparse.offset", "0"),
+        "0.1": pax_record("GNU.sparse.map", "0,9"),
+        "1.0": pax_record("GNU.sparse.major", "1") + pax_record("GNU.sparse.name", "k.jpg"),
+    }.get(version)
+    image, text, _ = sample_members("k")
+    if pax:
+        sparse = extended_headers(tarfile.XHDTYPE, pax, 1) + before_the_end(tar_bytes([image]))
+    else:
+        block = bytearray(before_the_end(tar_bytes([image])))
+        block[156:157] = tarfile.GNUTYPE_SPARSE
+        maps = b""
+        if version != "gnu":
+            block[482], maps = 1, (bytes(504) + b"\1" + bytes(7)) * 3 + bytes(BLOCK)
+        block[148:156] = b"%06o\0 " % (sum(block[:148]) + sum(block[156:BLOCK]) + 8 * 32)
+        sparse = bytes(block[:BLOCK]) + maps + bytes(block[BLOCK:])
+    found = read_bytes(tmp_path, before_the_end(A) + sparse + before_the_end(tar_bytes([text])) + Z)
+    assert keys(found) == ["a", "!unsupported_member:k", "z"]
+
+
+def test_an_extended_header_gives_name_and_size(tmp_path: Path) -> None:
+    image, text, _ = sample_members("long/k")
+    content = b"".join(
+        extended_headers(tarfile.XHDTYPE, pax_record("path", name) + pax_record("size", str(len(data))), 1)
+        + before_the_end(tar_bytes([("short", data)]))
+        for name, data in (image, text)
+    )
+    (sample, _) = read_bytes(tmp_path, content + Z)
+    assert isinstance(sample, Sample)
+    assert sample.annotation.key == "long/k" and sample.image_bytes == image[1]
+
+
+def test_a_global_header_says_nothing_of_a_sample(tmp_path: Path) -> None:
+    header = extended_headers(tarfile.XGLTYPE, pax_record("path", "x.jpg") + pax_record("size", "7"), 1)
+    assert keys(read_bytes(tmp_path, header + A)) == ["a"]
+
+
+@pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_key_beyond_the_bound_is_shortened(tmp_path: Path, format_: int) -> None:
+    long, other = "k" * 5000, "k" * 4999
+    members = [*sample_members(long)[:2], *sample_members(other)[:2], *sample_members("l")]
+    found = read_bytes(tmp_path, tar_bytes(members, format_))
+    assert [item.reason if isinstance(item, DeadLetter) else "" for item in found] == ["key_too_long"] * 2 + [""]
+    shown = [item.key for item in found[:2] if isinstance(item, DeadLetter)]
+    assert len(set(shown)) == 2  # two keys stay two
+    assert all(BOUNDS.max_key_characters < len(key) <= BOUNDS.max_key_characters + 1 for key in shown)
+    whole = "k" * BOUNDS.max_key_characters
+    assert keys(read_bytes(tmp_path, tar_bytes(sample_members(whole), format_))) == [whole]
+
+
+def test_bounds_of_a_tar(tmp_path: Path) -> None:
+    content = tar_bytes([*sample_members("a"), *sample_members("b")])
+    for bounds, expected in (
+        (PoolBounds(max_tar_members=6, max_tar_bytes=len(content)), ["a", "b"]),
+        (PoolBounds(max_tar_members=5), ["a", "!tar_too_large:"]),
+        (PoolBounds(max_tar_members=3), ["a", "!tar_too_large:"]),
+        (PoolBounds(max_tar_bytes=len(content) - 1), None),
+    ):
+        found = keys(read_bytes(tmp_path, content, bounds))
+        assert found == expected if expected else found[-1] == "!tar_too_large:"
+
+
+def test_the_depth_of_json(tmp_path: Path) -> None:
+    def outcome(content: str, max_depth: int) -> str:
+        members = [("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", content.encode())]
+        return keys(read(tmp_path, members, PoolBounds(max_json_depth=max_depth)))[0]
+
+    nested = '{"a": [{"b": [' + '"x"' + "]}]}"
+    assert outcome(nested, 4) == "k"
+    assert outcome(nested, 3) == "!json_too_deep:k"
+    for flat in ('{"a": "[[[[{{{{"}', r'{"a": "\\\"[[[[", "b": [1, [2]]}', '{"a": [[], [], [], []]}', '{"a": "[[[['):
+        assert outcome(flat, 3) in ("k", "!undecodable_json:k")
+
+
+def test_the_verdict_on_json_does_not_hang_on_the_stack(tmp_path: Path) -> None:
+    members = [("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", b'{"a":' + b"[" * 400 + b"]" * 400 + b"}")]
+
+    def at_depth(frames: int) -> list[str]:
+        return at_depth(frames - 1) if frames else keys(read(tmp_path, members, PoolBounds(max_json_depth=401)))
+
+    assert at_depth(0) == at_depth(300) == ["k"]
+
+
 def test_damage_never_escapes_as_an_exception(tmp_path: Path) -> None:
     """Random damage: no exception, no sample twice, and whatever is called whole has its own bytes."""
     members = [m for index in range(4) for m in sample_members(f"k{index}", f"caption {index}", seed=index)]
@@ -466,6 +583,16 @@ def test_no_shard_is_named_like_a_folder(tmp_path: Path, name: str) -> None:
             resolved = Path(os.path.normpath(path))
             assert resolved.is_relative_to(tmp_path / "out")
             assert resolved.name == path.rsplit("/", 1)[1] != ""
+
+
+def test_a_long_path_of_a_tar_makes_no_file_name_that_is_too_long(tmp_path: Path) -> None:
+    names = [f"{'x' * 100}/{'y' * 100}/{'z' * n}.tar" for n in (100, 101)] + ["\u4e2d" * 80 + ".tar"]
+    shards = write_pool(tmp_path / "pool", {name: [] for name in names})
+    layout = Layout(str(tmp_path / "out"))
+    assert len({shard.name for shard in shards}) == 3
+    for shard in shards:
+        for path in (layout.cross_modality(shard.name), layout.dead_letters("single_modality", shard.name)):
+            files.write_bytes(path, b"x")
 
 
 def test_names_do_not_depend_on_how_the_pool_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
