@@ -56,7 +56,3 @@ def _send(
 def _send_fault(answers: BinaryIO, reason: str, message: str) -> None:
     texts = reason.encode(), message.encode("utf-8", "replace")[:MAX_TEXT_BYTES]
     _send(answers, FAULT, (len(texts[0]), len(texts[1]), 0, 0), b"".join(texts))
-
-
-if __name__ == "__main__":
-    main()

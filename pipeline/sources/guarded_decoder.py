@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +13,9 @@ from pipeline.sources.decoder_child import ANSWER, CRASHED, FAULT, MAX_TEXT_BYTE
 from pipeline.sources.images import UndecodableImage
 
 TIMEOUT = "decoder_timeout"
-COMMAND = (sys.executable, "-m", "pipeline.sources.decoder_child")
+# Isolated, because a `types.py` in the user's folder is not Python's; and from where this package is, installed or not.
+_MAIN = "import sys; sys.path.insert(0, sys.argv[1]); from pipeline.sources.decoder_child import main; main()"
+COMMAND = (sys.executable, "-I", "-c", _MAIN, str(Path(__file__).parents[2]))
 _START_LIMIT_S = 120.0
 
 
@@ -59,17 +61,16 @@ class GuardedDecoder:
             return self._process
         self._stop()
         try:
-            # What this process imports from: it may be a folder that no Python would find by itself.
-            process = ChildProcess(COMMAND, {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+            process = ChildProcess(COMMAND)
         except OSError as error:
-            raise NoDecoder(f"{' '.join(COMMAND)}: cannot be started ({error.strerror})") from error
+            raise NoDecoder(f"{COMMAND[0]}: cannot be started ({error.strerror})") from error
         try:
             with Limit(process, _START_LIMIT_S):
                 if process.read(ANSWER.size)[:1] != READY:
                     raise EOFError("unknown answer")
         except EOFError as error:
             process.kill()
-            raise NoDecoder(f"{' '.join(COMMAND)}: does not start ({error})") from error
+            raise NoDecoder(f"{COMMAND[0]}: its decoder does not start ({error})") from error
         self._process = process
         return process
 

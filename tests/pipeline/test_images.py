@@ -130,7 +130,7 @@ def test_no_pixels(size: tuple[int, int]) -> None:
 
 
 def test_scans_of_a_jpeg_are_bounded() -> None:
-    """A few bytes a scan, and each goes over the whole picture: 20 MiB of them take half an hour."""
+    """A few bytes a scan, and each goes over the whole picture: 20 MiB of them take two hours."""
     content = encode(picture(400, 400), "JPEG", progressive=True)
     scan = content[content.rindex(b"\xff\xda") : -2]
     pixels = 400 * 400
