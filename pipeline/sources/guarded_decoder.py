@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipeline.sources.images import UndecodableImage
 TIMEOUT = "decoder_timeout"
 # Isolated, because a `types.py` in the user's folder is not Python's; and from where this package is, installed or not.
 _MAIN = "import sys; sys.path.insert(0, sys.argv[1]); from pipeline.sources.decoder_child import main; main()"
-COMMAND = (sys.executable, "-I", "-c", _MAIN, str(Path(__file__).parents[2]))
+COMMAND: Sequence[str] = (sys.executable, "-I", "-c", _MAIN, str(Path(__file__).parents[2]))
 _START_LIMIT_S = 120.0
 
 
