@@ -11,7 +11,7 @@ import json
 import re
 import tarfile
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from apache_beam.io.filesystems import FileSystems
@@ -102,24 +102,36 @@ class Members:
         return self.fault is None and None not in (self.image, self.caption, self.metadata)
 
 
-def read_members(path: str, bounds: PoolBounds) -> Iterator[Members]:
+def read_members(path: str, bounds: PoolBounds, keys: list[str] | None = None) -> Iterator[Members]:
     """The files of the tar at `path` by consecutive key, in tar order, unjudged: also of samples that are not whole.
 
-    Raises BrokenTar after what was whole, and the filesystem's OSError.
+    `keys` gains the key of each, counted on its own from the members' names. Raises BrokenTar after what was whole, and
+    files.ReadFailed.
     """
-    with files.open_binary(path) as file:
-        yield from _grouped(file, bounds)
+    with files.SteadyReader(path) as file:
+        yield from _grouped(_noting_keys(tar_members(file), [] if keys is None else keys), bounds)
 
 
-def read_samples(shard: Shard, bounds: PoolBounds, stage: str) -> Iterator[Sample | DeadLetter]:
+def _noting_keys(members: Iterable[TarMember], keys: list[str]) -> Iterator[TarMember]:
+    for member in members:
+        key, extension = _split(member.name)
+        if (extension in _FIELDS or _belongs_to_a_sample(extension)) and [key] != keys[-1:]:
+            keys.append(key)
+        yield member
+
+
+def read_samples(
+    shard: Shard, bounds: PoolBounds, stage: str, keys: list[str] | None = None
+) -> Iterator[Sample | DeadLetter]:
     """The samples of a shard in tar order, pixels not yet decoded; a dead letter for each that is not whole.
 
-    Where the tar itself breaks, what came before is yielded and the rest is one dead letter that names the offset. An
-    OSError of the filesystem is raised: it may pass, and a finished table without the samples would hide it for good.
+    Where the tar itself breaks, what came before is yielded and the rest is one dead letter that names the offset. A
+    filesystem that fails raises files.ReadFailed: it may pass, and a finished table without the samples would hide it
+    for good. `keys` gains what `read_members` counts.
     """
     seen: set[str] = set()
     try:
-        for members in read_members(shard.path, bounds):
+        for members in read_members(shard.path, bounds, keys):
             if members.key in seen:
                 # Its uid, where the pool has none, would be the earlier sample's.
                 message = "an earlier sample of this tar has the same key"
@@ -172,7 +184,7 @@ class TarMember(NamedTuple):
     read: Callable[[int], bytes]
 
 
-def tar_members(file: BinaryIO) -> Iterator[TarMember]:
+def tar_members(file: BinaryIO | files.SteadyReader) -> Iterator[TarMember]:
     """What a tar holds, in its order, as a stream.
 
     Raises BrokenTar, which names the offset; so does `TarMember.read`.
@@ -205,11 +217,11 @@ def _broken_at(offset: int, error: Exception) -> BrokenTar:
     return BrokenTar(f"at byte {offset}: {error}; what follows was not read")
 
 
-def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[Members]:
+def _grouped(members: Iterable[TarMember], bounds: PoolBounds) -> Iterator[Members]:
     """Consecutive members with one key. A tar that breaks yields what was whole, then raises."""
     group: Members | None = None
     try:
-        for member in tar_members(file):
+        for member in members:
             key, extension = _split(member.name)
             if not (extension in _FIELDS or _belongs_to_a_sample(extension)):
                 continue
@@ -271,7 +283,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictTarInfo:
         try:
             return super().fromtarfile(tarfile_)
-        except (tarfile.EOFHeaderError, BrokenTar):  # type: ignore[attr-defined]
+        except (tarfile.EOFHeaderError, BrokenTar, files.ReadFailed):  # type: ignore[attr-defined]
             raise
         except Exception as error:  # tarfile raises anything at all on hostile headers
             raise BrokenTar(f"at byte {tarfile_.offset}: {error}; what follows was not read") from error
