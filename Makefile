@@ -23,7 +23,7 @@ test-large: .venv/installed
 
 # Kills many runs at seeded moments and compares what they leave in the end (docs/reliability.md): CHAOS_SEED=1 make chaos
 chaos: .venv/installed
-	$(BIN)/python -m pytest -n 0 -s -m chaos tests/integration/test_chaos.py
+	$(BIN)/python -m pytest -n 0 -s -m chaos tests/integration/test_chaos.py tests/integration/test_faults.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

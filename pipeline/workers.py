@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import shlex
 import signal
+import subprocess
 import threading
 
 import apache_beam as beam
 from apache_beam.portability import python_urns
 from apache_beam.portability.api import beam_fn_api_pb2
-from apache_beam.runners.portability.fn_api_runner.worker_handlers import SubprocessSdkWorkerHandler, WorkerHandler
-from apache_beam.runners.portability.local_job_service import SubprocessSdkWorker
+from apache_beam.runners.portability.fn_api_runner.worker_handlers import GrpcWorkerHandler, WorkerHandler
+from google.protobuf import json_format, text_format
 
 _TELL_SECONDS = 0.5
+_STOP_SECONDS = 10.0
+
+_deaths: list[str] = []  # of the pipeline that runs: how each of its workers ended that ended early
 
 
 class WorkerDied(RuntimeError):
@@ -36,43 +43,62 @@ def run_to_end(pipeline: beam.Pipeline, name: str) -> None:
         ) from error
 
 
-_deaths: list[str] = []
-
-
 @WorkerHandler.register_environment(python_urns.SUBPROCESS_SDK, bytes)
-class _WatchedWorkerHandler(SubprocessSdkWorkerHandler):
-    """Beam's own, but that all which the runner waits for fails when the process ends early."""
+class _WatchedWorkerHandler(GrpcWorkerHandler):
+    """A worker process, in place of Beam's SubprocessSdkWorkerHandler. Where it ends early, all that the runner waits
+    for fails, and the other workers are killed; where it does not end when it should, it is killed."""
+
+    def __init__(self, command: bytes, *others: object) -> None:
+        super().__init__(*others)
+        self._command, self._closed = shlex.split(command.decode()), threading.Event()
 
     def start_worker(self) -> None:
-        self._closed = threading.Event()
-        self.worker_thread = threading.Thread(name="run_worker", target=self._run)
-        self.worker_thread.start()
+        options = self.provision_info.provision_info.pipeline_options
+        environment = {
+            "CONTROL_API_SERVICE_DESCRIPTOR": text_format.MessageToString(self.control_api_service_descriptor()),
+            "LOGGING_API_SERVICE_DESCRIPTOR": text_format.MessageToString(self.logging_api_service_descriptor()),
+            "PIPELINE_OPTIONS": json_format.MessageToJson(options),
+            "WORKER_ID": self.worker_id,
+        }
+        # What it prints are the tracebacks of errors, which the runner is told all the same.
+        verbose = logging.getLogger("pipeline").isEnabledFor(logging.DEBUG)
+        self._process = subprocess.Popen(
+            self._command, env={**os.environ, **environment}, stderr=None if verbose else subprocess.DEVNULL
+        )
+        self._watcher = threading.Thread(name="watch_worker", target=self._watch)
+        self._watcher.start()
 
     def close(self) -> None:
         self._closed.set()
         super().close()
 
-    def _run(self) -> None:
-        # What a worker prints are the tracebacks of errors, which the runner is told all the same.
-        redirect = b"" if logging.getLogger("pipeline").isEnabledFor(logging.DEBUG) else b" 2>/dev/null"
-        command = self._worker_command_line + redirect
-        worker = SubprocessSdkWorker(command, self.control_address, self.provision_info, self.worker_id)
-        try:
-            worker.run()
-            ending = "ended early with exit status 0"
-        except RuntimeError as error:  # Beam's, whose last word is the return code
-            ending = _ending(int(str(error).rpartition(" ")[2]))
+    def kill(self) -> None:
+        """End the process now."""
+        self._process.kill()
+
+    def stop_worker(self) -> None:
+        # One that had not connected yet when the run failed never hears of its end.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_SECONDS)
+        self.kill()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        returncode = self._process.wait()
         if self._closed.is_set():
             return
-        _deaths.append(ending)
-        while not self._closed.wait(_TELL_SECONDS):  # also what is asked for from now on
-            for handler in list(self.control_handler._worker_manager._workers_by_id.values()):
+        _deaths.append(_ending(returncode))
+        handlers = list(self.control_handler._worker_manager._workers_by_id.values())
+        for handler in handlers:
+            handler.kill()
+        failure = beam_fn_api_pb2.InstructionResponse(error=f"a worker process {_deaths[0]}")
+        while not self._closed.wait(_TELL_SECONDS):  # again and again, because more may be asked for
+            for handler in handlers:
                 for future in list(handler.control_conn._futures_by_id.values()):
-                    future.set(beam_fn_api_pb2.InstructionResponse(error=f"a worker process {ending}"))
+                    future.set(failure)
 
 
 def _ending(returncode: int) -> str:
-    number = -returncode if returncode < 0 else returncode - 128  # of a shell: 128 + the signal
-    if number in list(signal.Signals):
-        return f"was killed by {signal.Signals(number).name}"
+    if returncode < 0:
+        return f"was killed by signal {-returncode} ({signal.strsignal(-returncode)})"
     return f"ended early with exit status {returncode}"

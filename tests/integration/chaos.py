@@ -157,10 +157,8 @@ class Moment:
     amount: float
 
     def __str__(self) -> str:
-        unit = "of its time" if self.after == "share" else "new files" if self.after == "files" else "files aside"
-        return f"{STAGES[self.stage]}, {self.amount:.2f} {unit}" if unit == "of its time" else (
-            f"{STAGES[self.stage]}, {self.amount:.0f} {unit}"
-        )
+        unit = {"share": "of its time", "files": "new files", "asides": "files aside"}[self.after]
+        return f"{STAGES[self.stage]}, {round(self.amount, 2)} {unit}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,13 +173,11 @@ class Reference:
 def moments(seed: int, count: int) -> list[Moment]:
     """All kinds of moments in all stages, in a seeded order."""
     rng = random.Random(seed)
-    largest = {"share": (0.0, 1.0), "files": (1, 9), "asides": (1, 12)}
+    draws = {"asides": lambda: rng.randint(1, 12), "share": rng.random, "files": lambda: rng.randint(1, 9)}
     drawn = []
     for n in range(count):
-        after = ("asides", "share", "files")[n // len(STAGES) % 3]
-        low, high = largest[after]
-        amount = rng.uniform(low, high) if after == "share" else rng.randint(int(low), int(high))
-        drawn.append(Moment(n % len(STAGES), after, amount))
+        after = list(draws)[n // len(STAGES) % len(draws)]
+        drawn.append(Moment(n % len(STAGES), after, draws[after]()))
     rng.shuffle(drawn)
     return drawn
 

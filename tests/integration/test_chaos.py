@@ -55,12 +55,12 @@ def kill_and_finish(case: Case, folder: Path, reference: Reference, planned: lis
         row, planned = planned[: (length := rng.randint(1, 4))], planned[length:]
         for moment in row:
             run = Run(case, output)
-            stage, killed = moment.stage, kill_at(run, moment, reference.seconds)
+            killed = kill_at(run, moment, reference.seconds)
             asides = [path for path in output.rglob("*") if files.is_aside(str(path))]
             print(f"seed {seed}: {moment}: {'killed' if killed else 'had ended'}, {len(asides)} aside", flush=True)
             if killed:
                 tally.kills, tally.while_writing = tally.kills + 1, tally.while_writing + bool(asides)
-                tally.stages.add(stage)
+                tally.stages.add(run.stage)
         last = Run(case, output)
         assert last.finish() == 0, last.said
         assert tree(output) == reference.tree

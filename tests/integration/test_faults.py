@@ -28,6 +28,7 @@ from pipeline import files
 from tests.integration.chaos import TWO_WORKERS, Case, Reference, Run, make_case, tree, undisturbed
 
 WITHIN_SECONDS = 60.0
+LONG = pytest.mark.chaos  # for `make chaos`
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def wait_for(condition: Callable[[], Any]) -> Any:
     raise AssertionError("it never came to that")
 
 
-@pytest.mark.parametrize("when", ["at work", "before it works"])
+@pytest.mark.parametrize("when", ["at work", pytest.param("before it works", marks=LONG)])
 def test_a_worker_that_is_killed(case: Case, reference: Reference, tmp_path: Path, when: str) -> None:
     output = tmp_path / "out"
     run = Run(dataclasses.replace(case, beam_options=TWO_WORKERS), output)
@@ -87,9 +88,21 @@ def test_a_worker_that_is_killed(case: Case, reference: Reference, tmp_path: Pat
     workers = wait_for(lambda: workers_of(run))
     workers[0].send_signal(signal.SIGKILL)
     message = error_of(run)
-    assert message.startswith("single_modality: a worker process was killed by SIGKILL; ")
+    assert message.startswith("single_modality: a worker process was killed by signal 9 (Killed); ")
     assert "give the same command again" in message
     assert psutil.wait_procs(workers, timeout=20)[1] == []  # none lives on
+    finishes_like(case, output, reference)
+
+
+@LONG
+def test_workers_end_when_the_run_is_killed_alone(case: Case, reference: Reference, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run = Run(dataclasses.replace(case, beam_options=TWO_WORKERS), output)
+    wait_for(lambda: list(output.glob(".progress/*/*.count")))
+    workers = workers_of(run)
+    assert len(workers) == 2
+    run.process.kill()
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
     finishes_like(case, output, reference)
 
 
@@ -115,7 +128,7 @@ def fill_disk(left_bytes: int) -> None:
     FileSystems.create = staticmethod(lambda path, **_: FailingFile(path, "wb"))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 0.95])
+@pytest.mark.parametrize("share", [0.25, *(pytest.param(share, marks=LONG) for share in (0.0, 0.6, 0.95))])
 def test_a_full_disk(case: Case, reference: Reference, tmp_path: Path, share: float) -> None:
     output = tmp_path / "out"
     size_bytes = int(sum(map(os.path.getsize, map(reference.output.joinpath, reference.tree))) * share)
@@ -138,6 +151,7 @@ def deny(names: str, function: str) -> None:
     setattr(FileSystems, function, staticmethod(denied))
 
 
+@LONG
 @pytest.mark.parametrize(
     ("function", "names", "where"),
     [
@@ -172,6 +186,7 @@ def delete_before(stage: str, shard: Path) -> None:
     run_module._run_stage = run_stage  # type: ignore[assignment]
 
 
+@LONG
 @pytest.mark.parametrize("stage", ["single_modality", "cross_modality"])
 def test_a_shard_that_is_deleted_before_its_turn(case: Case, reference: Reference, tmp_path: Path, stage: str) -> None:
     output, shard, kept = tmp_path / "out", case.pool / "00002.tar", tmp_path / "kept.tar"
@@ -209,12 +224,14 @@ def flake(failures: int) -> None:
     files.open_binary = lambda path: Flaky(plain(path), left) if path.endswith("00000.tar") else plain(path)
 
 
+@LONG
 def test_a_disk_that_fails_for_a_moment_is_read_again(case: Case, reference: Reference, tmp_path: Path) -> None:
     run = Run(case, tmp_path / "out", before=functools.partial(flake, 3))
     assert run.finish() == 0, run.said
     assert tree(tmp_path / "out") == reference.tree
 
 
+@LONG
 def test_a_disk_that_keeps_failing_is_an_error_and_no_dead_letter(
     case: Case, reference: Reference, tmp_path: Path
 ) -> None:
