@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shlex
@@ -51,6 +50,7 @@ class _WatchedWorkerHandler(GrpcWorkerHandler):
     def __init__(self, command: bytes, *others: object) -> None:
         super().__init__(*others)
         self._command, self._closed = shlex.split(command.decode()), threading.Event()
+        self._process: subprocess.Popen | None = None
 
     def start_worker(self) -> None:
         options = self.provision_info.provision_info.pipeline_options
@@ -65,7 +65,7 @@ class _WatchedWorkerHandler(GrpcWorkerHandler):
         self._process = subprocess.Popen(
             self._command, env={**os.environ, **environment}, stderr=None if verbose else subprocess.DEVNULL
         )
-        self._watcher = threading.Thread(name="watch_worker", target=self._watch)
+        self._watcher = threading.Thread(name="watch_worker", target=self._watch, args=[self._process])
         self._watcher.start()
 
     def close(self) -> None:
@@ -73,27 +73,25 @@ class _WatchedWorkerHandler(GrpcWorkerHandler):
         super().close()
 
     def kill(self) -> None:
-        """End the process now."""
-        self._process.kill()
+        """End the process now, if it was started."""
+        if self._process:
+            self._process.kill()
 
     def stop_worker(self) -> None:
+        self._watcher.join(_STOP_SECONDS)
         # One that had not connected yet when the run failed never hears of its end.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_SECONDS)
         self.kill()
         self._watcher.join()
 
-    def _watch(self) -> None:
-        returncode = self._process.wait()
+    def _watch(self, process: subprocess.Popen) -> None:
+        returncode = process.wait()
         if self._closed.is_set():
             return
         _deaths.append(_ending(returncode))
-        handlers = list(self.control_handler._worker_manager._workers_by_id.values())
-        for handler in handlers:
-            handler.kill()
         failure = beam_fn_api_pb2.InstructionResponse(error=f"a worker process {_deaths[0]}")
-        while not self._closed.wait(_TELL_SECONDS):  # again and again, because more may be asked for
-            for handler in handlers:
+        while not self._closed.wait(_TELL_SECONDS):  # again and again: workers may still be started, or asked for more
+            for handler in list(self.control_handler._worker_manager._workers_by_id.values()):
+                handler.kill()
                 for future in list(handler.control_conn._futures_by_id.values()):
                     future.set(failure)
 

@@ -17,7 +17,7 @@ from tests.integration.chaos import TWO_WORKERS, Case, Moment, Reference, Run, k
 from tests.integration.chaos import undisturbed as run_undisturbed
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
-KILLS_MANY = {"one process": 21, "two worker processes": 12}
+KILLS_MANY = {"one process": 24, "two worker processes": 9}
 
 
 @pytest.fixture(scope="module")
