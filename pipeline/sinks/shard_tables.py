@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import apache_beam as beam
@@ -80,5 +81,6 @@ class WriteShardTable(beam.DoFn):
         path = self._layout.progress(self._stage, self._shard.name)
         if "://" not in path:  # progress is shown by a local run only; elsewhere the runner has counters
             files.make_folder(path.rsplit("/", 1)[0])
-            with open(path, "w") as file:
+            # What is only shown fails nothing: that the disk is full is told by the table that cannot be written.
+            with contextlib.suppress(OSError), open(path, "w") as file:
                 file.write(str(len(self._rows) + len(self._letters)))

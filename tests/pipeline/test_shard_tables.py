@@ -176,6 +176,12 @@ def test_progress_counts_what_has_come(tmp_path: Path) -> None:
     assert path.read_text() == "4"
 
 
+def test_progress_that_cannot_be_written_fails_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".progress").write_text("a file")
+    assert bundle(tmp_path, batch(A, 0, True, 1)) == [A]
+    assert tables_in(tmp_path) == {"a": ["k1"]}
+
+
 def test_a_stage_that_is_not_fused_fails(tmp_path: Path) -> None:
     batches = due(*(batch(A, index, index == 19, index) for index in range(20)))
 
