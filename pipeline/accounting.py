@@ -95,7 +95,7 @@ def differences(shard: Shard, layout: Layout) -> Iterator[str]:
 def _refuse(found: list[str]) -> Iterator[None]:
     if found:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise Unaccounted(f"{len(found)} shards do not add up: {'; '.join(sorted(found)[:_SHOWN])}{more}")
+        raise Unaccounted(f"shards that do not add up: {len(found)}: {'; '.join(sorted(found)[:_SHOWN])}{more}")
     return iter(())
 
 
