@@ -18,6 +18,7 @@ import apache_beam as beam
 from apache_beam.pvalue import AsSingleton
 
 from pipeline import files, tables
+from pipeline.accounting import ReconcilePool
 from pipeline.layout import Layout
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
 from pipeline.records import Annotation, Shard
@@ -84,6 +85,7 @@ def single_modality(pipeline: beam.Pipeline, job: Job) -> None:
     )
 
     shards = (read[ReadShards.FINISHED], written) | "All shards" >> beam.Flatten() | "Tables are there" >> _barrier()
+    _ = shards | "Reconcile with the tars" >> ReconcilePool(job.layout)
     features = shards | "Read features" >> ReadPoolRows(job.layout, job.recipe)
     named = features | "Unique uids" >> UniqueUids()
     rows, pool_samples = named[UniqueUids.UNIQUE], features | "Count samples" >> beam.combiners.Count.Globally()

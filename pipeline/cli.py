@@ -6,6 +6,8 @@ import contextlib
 import importlib.resources
 import json
 import logging
+import re
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +31,8 @@ app = typer.Typer(
 )
 _BEAM = {"allow_extra_args": True}  # after `--`; an unknown option before it is a fault
 _errors = Console(stderr=True)
+_NOISE = ("Traceback (most recent call last)", "No semi_persistent_directory found")
+_EXCEPTION_NAME = re.compile(r"^(\w+\.)+[A-Z]\w+: ")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines, for machines.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the whole traceback of a failure.")]
@@ -160,9 +164,14 @@ def _exit_status(as_json: bool, verbose: bool) -> Iterator[None]:
     from pipeline.run import UsageError
     from pipeline.sources.webdataset import NoShards
 
-    handler = logging.StreamHandler()
-    handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log = logging.StreamHandler()
+    log.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
+    if verbose:
+        logging.getLogger("pipeline").setLevel(logging.DEBUG)
+    else:
+        log.addFilter(_is_no_noise)
+    logging.basicConfig(level=logging.WARNING, handlers=[log])
+    hook, threading.excepthook = threading.excepthook, _log_thread
     try:
         yield
     except (UsageError, NoShards) as error:
@@ -171,6 +180,8 @@ def _exit_status(as_json: bool, verbose: bool) -> Iterator[None]:
         if verbose:
             raise
         _fail(1, f"{_last_line(error)} (--verbose shows the whole traceback)", as_json)
+    finally:
+        threading.excepthook = hook
 
 
 def _show_resharded(done: Resharded, as_json: bool) -> None:
@@ -234,10 +245,23 @@ def _show(funnel: dict[str, Any], layout: Layout) -> None:
     console.print(places, highlight=False)
 
 
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    """Beam tells of an error at each place that it passes; what it comes to is our last line."""
+    message = record.getMessage()
+    return not record.exc_info and not any(noise in message for noise in _NOISE)
+
+
+def _log_thread(failed: threading.ExceptHookArgs) -> None:
+    """Beam's threads that talk to a worker fail with it; the runner tells."""
+    assert failed.exc_value is not None
+    logging.error("thread %s failed", failed.thread and failed.thread.name, exc_info=failed.exc_value)
+
+
 def _last_line(error: BaseException) -> str:
     # Not `splitlines`: text of a pool, quoted in the message, would choose with "\r" which part of it is shown.
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    # From a worker process an error comes as the text of its traceback.
+    return _EXCEPTION_NAME.sub("", lines[-1]) if lines else type(error).__name__
 
 
 def _fail(status: int, message: str, as_json: bool) -> None:

@@ -129,7 +129,9 @@ class SampleBatch:
     """Consecutive samples of one shard, in tar order: the element of the per-shard stages.
 
     `index` counts a shard's batches from 0 and `last` marks its final one, so that the writer at the end of the
-    fused stage can prove that it saw the whole shard. What broke on the way travels along as dead letters.
+    fused stage can prove that it saw the whole shard. What broke on the way travels along as dead letters. The last
+    one says in `due` which keys the reader met, or was to find, in the order of the tar: each needs a row or a dead
+    letter.
     """
 
     shard: Shard
@@ -138,6 +140,7 @@ class SampleBatch:
     samples: tuple[Sample, ...]
     dead_letters: tuple[DeadLetter, ...] = ()
     attempt: Attempt = dataclasses.field(default_factory=Attempt)
+    due: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)

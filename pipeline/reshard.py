@@ -24,6 +24,7 @@ from pipeline.sinks.resharded import ReshardedFolder, WriteResharded
 from pipeline.sources.subset import Subset, read_subset
 from pipeline.sources.webdataset import list_shards
 from pipeline.spread import Spread
+from pipeline.workers import run_to_end
 
 NAME = "reshard"
 
@@ -74,7 +75,7 @@ def reshard(
                 | "Spread shards" >> beam.Reshuffle()
                 | "Write resharded" >> WriteResharded(layout, bounds, subset, spread, folder)
             )
-            pipeline.run().wait_until_finish()
+            run_to_end(pipeline, NAME)
     files.delete_if_there(folder.places_folder)
     return Resharded(subset, spread, folder)
 

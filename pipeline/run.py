@@ -22,6 +22,7 @@ from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, STAGES, Reci
 from pipeline.records import Shard
 from pipeline.sinks.decisions import SMALLER_BATCHES
 from pipeline.sources.webdataset import list_shards
+from pipeline.workers import run_to_end
 from transforms.models.precision import resolve
 from transforms.models.weights import pinned
 from transforms.single_modality import pos_pattern
@@ -71,6 +72,8 @@ def run(
     content = manifest(recipe, pool, found)
     _check_earlier_stages(stages, layout, shards)
     claim(layout, content)
+    for left_by_a_killed_run in (layout.progress_folder, layout.alignment_work):
+        files.delete_if_there(left_by_a_killed_run)
 
     settled = _with_precision(_with_tagger(settled, found))
     job = build.Job(settled, tuple(shards), layout, found)
@@ -95,7 +98,7 @@ def run(
 def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> None:
     pipeline = pipeline_of(beam_options)
     build.GRAPHS[stage](pipeline, job)
-    pipeline.run().wait_until_finish()
+    run_to_end(pipeline, stage)
 
 
 def pipeline_of(beam_options: list[str]) -> beam.Pipeline:
@@ -149,7 +152,9 @@ class Claimable(Protocol):
 
 
 def claim(layout: Claimable, content: dict[str, Any]) -> None:
-    """Write the manifest into a new or empty output folder; raise UsageError where another run's outputs lie."""
+    """Write the manifest into a new or empty output folder; raise UsageError where another run's outputs lie.
+
+    What a killed run of the same was writing when it died is cleared."""
     if files.exists(layout.manifest):
         there = _mapping(files.read_bytes(layout.manifest))
         differing = sorted(key for key in content if there.get(key) != content[key])
@@ -157,12 +162,15 @@ def claim(layout: Claimable, content: dict[str, Any]) -> None:
             raise UsageError(
                 f"{layout.output}: holds another run (it differs in {', '.join(differing)}); name another --output"
             )
+        files.clear_aside(layout.output)
         return
     if "://" not in layout.output and Path(layout.output).is_file():
         raise UsageError(f"{layout.output}: is a file; name a folder")
     content_of_folder = files.join(files.literal(layout.output), "**")
-    if files.exists(layout.output) and FileSystems.match([content_of_folder])[0].metadata_list:
+    found = FileSystems.match([content_of_folder])[0].metadata_list if files.exists(layout.output) else []
+    if not all(files.is_aside(file.path) for file in found):  # a run killed at its very start leaves that
         raise UsageError(f"{layout.output}: is not empty and holds no run of pairsift; name another --output")
+    files.clear_aside(layout.output)
     files.write_json(layout.manifest, content)
 
 

@@ -70,6 +70,7 @@ DECISIONS = pa.schema(
 _ANNOTATION_COLUMNS = [field.name for field in dataclasses.fields(Annotation)]
 _MADE_FROM = b"pairsift.made_from"
 _HALVINGS = b"pairsift.batch_halvings"
+_DUE = b"pairsift.due"
 
 
 def write_table(
@@ -78,16 +79,19 @@ def write_table(
     schema: pa.Schema,
     made_from: str = "",
     halvings: Mapping[str, int] | None = None,
+    due: int | None = None,
 ) -> None:
     """Write rows (dicts; other keys than the schema's are left out) to `path`, whole or not at all.
 
     `made_from` names what the rows were computed from; see `is_finished`. `halvings` says how often each rule's batch
-    shape was halved for want of GPU memory.
+    shape was halved for want of GPU memory; `due` how many samples of the shard need a row or a dead letter.
     """
     rows = [{name: row.get(name) for name in schema.names} for row in columns]
     metadata = {_MADE_FROM: made_from.encode()}
     if halvings:
         metadata[_HALVINGS] = json.dumps(halvings, sort_keys=True).encode()
+    if due is not None:
+        metadata[_DUE] = str(due).encode()
     table = pa.Table.from_pylist(rows, schema=schema.with_metadata(metadata))
     with files.write_aside(path) as file:
         pq.write_table(table, file, compression="zstd")
@@ -116,6 +120,12 @@ def read_halvings(path: str) -> dict[str, int]:
     with files.open_binary(path) as file:
         metadata = pq.read_schema(file).metadata or {}
     return json.loads(metadata.get(_HALVINGS, b"{}"))
+
+
+def read_due(path: str) -> int:
+    """How many samples of the shard need a row in the table at `path`, or a dead letter."""
+    with files.open_binary(path) as file:
+        return int(pq.read_schema(file).metadata[_DUE])
 
 
 def annotation_row(annotation: Annotation) -> dict:

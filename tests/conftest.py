@@ -1,8 +1,12 @@
-"""Prints the tables that tests record, at the end of the run and also when several processes ran them."""
+"""Prints the tables that tests record, at the end of the run and also when several processes ran them; what is tried
+again is tried at once."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import pytest
+from apache_beam.utils import retry
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -11,3 +15,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for table in sorted(tables):
         terminalreporter.write_line("")
         terminalreporter.write_line(table)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that would have been waited before each new try, which now none waits."""
+    waited: list[float] = []
+    monkeypatch.setattr(retry.Clock, "sleep", lambda self, seconds: waited.append(seconds))
+    return waited

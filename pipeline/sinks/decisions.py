@@ -10,6 +10,7 @@ from typing import Any
 import apache_beam as beam
 
 from pipeline import files, tables
+from pipeline.accounting import Unaccounted, reconcile
 from pipeline.layout import Layout
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
 from pipeline.records import Annotation, DeadLetter
@@ -23,10 +24,6 @@ NOT_ASKED, SMALLER_BATCHES = "not_asked", "smaller_batches"
 LATER_MODELS = {"image_text_matching": "match_probability", "digit": "digit_probability"}
 Tally = dict[tuple[str, str], int]
 """Counts by (what, rule or reason); what has no finer name is under ""."""
-
-
-class Unaccounted(AssertionError):
-    """Samples that were neither dropped by a rule, nor kept, nor dead-lettered; or more than once."""
 
 
 def decide(
@@ -107,8 +104,10 @@ class WriteDecisions(beam.DoFn):
         )
         counts = tally(rows, (letter for step in letters.values() for letter in step))
         # Counted on its own from what stage 1 saw, so that the sum below can really fail.
-        read = len(tables.read_table(self._layout.single_modality(shard), ["uid"]))
-        counts[IN, ""] = read + len(letters[SINGLE_MODALITY])
+        seen = [row["uid"] for row in tables.read_table(self._layout.single_modality(shard), ["uid"])]
+        later = (letter.uid for step, found in letters.items() if step != SINGLE_MODALITY for letter in found)
+        reconcile(f"decisions of shard {shard}", seen, [*(row["uid"] for row in rows), *later], "uids")
+        counts[IN, ""] = len(seen) + len(letters[SINGLE_MODALITY])
         halvings = tables.read_halvings(self._layout.cross_modality(shard))
         counts |= {(SMALLER_BATCHES, rule): 1 for rule in halvings}
         _reconcile(shard, counts)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator
 
 import apache_beam as beam
 import pyarrow as pa
 
 from pipeline import files, tables
+from pipeline.accounting import reconcile_shard
 from pipeline.layout import Layout
 from pipeline.records import DeadLetter, SampleBatch, Shard
 
@@ -21,7 +23,7 @@ class WriteShardTable(beam.DoFn):
 
     Gathers a shard's rows (slim ones, no pixels) and writes them when its last batch has come. That holds because a
     fused stage hands the batches of one shard through in order; where a runner breaks the fusion, UnfusedStage is
-    raised, and nothing is written.
+    raised, and where a sample got lost on the way, Unaccounted; then nothing is written.
     """
 
     def __init__(
@@ -57,19 +59,20 @@ class WriteShardTable(beam.DoFn):
         self._letters += batch.dead_letters
         self._report_progress()
         if batch.last:
-            yield self._write(batch.attempt.halvings)
+            yield self._write(batch)
 
     def finish_bundle(self) -> None:
         if self._shard is not None:
             raise UnfusedStage(f"the bundle ended before shard {self._shard.name} did")
 
-    def _write(self, halvings: Mapping[str, int]) -> Shard:
-        shard = self._shard
-        assert shard is not None
+    def _write(self, last: SampleBatch) -> Shard:
+        shard = last.shard
+        reconcile_shard(shard, self._stage, last.due, self._rows, self._letters)
         # Dead letters first: the table's presence is what says that the shard is finished.
         tables.write_dead_letters(self._layout.dead_letters(self._stage, shard.name), self._letters)
         path = self._path_of(self._layout, shard.name)
-        tables.write_table(path, self._rows, self._schema, self._made_from(shard), halvings)
+        halvings, due = last.attempt.halvings, len(last.due)
+        tables.write_table(path, self._rows, self._schema, self._made_from(shard), halvings, due)
         self.start_bundle()
         return shard
 
@@ -78,5 +81,6 @@ class WriteShardTable(beam.DoFn):
         path = self._layout.progress(self._stage, self._shard.name)
         if "://" not in path:  # progress is shown by a local run only; elsewhere the runner has counters
             files.make_folder(path.rsplit("/", 1)[0])
-            with open(path, "w") as file:
+            # What is only shown fails nothing: that the disk is full is told by the table that cannot be written.
+            with contextlib.suppress(OSError), open(path, "w") as file:
                 file.write(str(len(self._rows) + len(self._letters)))

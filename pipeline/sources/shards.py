@@ -96,8 +96,9 @@ class _ReadShard(beam.DoFn):
     def _tries(self, shard: Shard, decode: Decode) -> Iterator[SampleBatch]:
         attempt = Attempt()
         while True:
-            with contextlib.closing(self._decoded_samples(shard, decode)) as samples:
-                for batch in _batches(shard, samples, self._batch_size, attempt):
+            due: list[str] = []
+            with contextlib.closing(self._decoded_samples(shard, decode, due)) as samples:
+                for batch in _batches(shard, samples, self._batch_size, attempt, due):
                     yield batch  # the stage's models look at it before the next line runs
                     if attempt.out_of_memory:
                         break
@@ -105,16 +106,19 @@ class _ReadShard(beam.DoFn):
                 return
             attempt = attempt.smaller()
 
-    def _decoded_samples(self, shard: Shard, decode: Decode) -> Generator[Sample | DeadLetter, None, None]:
+    def _decoded_samples(
+        self, shard: Shard, decode: Decode, due: list[str]
+    ) -> Generator[Sample | DeadLetter, None, None]:
         decoded = functools.partial(self._decoded, decode)
-        return self._threaded(decoded, self._samples(shard), DECODE_THREADS, self._batch_size)
+        return self._threaded(decoded, self._samples(shard, due), DECODE_THREADS, self._batch_size)
 
-    def _samples(self, shard: Shard) -> Iterator[Sample | DeadLetter]:
+    def _samples(self, shard: Shard, due: list[str]) -> Iterator[Sample | DeadLetter]:
         wanted = self._work.wanted(shard)
         if wanted is None:
-            yield from read_samples(shard, self._bounds, self._work.stage)
+            yield from read_samples(shard, self._bounds, self._work.stage, due)
             return
         missing = dict(wanted)
+        due += wanted
         # What is already known to be broken was told by the stage that knows all of the shard.
         for found in read_samples(shard, self._bounds, self._work.stage) if wanted else ():
             key = found.key if isinstance(found, DeadLetter) else found.annotation.key
@@ -142,9 +146,10 @@ class _ReadShard(beam.DoFn):
 
 
 def _batches(
-    shard: Shard, samples: Iterable[Sample | DeadLetter], batch_size: int, attempt: Attempt
+    shard: Shard, samples: Iterable[Sample | DeadLetter], batch_size: int, attempt: Attempt, due: Iterable[str]
 ) -> Iterator[SampleBatch]:
-    """Batches of `batch_size` samples in tar order; the last one may be smaller, or empty."""
+    """Batches of `batch_size` samples in tar order; the last one may be smaller, or empty. `due` is complete when the
+    samples are through."""
     index = 0
     whole: list[Sample] = []
     letters: list[DeadLetter] = []
@@ -156,4 +161,4 @@ def _batches(
             yield SampleBatch(shard, index, False, tuple(whole), tuple(letters), attempt)
             index, whole, letters = index + 1, [], []
         whole.append(sample)
-    yield SampleBatch(shard, index, True, tuple(whole), tuple(letters), attempt)
+    yield SampleBatch(shard, index, True, tuple(whole), tuple(letters), attempt, tuple(due))

@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from pipeline import files
 from pipeline.recipe import PoolBounds
 
 _MAX_EXTENDED_HEADERS = 8  # in a row
@@ -47,7 +48,7 @@ class TarMember(NamedTuple):
     read: Callable[[int], bytes]
 
 
-def tar_members(file: BinaryIO, bounds: PoolBounds) -> Iterator[TarMember]:
+def tar_members(file: BinaryIO | files.SteadyReader, bounds: PoolBounds) -> Iterator[TarMember]:
     """What a tar holds, in its order, as a stream.
 
     Raises BrokenTar, which names the offset; so does `TarMember.read`.
@@ -102,7 +103,7 @@ class _BoundedFile:
     """What tarfile reads from. Past the end of a file it would go on asking, block by block, for as long as a header
     says that there is more: for years, where that says 8 EiB."""
 
-    def __init__(self, file: BinaryIO, max_bytes: int) -> None:
+    def __init__(self, file: BinaryIO | files.SteadyReader, max_bytes: int) -> None:
         self._file, self._max_bytes = file, max_bytes
         self._read_bytes = self._empty_reads = 0
 
@@ -125,7 +126,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictTarInfo:
         try:
             return super().fromtarfile(tarfile_)
-        except (tarfile.EOFHeaderError, BrokenTar):  # type: ignore[attr-defined]
+        except (tarfile.EOFHeaderError, BrokenTar, files.ReadFailed):  # type: ignore[attr-defined]
             raise
         except Exception as error:  # tarfile raises anything at all on hostile headers
             raise _broken_at(tarfile_.offset, error) from error

@@ -10,8 +10,8 @@ import hashlib
 import json
 import re
 import urllib.parse
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
 
@@ -98,24 +98,38 @@ class Members:
         return self.fault is None and None not in (self.image, self.caption, self.metadata)
 
 
-def read_members(path: str, bounds: PoolBounds) -> Iterator[Members]:
+def read_members(path: str, bounds: PoolBounds, keys: list[str] | None = None) -> Iterator[Members]:
     """The files of the tar at `path` by consecutive key, in tar order, unjudged: also of samples that are not whole.
 
-    Raises BrokenTar after what was whole, and the filesystem's OSError.
+    `keys` gains the key of each, counted on its own from the members' names. Raises BrokenTar after what was whole, and
+    files.ReadFailed.
     """
-    with files.open_binary(path) as file:
-        yield from _grouped(file, bounds)
+    with files.SteadyReader(path) as file:
+        members = tar_members(file, bounds)
+        yield from _grouped(_noting_keys(members, [] if keys is None else keys, bounds), bounds)
 
 
-def read_samples(shard: Shard, bounds: PoolBounds, stage: str) -> Iterator[Sample | DeadLetter]:
+def _noting_keys(members: Iterable[TarMember], keys: list[str], bounds: PoolBounds) -> Iterator[TarMember]:
+    for member in members:
+        name, extension = _split(member.name)
+        key = _shortened(name, bounds.max_key_characters)
+        if (extension in _FIELDS or _belongs_to_a_sample(extension)) and [key] != keys[-1:]:
+            keys.append(key)
+        yield member
+
+
+def read_samples(
+    shard: Shard, bounds: PoolBounds, stage: str, keys: list[str] | None = None
+) -> Iterator[Sample | DeadLetter]:
     """The samples of a shard in tar order, pixels not yet decoded; a dead letter for each that is not whole.
 
-    Where the tar itself breaks, what came before is yielded and the rest is one dead letter that names the offset. An
-    OSError of the filesystem is raised: it may pass, and a finished table without the samples would hide it for good.
+    Where the tar itself breaks, what came before is yielded and the rest is one dead letter that names the offset. A
+    filesystem that fails raises files.ReadFailed: it may pass, and a finished table without the samples would hide it
+    for good. `keys` gains what `read_members` counts.
     """
     seen: set[str] = set()
     try:
-        for members in read_members(shard.path, bounds):
+        for members in read_members(shard.path, bounds, keys):
             if members.key in seen:
                 # Its uid, where the pool has none, would be the earlier sample's.
                 message = "an earlier sample of this tar has the same key"
@@ -174,11 +188,11 @@ def _nests_deeper(text: str, max_depth: int) -> bool:
     return False
 
 
-def _grouped(file: BinaryIO, bounds: PoolBounds) -> Iterator[Members]:
+def _grouped(members: Iterable[TarMember], bounds: PoolBounds) -> Iterator[Members]:
     """Consecutive members with one key. A tar that breaks yields what was whole, then raises."""
     group: Members | None = None
     try:
-        for member in tar_members(file, bounds):
+        for member in members:
             name, extension = _split(member.name)
             if not (extension in _FIELDS or _belongs_to_a_sample(extension)):
                 continue

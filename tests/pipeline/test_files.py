@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
+import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -122,6 +126,134 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     with pytest.raises(OSError):  # noqa: PT011 (which one is the filesystem's matter)
         files.write_bytes(str(tmp_path / "a" / "c.bin"), b"x")
     assert everything(tmp_path) == ["a"]
+
+
+# What killed processes leave -------------------------------------------------------------------------------------
+
+
+def killed_while_writing(path: str) -> None:
+    """A process that dies before its file is whole."""
+    with files.write_aside(path) as file:
+        file.write(b"half")
+        os._exit(1)
+
+
+def test_what_a_killed_process_was_writing_is_cleared_and_nothing_else(tmp_path: Path) -> None:
+    kept = ["a.parquet", ".a.parquet.tmp-1", "x.tmp-" + "0" * 32, f".a.tmp-{'g' * 32}", ".progress/a.count"]
+    for name in kept:
+        files.write_bytes(str(tmp_path / name), b"x")
+    for path in (tmp_path / "sub" / "b.parquet", tmp_path / "sub [1]" / "odd\nname"):
+        process = multiprocessing.get_context("fork").Process(target=killed_while_writing, args=(str(path),))
+        process.start()
+        process.join()
+    assert len(everything(tmp_path)) == len(kept) + 2
+    files.clear_aside(str(tmp_path))
+    assert everything(tmp_path) == sorted(kept)
+    files.clear_aside(str(tmp_path / "nowhere"))
+
+
+def test_what_a_living_writer_writes_is_never_cleared(tmp_path: Path) -> None:
+    path = str(tmp_path / "c.bin")
+    with files.write_aside(path) as file:
+        file.write(b"whole")
+        files.clear_aside(str(tmp_path))
+    assert files.read_bytes(path) == b"whole"
+    with files.write_aside(path) as file:
+        file.write(b"closed already")
+        file.close()
+        files.clear_aside(str(tmp_path))
+    assert files.read_bytes(path) == b"closed already"
+
+
+# What the machine does -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "reason", "advice"),
+    [
+        (errno.ENOSPC, "No space left on device", "make room there"),
+        (errno.EDQUOT, "Disk quota exceeded", "make room there"),
+        (errno.EACCES, "Permission denied", "give this user the right to write there"),
+        (errno.EROFS, "Read-only file system", "give this user the right to write there"),
+        (errno.EIO, "Input/output error", "mend that"),
+    ],
+)
+@pytest.mark.parametrize("when", ["create", "write", "rename"])
+def test_a_write_that_fails_says_what_where_and_what_to_do_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, number: int, reason: str, advice: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    class Failing(io.FileIO):
+        def write(self, content: object) -> int:
+            raise OSError(number, os.strerror(number))
+
+    path = str(tmp_path / "c.bin")
+    if when == "write":
+        monkeypatch.setattr(FileSystems, "create", lambda path, **_: Failing(path, "wb"))
+    elif when == "create":
+        monkeypatch.setattr(FileSystems, "create", fail)
+    else:
+        monkeypatch.setattr(os, "rename", fail)  # below Beam, which wraps what it raises
+    expected = f"{path}: cannot be written: {reason}; {advice}, then give the same command again"
+    with pytest.raises(files.WriteFailed, match=re.escape(expected)):
+        files.write_bytes(path, b"new")
+    assert everything(tmp_path) == []
+
+
+def test_an_error_of_the_content_is_none_of_writing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_half(str(tmp_path / "c.bin"), FileNotFoundError)
+
+
+class Flaky(io.FileIO):
+    """A file whose disk fails at every third read, or when it is opened, as long as there are failures left."""
+
+    failures = 0
+    opened = 0
+
+    def __init__(self, path: str) -> None:
+        Flaky.opened += 1
+        if Flaky.failures and Flaky.opened % 2 == 0:
+            Flaky.failures -= 1
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        super().__init__(path)
+        self._reads = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._reads += 1
+        if Flaky.failures and self._reads % 3 == 0:
+            Flaky.failures -= 1
+            raise ValueError("an error of a cloud's client")
+        return super().read(size)
+
+
+@pytest.fixture
+def flaky(monkeypatch: pytest.MonkeyPatch) -> type[Flaky]:
+    monkeypatch.setattr(files, "open_binary", Flaky)
+    Flaky.failures = Flaky.opened = 0
+    return Flaky
+
+
+def test_a_read_goes_on_where_it_failed(tmp_path: Path, flaky: type[Flaky], waits: list[float]) -> None:
+    content = bytes(range(256)) * 40
+    path = tmp_path / "c.bin"
+    path.write_bytes(content)
+    flaky.failures = 6
+    with files.SteadyReader(str(path)) as file:
+        found = b"".join(iter(lambda: file.read(700), b""))
+    assert found == content
+    assert flaky.failures == 0
+    assert len(waits) == 6
+
+
+def test_a_file_that_stays_unreadable_is_an_error_after_seconds(tmp_path: Path, waits: list[float]) -> None:
+    path = str(tmp_path / "gone.tar")
+    expected = f"{path}: cannot be read at byte 0: No such file or directory; put it back or mend its access"
+    with files.SteadyReader(path) as file, pytest.raises(files.ReadFailed, match=re.escape(expected)):
+        file.read(10)
+    assert waits == [0.5, 1, 2, 4]
 
 
 def test_nothing_is_decompressed_by_its_name(tmp_path: Path) -> None:

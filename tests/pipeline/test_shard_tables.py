@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections import defaultdict
 from pathlib import Path
 
 import apache_beam as beam
@@ -10,6 +12,7 @@ import pytest
 from apache_beam.testing.util import assert_that, equal_to
 
 from pipeline import tables
+from pipeline.accounting import Unaccounted
 from pipeline.layout import Layout
 from pipeline.records import DeadLetter, SampleBatch, Shard
 from pipeline.sinks.shard_tables import UnfusedStage, WriteShardTable
@@ -29,6 +32,16 @@ def batch(shard: Shard, index: int, last: bool, *numbers: int, letters: int = 0)
     return SampleBatch(shard, index, last, samples, dead)
 
 
+def due(*batches: SampleBatch) -> list[SampleBatch]:
+    """The batches, of which each shard's last says which keys were met."""
+    keys: dict[str, list[str]] = defaultdict(list)
+    told = []
+    for each in batches:
+        keys[each.shard.name] += [s.annotation.key for s in each] + [letter.key for letter in each.dead_letters]
+        told.append(dataclasses.replace(each, due=tuple(keys.pop(each.shard.name))) if each.last else each)
+    return told
+
+
 def writer(folder: Path) -> WriteShardTable:
     return WriteShardTable(Layout(str(folder)), STAGE, Layout.single_modality, tables.SINGLE_MODALITY, made_from)
 
@@ -36,7 +49,7 @@ def writer(folder: Path) -> WriteShardTable:
 def bundle(folder: Path, *batches: SampleBatch) -> list[Shard]:
     write, done = writer(folder), []
     write.start_bundle()
-    for each in batches:
+    for each in due(*batches):
         done += list(write.process(each))
     write.finish_bundle()
     return done
@@ -48,11 +61,11 @@ def tables_in(folder: Path) -> dict[str, list[str]]:
 
 
 def test_a_shard_is_written_when_its_last_batch_has_come(tmp_path: Path) -> None:
-    write = writer(tmp_path)
+    write, (first, last) = writer(tmp_path), due(batch(A, 0, False, 1, 2), batch(A, 1, True, 3))
     write.start_bundle()
-    assert list(write.process(batch(A, 0, False, 1, 2))) == []
+    assert list(write.process(first)) == []
     assert tables_in(tmp_path) == {}
-    assert list(write.process(batch(A, 1, True, 3))) == [A]
+    assert list(write.process(last)) == [A]
     write.finish_bundle()
     assert tables_in(tmp_path) == {"a": ["k1", "k2", "k3"]}
 
@@ -67,7 +80,7 @@ def test_a_writer_serves_bundle_after_bundle(tmp_path: Path) -> None:
     write = writer(tmp_path)
     for shard in (A, B):
         write.start_bundle()
-        assert list(write.process(batch(shard, 0, True, 1))) == [shard]
+        assert [done for each in due(batch(shard, 0, True, 1)) for done in write.process(each)] == [shard]
         write.finish_bundle()
     assert set(tables_in(tmp_path)) == {"a", "b"}
 
@@ -123,17 +136,54 @@ def test_batches_out_of_order_write_nothing(tmp_path: Path, batches: list[Sample
     assert tables_in(tmp_path) == {}
 
 
+@pytest.mark.parametrize(
+    ("keys", "fault"),
+    [
+        (("k1", "k2", "x00", "gone"), r"shard a, stage single_modality: lost 1 keys \(gone\)"),
+        (("k1", "x00"), r"counted too often 1 keys \(k2\)"),
+        (("k1", "k2", "x00", "k1"), r"lost 1 keys \(k1\)"),
+        (("k1", "k3", "x00"), r"lost 1 keys \(k3\) and counted too often 1 keys \(k2\)"),
+    ],
+)
+def test_a_sample_that_got_lost_on_the_way_is_an_error_and_no_table(
+    tmp_path: Path, keys: tuple[str, ...], fault: str
+) -> None:
+    write = writer(tmp_path)
+    write.start_bundle()
+    with pytest.raises(Unaccounted, match=fault):
+        list(write.process(dataclasses.replace(batch(A, 0, True, 1, 2, letters=1), due=keys)))
+    assert tables_in(tmp_path) == {}
+
+
+def test_the_dead_letter_of_a_tar_that_breaks_off_stands_for_its_last_sample_only(tmp_path: Path) -> None:
+    broken = DeadLetter("a", "", "", STAGE, "broken_tar", "m")
+    cut = dataclasses.replace(batch(A, 0, True, 1, 2), dead_letters=(broken,), due=("k1", "k2", "cut"))
+    write = writer(tmp_path)
+    write.start_bundle()
+    assert list(write.process(cut)) == [A]
+    write.start_bundle()
+    with pytest.raises(Unaccounted, match="lost 1 keys"):
+        list(write.process(dataclasses.replace(cut, due=("k1", "gone", "k2", "cut"))))
+
+
 def test_progress_counts_what_has_come(tmp_path: Path) -> None:
     write, path = writer(tmp_path), Path(Layout(str(tmp_path)).progress(STAGE, "a"))
+    first, last = due(batch(A, 0, False, 1, 2, letters=1), batch(A, 1, True, 3))
     write.start_bundle()
-    list(write.process(batch(A, 0, False, 1, 2, letters=1)))
+    list(write.process(first))
     assert path.read_text() == "3"
-    list(write.process(batch(A, 1, True, 3)))
+    list(write.process(last))
     assert path.read_text() == "4"
 
 
+def test_progress_that_cannot_be_written_fails_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".progress").write_text("a file")
+    assert bundle(tmp_path, batch(A, 0, True, 1)) == [A]
+    assert tables_in(tmp_path) == {"a": ["k1"]}
+
+
 def test_a_stage_that_is_not_fused_fails(tmp_path: Path) -> None:
-    batches = [batch(A, index, index == 19, index) for index in range(20)]
+    batches = due(*(batch(A, index, index == 19, index) for index in range(20)))
 
     def run(folder: Path, pieces: list[list[SampleBatch]]) -> None:
         with beam.Pipeline("FnApiRunner") as p:

@@ -166,6 +166,7 @@ def test_what_has_vanished_or_broken_since_is_a_dead_letter(tmp_path: Path) -> N
     }
 
 
+@pytest.mark.usefixtures("waits")
 def test_a_tar_that_is_gone_fails_the_run_and_no_sample(tmp_path: Path) -> None:
     gone = Shard("gone", str(tmp_path / "gone.tar"), "f")
     wants = {f"k{n}": annotation(uid=uid(n), shard="gone", key=f"k{n}") for n in range(3)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -10,6 +11,7 @@ import os
 import random
 import tarfile
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -334,12 +336,36 @@ def test_a_compressed_tar_is_not_unpacked_by_its_name(tmp_path: Path) -> None:
     assert one_letter(read_bytes(tmp_path, gzip.compress(tar_bytes(sample_members("a"))))).reason == "broken_tar"
 
 
+@pytest.mark.usefixtures("waits")
 def test_a_shard_that_cannot_be_opened(tmp_path: Path) -> None:
     folder = tmp_path / "folder.tar"
     folder.mkdir()
     for path in (tmp_path / "gone.tar", folder):
         with pytest.raises(OSError, match=path.name):  # it may pass: no dead letters, no table
             list(read_samples(Shard("x", str(path), "f"), BOUNDS, STAGE))
+
+
+def failing_at(offset: int) -> Callable[[str], Any]:
+    """Opens a tar on a disk that fails from that byte on."""
+
+    class Disk(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() >= offset:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(size)
+
+    return Disk
+
+
+@pytest.mark.usefixtures("waits")
+@pytest.mark.parametrize("offset", [0, 10_240, 20_480])
+def test_a_disk_that_fails_within_a_tar_is_no_broken_tar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int
+) -> None:
+    (shard,) = write_pool(tmp_path, {"a.tar": [m for n in range(9) for m in sample_members(f"k{n}")]})
+    monkeypatch.setattr(files, "open_binary", failing_at(offset))
+    with pytest.raises(files.ReadFailed, match=rf"a\.tar: cannot be read at byte {offset}: Input/output error"):
+        list(read_samples(shard, BOUNDS, STAGE))
 
 
 def extended_headers(type_: bytes, content: bytes, times: int) -> bytes:

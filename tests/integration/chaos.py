@@ -1,0 +1,226 @@
+"""A small pool, tiny models, and runs of them in process groups of their own, which can be killed at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import yaml
+
+from pipeline import files
+from pipeline.recipe import STAGES
+from tests.helpers import Members, sample_members, settings, tar_bytes, uid
+from tests.models import tiny_models
+
+ROOT = Path(__file__).parents[2]
+SHARDS, SAMPLES = 6, 14
+WORDS = "dog bench river table castle engine garden window picture bottle horse bridge candle market".split()
+TWO_WORKERS = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
+
+# Forked from a process that has imported everything, a run takes a second where it would take ten.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["pipeline.cli", "pipeline.run", "pipeline.build", "pipeline.progress", __name__])
+
+
+def _members(shard: int) -> Members:
+    members = []
+    for n in range(SAMPLES):
+        number = shard * SAMPLES + n
+        caption = f"a {WORDS[number % 14]} beside an old {WORDS[(number // 14 + n) % 14]} in the sun"
+        metadata = {"uid": uid(number * 7919)}
+        members += sample_members(f"{number:06d}", caption, number, metadata)
+    if shard == 1:  # what cannot be judged, in each of the ways in which that is told
+        members += sample_members("repeated", "a dog on the bench of another shard", 3, {"uid": uid(0)})
+        members += [("broken.jpg", b"\xff\xd8 no picture"), ("broken.txt", b"a caption"), ("alone.txt", b"alone")]
+        members += sample_members("near", "the same dog on the same bench again", 2)
+    return members
+
+
+def write_pool(folder: Path) -> Path:
+    """Six shards, of which one is empty and one breaks off."""
+    folder.mkdir(parents=True)
+    for shard in range(SHARDS):
+        content = tar_bytes([] if shard == 4 else _members(shard))
+        (folder / f"{shard:05d}.tar").write_bytes(content[: len(content) * 2 // 3] if shard == 3 else content)
+    return folder
+
+
+def write_recipe(folder: Path) -> Path:
+    """Every rule and every model, with models that take no time."""
+    content = settings(
+        name="chaos",
+        cross_modality__flipped_clip={
+            "model": str(tiny_models.save_clip(folder / "clip")), "keep_fraction": 0.9, "batch_size": 4
+        },
+        cross_modality__image_text_matching={
+            "model": str(tiny_models.save_itm(folder / "itm")), "keep_fraction": 0.9, "batch_size": 4
+        },
+        cross_modality__digit={"model": str(tiny_models.save_digit(folder / "digit")), "batch_size": 4},
+        single_modality__min_side={"min_px": 32},
+        distribution_alignment__cids=...,
+        distribution_alignment__clusters={"count": 4, "iterations": 5},
+        distribution_alignment__semantic_dedup={"epsilon": 0.0001},
+    )  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is run, and how."""
+
+    pool: Path
+    recipe: Path
+    beam_options: tuple[str, ...] = ()
+
+    def command(self, output: Path, *more: str) -> list[str]:
+        """The arguments of `pairsift`."""
+        given = ["run", str(self.recipe), "--input", str(self.pool), "--output", str(output), "--json", *more]
+        return [*given, "--", *self.beam_options]
+
+
+def make_case(folder: Path) -> Case:
+    """The pool and the recipe, under `folder`."""
+    return Case(write_pool(folder / "pool"), write_recipe(folder / "models"))
+
+
+class Run:
+    """One run in a process group of its own. `log` holds what it says."""
+
+    def __init__(self, case: Case, output: Path, *more: str, before: Callable[[], None] | None = None) -> None:
+        self.output, self.log = output, output.with_name(f"{output.name}.log")
+        self.log.unlink(missing_ok=True)
+        arguments = (case.command(output, *more), str(self.log), before)
+        self.process: ForkServerProcess = _FORKS.Process(target=_child, args=arguments)
+        self.process.start()
+        while self.process.is_alive() and not self.log.exists():
+            time.sleep(0.001)
+
+    def finish(self, seconds: float = 300) -> int:
+        """Wait for it; its exit status."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.kill()
+            raise AssertionError(f"still running after {seconds} s:\n{self.said}")
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        """SIGKILL to all of its processes."""
+        assert self.process.pid is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+    @property
+    def said(self) -> str:
+        """What it has said so far."""
+        return self.log.read_text()
+
+    @property
+    def stage(self) -> int:
+        """How many stages it has finished."""
+        return self.said.count('"stage_done"')
+
+
+def _child(arguments: list[str], log: str, before: Callable[[], None] | None) -> None:
+    os.setsid()
+    os.chdir(ROOT)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    if before:
+        before()
+
+    from pipeline.cli import app
+
+    app(arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """When to kill: in the stage of that number, after a share of its seconds, or when its so manieth file has
+    appeared, or while it writes its so manieth file aside."""
+
+    stage: int
+    after: str
+    amount: float
+
+    def __str__(self) -> str:
+        unit = {"share": "of its time", "files": "new files", "asides": "files aside"}[self.after]
+        return f"{STAGES[self.stage]}, {round(self.amount, 2)} {unit}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What an undisturbed run left, where, and how long its stages took."""
+
+    output: Path
+    tree: dict[str, str]
+    seconds: tuple[float, ...]
+
+
+def moments(seed: int, count: int) -> list[Moment]:
+    """All kinds of moments in all stages, in a seeded order."""
+    rng = random.Random(seed)
+    draws = {"asides": lambda: rng.randint(1, 12), "share": rng.random, "files": lambda: rng.randint(1, 9)}
+    drawn = []
+    for n in range(count):
+        after = list(draws)[n // len(STAGES) % len(draws)]
+        drawn.append(Moment(n % len(STAGES), after, draws[after]()))
+    rng.shuffle(drawn)
+    return drawn
+
+
+def kill_at(run: Run, moment: Moment, seconds: tuple[float, ...]) -> bool:
+    """Kill the run at that moment; False where it ended before."""
+    while run.process.is_alive() and run.stage < moment.stage:
+        time.sleep(0.002)
+    started, before = time.monotonic(), set(_names(run.output))
+    new: set[str] = set()
+    while run.process.is_alive():
+        new |= set(_names(run.output)) - before
+        asides = sum(map(files.is_aside, new))
+        reached = {
+            "share": (time.monotonic() - started) / seconds[moment.stage],
+            "files": len(new) - asides,
+            "asides": asides,
+        }
+        if reached[moment.after] >= moment.amount:
+            with contextlib.suppress(ProcessLookupError):
+                run.kill()
+            return run.process.exitcode == -signal.SIGKILL
+        time.sleep(0.0005)
+    return False
+
+
+def _names(folder: Path) -> Iterator[str]:
+    for place, _, names in os.walk(folder):
+        yield from (f"{place}/{name}" for name in names)
+
+
+def tree(output: Path) -> dict[str, str]:
+    """sha256 by path of all that a run leaves; of run.json, which holds times, only that it is there."""
+    found = {}
+    for name in sorted(_names(output)):
+        relative = os.path.relpath(name, output)
+        found[relative] = "" if relative == "run.json" else hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    return found
+
+
+def undisturbed(case: Case, output: Path) -> Reference:
+    """A run that nobody kills."""
+    run = Run(case, output)
+    assert run.finish() == 0, run.said
+    seconds = json.loads((output / "run.json").read_text())["seconds"]
+    return Reference(output, tree(output), tuple(seconds[stage] for stage in STAGES))

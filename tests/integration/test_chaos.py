@@ -1,0 +1,102 @@
+"""Runs that are killed and started again end as if nobody had killed them: the same bytes, and nothing left over."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import files
+from tests.integration.chaos import TWO_WORKERS, Case, Moment, Reference, Run, kill_at, make_case, moments, tree
+from tests.integration.chaos import undisturbed as run_undisturbed
+
+SEED = int(os.environ.get("CHAOS_SEED", "0"))
+KILLS_MANY = {"one process": 24, "two worker processes": 9}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("case"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return run_undisturbed(case, tmp_path_factory.mktemp("undisturbed") / "out")
+
+
+@dataclasses.dataclass
+class Tally:
+    """What came of the killing."""
+
+    kills: int = 0
+    finished: int = 0
+    while_writing: int = 0
+    stages: set[int] = dataclasses.field(default_factory=set)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kills} kills ({self.while_writing} while a file was being written) in stages "
+            f"{sorted(stage + 1 for stage in self.stages)}; {self.finished} runs finished after them, all with the "
+            "bytes of the undisturbed one: 0 samples lost, 0 counted twice"
+        )
+
+
+def kill_and_finish(case: Case, folder: Path, reference: Reference, planned: list[Moment], seed: int) -> Tally:
+    """Kill at each moment, one to four times before a run may finish, and compare what it leaves."""
+    rng, tally, planned = random.Random(seed), Tally(), list(planned)
+    while planned:
+        output = folder / f"out{tally.finished}"
+        row, planned = planned[: (length := rng.randint(1, 4))], planned[length:]
+        for moment in row:
+            run = Run(case, output)
+            killed = kill_at(run, moment, reference.seconds)
+            asides = [path for path in output.rglob("*") if files.is_aside(str(path))]
+            print(f"seed {seed}: {moment}: {'killed' if killed else 'had ended'}, {len(asides)} aside", flush=True)
+            if killed:
+                tally.kills, tally.while_writing = tally.kills + 1, tally.while_writing + bool(asides)
+                tally.stages.add(run.stage)
+        last = Run(case, output)
+        assert last.finish() == 0, last.said
+        assert tree(output) == reference.tree
+        tally.finished += 1
+    return tally
+
+
+def test_the_undisturbed_run_is_worth_comparing_with(undisturbed: Reference) -> None:
+    funnel = json.loads((undisturbed.output / "funnel.json").read_text())
+    assert funnel["in"] > 50
+    assert funnel["survivors"] > 20
+    assert set(funnel["dead_letters"]) >= {"broken_tar", "repeated_uid", "undecodable_image", "missing_image"}
+    names = {name.split("/")[0] for name in undisturbed.tree}
+    assert names >= {"annotations", "decisions", "subset.npy", "funnel.json", "clusters.parquet", "clusters.svg",
+                     "centroids.npy", "dead_letters", "manifest.json"}  # fmt: skip
+    rows = [row for part in (undisturbed.output / "decisions").iterdir() for row in pq.read_table(part).to_pylist()]
+    assert len({row["uid"] for row in rows}) == len(rows) == funnel["in"] - sum(funnel["dead_letters"].values())
+
+
+def test_a_run_killed_in_every_stage_ends_like_one_that_was_not(
+    case: Case, undisturbed: Reference, tmp_path: Path
+) -> None:
+    planned = [Moment(0, "asides", 4), Moment(1, "asides", 2), Moment(2, "share", 0.5)]
+    tally = kill_and_finish(case, tmp_path, undisturbed, planned, SEED)
+    assert tally.kills >= 2
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("how", KILLS_MANY)
+def test_many_kills(
+    case: Case, undisturbed: Reference, tmp_path: Path, how: str, record_property: Callable[[str, object], None]
+) -> None:
+    if how == "two worker processes":
+        case = dataclasses.replace(case, beam_options=TWO_WORKERS)
+    reference = dataclasses.replace(run_undisturbed(case, tmp_path / "reference"), tree=undisturbed.tree)
+    tally = kill_and_finish(case, tmp_path, reference, moments(SEED, KILLS_MANY[how]), SEED)
+    record_property("table", f"chaos, {how}, seed {SEED}: {tally}")
+    assert tally.kills >= KILLS_MANY[how] * 3 // 4
+    assert tally.stages == {0, 1, 2}

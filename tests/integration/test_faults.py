@@ -1,0 +1,243 @@
+"""What a machine does to a run: a worker killed, a full disk, a folder that may not be written, a shard that is gone.
+
+Each ends within a minute with exit status 1 and one line that says what, where and what to do next; and the run after
+it leaves the bytes of one that nothing happened to."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import io
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from apache_beam.io.filesystems import FileSystems
+
+import pipeline.run as run_module
+from pipeline import files
+from tests.integration.chaos import TWO_WORKERS, Case, Reference, Run, make_case, tree, undisturbed
+
+WITHIN_SECONDS = 60.0
+LONG = pytest.mark.chaos  # for `make chaos`
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("case"))
+
+
+@pytest.fixture(scope="module")
+def reference(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return undisturbed(case, tmp_path_factory.mktemp("undisturbed") / "out")
+
+
+def error_of(run: Run) -> str:
+    """The one line that a run says at its end. No traceback was shown."""
+    assert run.finish(WITHIN_SECONDS) == 1, run.said
+    assert "Traceback" not in run.said, run.said
+    *others, last = run.said.splitlines()
+    assert all(json.loads(line)["event"] in ("stage_done", "progress") for line in others if line), run.said
+    assert json.loads(last)["event"] == "error"
+    return json.loads(last)["message"]
+
+
+def finishes_like(case: Case, output: Path, reference: Reference) -> None:
+    run = Run(case, output)
+    assert run.finish() == 0, run.said
+    assert tree(output) == reference.tree
+
+
+# Worker processes -------------------------------------------------------------------------------------------------
+
+
+def workers_of(run: Run) -> list[psutil.Process]:
+    """The Python processes that Beam's local runner started."""
+    found = []
+    for child in psutil.Process(run.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if child.cmdline()[1:] == ["-m", "apache_beam.runners.worker.sdk_worker_main"]:
+                found.append(child)
+    return found
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.01)
+    raise AssertionError("it never came to that")
+
+
+@pytest.mark.parametrize("when", ["at work", pytest.param("before it works", marks=LONG)])
+def test_a_worker_that_is_killed(case: Case, reference: Reference, tmp_path: Path, when: str) -> None:
+    output = tmp_path / "out"
+    run = Run(dataclasses.replace(case, beam_options=TWO_WORKERS), output)
+    if when == "at work":
+        wait_for(lambda: list(output.glob(".progress/*/*.count")))
+    workers = wait_for(lambda: workers_of(run))
+    workers[0].send_signal(signal.SIGKILL)
+    message = error_of(run)
+    assert message.startswith("single_modality: a worker process was killed by signal 9 (Killed); ")
+    assert "give the same command again" in message
+    assert psutil.wait_procs(workers, timeout=20)[1] == []  # none lives on
+    finishes_like(case, output, reference)
+
+
+@LONG
+def test_workers_end_when_the_run_is_killed_alone(case: Case, reference: Reference, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run = Run(dataclasses.replace(case, beam_options=TWO_WORKERS), output)
+    wait_for(lambda: list(output.glob(".progress/*/*.count")))
+    workers = workers_of(run)
+    assert len(workers) == 2
+    run.process.kill()
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    finishes_like(case, output, reference)
+
+
+# The disk --------------------------------------------------------------------------------------------------------
+
+
+class FailingFile(io.FileIO):
+    """A file on a disk that fails: its writes raise what the test says once `left_bytes` of all files are written."""
+
+    left_bytes = 0
+    error = OSError()
+
+    def write(self, content: Any) -> int:
+        FailingFile.left_bytes -= memoryview(content).nbytes
+        if FailingFile.left_bytes < 0:
+            raise FailingFile.error
+        return super().write(content)
+
+
+def fill_disk(left_bytes: int) -> None:
+    """As the filesystem does it: the write fails, and so does each one after it."""
+    FailingFile.left_bytes, FailingFile.error = left_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    FileSystems.create = staticmethod(lambda path, **_: FailingFile(path, "wb"))
+
+
+@pytest.mark.parametrize("share", [0.25, *(pytest.param(share, marks=LONG) for share in (0.0, 0.6, 0.95))])
+def test_a_full_disk(case: Case, reference: Reference, tmp_path: Path, share: float) -> None:
+    output = tmp_path / "out"
+    size_bytes = int(sum(map(os.path.getsize, map(reference.output.joinpath, reference.tree))) * share)
+    message = error_of(Run(case, output, before=functools.partial(fill_disk, size_bytes)))
+    assert str(output) in message
+    assert ": cannot be written: No space left on device; make room there, then give the same command again" in message
+    assert not [path for path in output.rglob("*") if files.is_aside(str(path))]
+    finishes_like(case, output, reference)
+
+
+def deny(names: str, function: str) -> None:
+    """What the filesystem says of a path that may not be written; the tests may run as root, who may write anything."""
+    plain = getattr(FileSystems, function)
+
+    def denied(path: Any, *others: Any, **options: Any) -> Any:
+        if names in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return plain(path, *others, **options)
+
+    setattr(FileSystems, function, staticmethod(denied))
+
+
+@LONG
+@pytest.mark.parametrize(
+    ("function", "names", "where"),
+    [
+        ("create", "manifest.json", "manifest.json"),
+        ("create", "single_modality/.00002", "annotations/single_modality/00002.parquet"),
+        ("rename", "decisions/", "decisions/part-"),
+        ("rename", "subset.npy", "subset.npy"),
+    ],
+)
+def test_what_may_not_be_written(
+    case: Case, reference: Reference, tmp_path: Path, function: str, names: str, where: str
+) -> None:
+    output = tmp_path / "out"
+    message = error_of(Run(case, output, before=functools.partial(deny, names, function)))
+    assert message.startswith(f"{output}/{where}")
+    assert ": cannot be written: Permission denied; give this user the right to write there, then give" in message
+    finishes_like(case, output, reference)
+
+
+# Shards ----------------------------------------------------------------------------------------------------------
+
+
+def delete_before(stage: str, shard: Path) -> None:
+    """The shard goes after it was listed, before its turn in that stage."""
+    plain = run_module._run_stage
+
+    def run_stage(name: str, *others: Any) -> None:
+        if name == stage:
+            shard.unlink()
+        plain(name, *others)
+
+    run_module._run_stage = run_stage  # type: ignore[assignment]
+
+
+@LONG
+@pytest.mark.parametrize("stage", ["single_modality", "cross_modality"])
+def test_a_shard_that_is_deleted_before_its_turn(case: Case, reference: Reference, tmp_path: Path, stage: str) -> None:
+    output, shard, kept = tmp_path / "out", case.pool / "00002.tar", tmp_path / "kept.tar"
+    shutil.copy2(shard, kept)
+    try:
+        message = error_of(Run(case, output, before=functools.partial(delete_before, stage, shard)))
+    finally:
+        shutil.copy2(kept, shard)
+    assert message.startswith(f"{shard}: cannot be read at byte 0: No such file or directory; put it back ")
+    assert not list(output.glob("dead_letters/*00002*"))
+    finishes_like(case, output, reference)
+
+
+class Flaky:
+    """A tar on a disk that fails so many times at a byte, and then no more."""
+
+    def __init__(self, file: Any, failures: Iterator[None]) -> None:
+        self._file, self._failures = file, failures
+
+    def read(self, size_bytes: int) -> bytes:
+        if self._file.tell() > 20_000:
+            for _ in self._failures:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._file.read(size_bytes)
+
+    def seek(self, offset: int) -> int:
+        return self._file.seek(offset)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def flake(failures: int) -> None:
+    plain, left = files.open_binary, iter([None] * failures)
+    files.open_binary = lambda path: Flaky(plain(path), left) if path.endswith("00000.tar") else plain(path)
+
+
+@LONG
+def test_a_disk_that_fails_for_a_moment_is_read_again(case: Case, reference: Reference, tmp_path: Path) -> None:
+    run = Run(case, tmp_path / "out", before=functools.partial(flake, 3))
+    assert run.finish() == 0, run.said
+    assert tree(tmp_path / "out") == reference.tree
+
+
+@LONG
+def test_a_disk_that_keeps_failing_is_an_error_and_no_dead_letter(
+    case: Case, reference: Reference, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    message = error_of(Run(case, output, before=functools.partial(flake, 1000)))
+    assert message.startswith(f"{case.pool}/00000.tar: cannot be read at byte ")
+    assert "Input/output error" in message
+    assert not list(output.glob("dead_letters/*00000*"))
+    finishes_like(case, output, reference)
