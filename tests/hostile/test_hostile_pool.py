@@ -7,6 +7,8 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
+import tarfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,23 @@ def test_nothing_is_written_outside_the_output_folder(ran: Ran) -> None:
     files = [path for path in ran.output.rglob("*") if not path.is_dir()]
     assert not any(path.is_symlink() for path in files)
     assert not (ran.output / ".in_hand").exists()
+
+
+def test_no_name_of_the_pool_stands_in_the_resharded_tars(ran: Ran) -> None:
+    if ran.tables != "decisions":
+        return
+    place, tars = ran.output.parent, ran.output.parent / "tars"
+    arguments = ["reshard", str(ran.output), "--input", str(place / "pool"), "--output", str(tars)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    names = [name for path in tars.glob("*.tar") for name in names_in(path)]
+    assert len(names) >= 2 * json.loads((ran.output / "funnel.json").read_text())["copies"] > 0
+    assert all(re.fullmatch(r"[0-9a-f]{32}-\d+\.(jpg|jpeg|png|webp|txt|json)", name) for name in names)
+
+
+def names_in(path: Path) -> list[str]:
+    with tarfile.open(path) as tar:
+        return tar.getnames()
 
 
 def test_messages_are_bounded_and_plain(ran: Ran) -> None:
