@@ -187,9 +187,14 @@ def delete_before(stage: str, shard: Path) -> None:
 
 
 @LONG
-@pytest.mark.parametrize("stage", ["single_modality", "cross_modality"])
-def test_a_shard_that_is_deleted_before_its_turn(case: Case, reference: Reference, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "beam_options"), [("single_modality", ()), ("cross_modality", ()), ("single_modality", TWO_WORKERS)]
+)
+def test_a_shard_that_is_deleted_before_its_turn(
+    case: Case, reference: Reference, tmp_path: Path, stage: str, beam_options: tuple[str, ...]
+) -> None:
     output, shard, kept = tmp_path / "out", case.pool / "00002.tar", tmp_path / "kept.tar"
+    case = dataclasses.replace(case, beam_options=beam_options)
     shutil.copy2(shard, kept)
     try:
         message = error_of(Run(case, output, before=functools.partial(delete_before, stage, shard)))
