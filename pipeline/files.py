@@ -168,6 +168,14 @@ def is_aside(path: str) -> bool:
     return _ASIDE.fullmatch(path.rpartition("/")[2]) is not None
 
 
+def holds_files(folder: str) -> bool:
+    """Whether a file lies anywhere under `folder`, but for what is, or was, being written aside."""
+    if "://" in folder:
+        found = FileSystems.match([join(literal(folder), "**")])[0].metadata_list
+        return not all(is_aside(metadata.path) for metadata in found)
+    return any(not is_aside(name) for _, _, names in os.walk(folder) for name in names)
+
+
 def clear_aside(folder: str) -> None:
     """Delete, everywhere under a local `folder`, what killed processes were writing aside; what a living one is writing
     stays. An object store needs none of it: objects are there when they are whole, aside only while they are renamed.

@@ -166,9 +166,7 @@ def claim(layout: Claimable, content: dict[str, Any]) -> None:
         return
     if "://" not in layout.output and Path(layout.output).is_file():
         raise UsageError(f"{layout.output}: is a file; name a folder")
-    content_of_folder = files.join(files.literal(layout.output), "**")
-    found = FileSystems.match([content_of_folder])[0].metadata_list if files.exists(layout.output) else []
-    if not all(files.is_aside(file.path) for file in found):  # a run killed at its very start leaves that
+    if files.holds_files(layout.output):
         raise UsageError(f"{layout.output}: is not empty and holds no run of pairsift; name another --output")
     files.clear_aside(layout.output)
     files.write_json(layout.manifest, content)

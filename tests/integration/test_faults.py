@@ -1,6 +1,6 @@
 """What a machine does to a run: a worker killed, a full disk, a folder that may not be written, a shard that is gone.
 
-Each ends within a minute with exit status 1 and one line that says what, where and what to do next; and the run after
+Each ends, and does not hang, with exit status 1 and one line that says what, where and what to do next; and the run after
 it leaves the bytes of one that nothing happened to."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import pipeline.run as run_module
 from pipeline import files
 from tests.integration.chaos import TWO_WORKERS, Case, Reference, Run, make_case, tree, undisturbed
 
-WITHIN_SECONDS = 60.0
+HANGS_SECONDS = 180.0  # on a machine that does much else, starting takes a minute by itself
 LONG = pytest.mark.chaos  # for `make chaos`
 
 
@@ -43,7 +43,7 @@ def reference(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Reference
 
 def error_of(run: Run) -> str:
     """The one line that a run says at its end. No traceback was shown."""
-    assert run.finish(WITHIN_SECONDS) == 1, run.said
+    assert run.finish(HANGS_SECONDS) == 1, run.said
     assert "Traceback" not in run.said, run.said
     *others, last = run.said.splitlines()
     assert all(json.loads(line)["event"] in ("stage_done", "progress") for line in others if line), run.said
@@ -187,9 +187,14 @@ def delete_before(stage: str, shard: Path) -> None:
 
 
 @LONG
-@pytest.mark.parametrize("stage", ["single_modality", "cross_modality"])
-def test_a_shard_that_is_deleted_before_its_turn(case: Case, reference: Reference, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "beam_options"), [("single_modality", ()), ("cross_modality", ()), ("single_modality", TWO_WORKERS)]
+)
+def test_a_shard_that_is_deleted_before_its_turn(
+    case: Case, reference: Reference, tmp_path: Path, stage: str, beam_options: tuple[str, ...]
+) -> None:
     output, shard, kept = tmp_path / "out", case.pool / "00002.tar", tmp_path / "kept.tar"
+    case = dataclasses.replace(case, beam_options=beam_options)
     shutil.copy2(shard, kept)
     try:
         message = error_of(Run(case, output, before=functools.partial(delete_before, stage, shard)))
