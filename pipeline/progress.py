@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from pipeline import counts as work
 from pipeline import files
 from pipeline.layout import TABLE_OF, Layout
 from pipeline.records import Shard
@@ -51,6 +52,11 @@ class Progress:
             self._emit("progress", name, f"{name}: {before.shards} of {len(shards)} shards have a table already")
         with self.following(name, line):
             yield
+
+    def counted(self, name: str, counts: work.Counts) -> None:
+        """Show what a stage with shards had to do."""
+        if name in TABLE_OF:
+            self._emit("stage_counts", name, f"{name}: {described(counts)}")
 
     @contextlib.contextmanager
     def following(self, name: str, line: Callable[[], str]) -> Iterator[None]:
@@ -99,6 +105,16 @@ class Progress:
                 samples += count
                 finished_samples += count * (shard.name in finished)
         return Counts(len(finished), samples, finished_samples)
+
+
+def described(counts: work.Counts) -> str:
+    """One line of what was done, and of what had been done before."""
+    back = counts[work.SAMPLES_BACK]
+    return (
+        f"{counts[work.SHARDS_FINISHED_BEFORE]} shards were finished before, {counts[work.SHARDS_DONE]} done now; "
+        f"{counts[work.SAMPLES_DONE]:,} samples{f' ({back:,} of shards done before)' if back else ''}, "
+        f"{counts[work.TARS_OPENED]} tars opened, {counts[work.MODELS_LOADED]} models loaded"
+    )
 
 
 def describe(stage: str, counts: Counts, shards: int, seconds: float) -> str:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import apache_beam as beam
 
+from pipeline.counts import SHARDS_FINISHED_BEFORE, TARS_OPENED, counter
 from pipeline.recipe import PoolBounds
 from pipeline.records import Annotation, Attempt, DeadLetter, Sample, SampleBatch, Shard, dead_letter
 from pipeline.sources.ahead import in_order, in_turns
@@ -19,6 +20,9 @@ from pipeline.sources.webdataset import read_samples
 DECODE_THREADS = min(8, len(os.sched_getaffinity(0)))
 
 
+_Wanted = dict[str, Annotation] | None
+
+
 class Work(Protocol):
     """What a stage has to do on a shard. Decided on the worker, when the shard's turn comes, from the tables that
     exist then: not when the graph is built."""
@@ -26,9 +30,9 @@ class Work(Protocol):
     stage: str
 
     def is_finished(self, shard: Shard) -> bool:
-        """Whether the shard's table is whole and made from the same inputs and settings."""
+        """Whether the shard's table is whole and holds all that the stage wants."""
 
-    def wanted(self, shard: Shard) -> dict[str, Annotation] | None:
+    def wanted(self, shard: Shard) -> _Wanted:
         """The samples to read by key, as far as they are known; None for all of the shard."""
 
 
@@ -81,13 +85,16 @@ class _ReadShard(beam.DoFn):
     def process(self, shard: Shard) -> Iterator[SampleBatch | beam.pvalue.TaggedOutput]:
         shard = Shard(*shard)
         if self._work.is_finished(shard):
+            counter(SHARDS_FINISHED_BEFORE).inc()
             yield beam.pvalue.TaggedOutput(ReadShards.FINISHED, shard)
             return
         if self._load_prepare and self._prepare is None:
             self._prepare = self._load_prepare()
-        attempt = Attempt()
+        wanted, attempt = self._work.wanted(shard), Attempt()
         while True:
-            with contextlib.closing(self._decoded_samples(shard)) as samples:
+            if wanted is None or wanted:
+                counter(TARS_OPENED).inc()
+            with contextlib.closing(self._decoded_samples(shard, wanted)) as samples:
                 for batch in _batches(shard, samples, self._batch_size, attempt):
                     yield batch  # the stage's models look at it before the next line runs
                     if attempt.out_of_memory:
@@ -96,11 +103,10 @@ class _ReadShard(beam.DoFn):
                 return
             attempt = attempt.smaller()
 
-    def _decoded_samples(self, shard: Shard) -> Generator[Sample | DeadLetter, None, None]:
-        return self._threaded(self._decoded, self._samples(shard), DECODE_THREADS, self._batch_size)
+    def _decoded_samples(self, shard: Shard, wanted: _Wanted) -> Generator[Sample | DeadLetter, None, None]:
+        return self._threaded(self._decoded, self._samples(shard, wanted), DECODE_THREADS, self._batch_size)
 
-    def _samples(self, shard: Shard) -> Iterator[Sample | DeadLetter]:
-        wanted = self._work.wanted(shard)
+    def _samples(self, shard: Shard, wanted: _Wanted) -> Iterator[Sample | DeadLetter]:
         if wanted is None:
             yield from read_samples(shard, self._bounds, self._work.stage)
             return

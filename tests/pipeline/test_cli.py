@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pipeline.run as run_module
 from pipeline import files
 from pipeline.build import Job
 from pipeline.cli import app
+from pipeline.counts import NAMES, Counts
+from pipeline.lock import only_writer
 from pipeline.manifest import identities
 from pipeline.recipe import STAGES
 from pipeline.sinks.decisions import funnel
@@ -42,11 +45,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_module, "identities", lambda recipe: KNOWN)
 
-    def stage(name: str, job: Job, beam_options: list[str]) -> None:
+    def stage(name: str, job: Job, beam_options: list[str]) -> Counts:
         with open(tmp_path / "stages.txt", "a") as file:
             file.write(f"{name} {' '.join(beam_options)}\n")
         if name == "distribution_alignment":
             files.write_json(job.layout.funnel, FUNNEL)
+        return dict.fromkeys(NAMES, 0)
 
     monkeypatch.setattr(run_module, "_run_stage", stage)
     return tmp_path
@@ -157,7 +161,7 @@ def test_a_beam_option_with_an_impossible_value(place: Path) -> None:
     ],
 )
 def test_a_stage_before_the_one_it_reads_from(place: Path, stages: str, missing: str) -> None:
-    message = f"1 of 1 shards have no table of {missing} (the first is a); run that stage first"
+    message = f"1 of 1 shards have no table of {missing} that holds for this recipe (the first is a); run that stage"
     wrong_use(place, *run_arguments(), "--stages", stages, message=message)
     assert stages_run(place) == []
 
@@ -204,20 +208,32 @@ def test_a_gpu_that_is_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) -
     assert pairsift(*run_arguments(recipe="gpu.yaml"), "--stages", "single_modality").exit_code == 0
 
 
-def test_an_output_folder_of_another_run(place: Path) -> None:
+def test_an_output_folder_of_another_pool(place: Path) -> None:
+    assert pairsift(*run_arguments()).exit_code == 0
+    write_pool(place / "pool2", {"a.tar": []})
+    wrong_use(place, *run_arguments(input="pool2"), message="out: holds another pool's run (of pool, and --input is")
+    assert len(stages_run(place)) == 3
+
+
+def test_another_recipe_goes_on_with_what_is_there(place: Path) -> None:
     assert pairsift(*run_arguments()).exit_code == 0
     (place / "other.yaml").write_text(yaml.safe_dump(settings(seed=1)))
-    message = "out: holds another run (it differs in recipe, recipe_sha256, seed)"
-    wrong_use(place, *run_arguments(recipe="other.yaml"), message=message)
-    write_pool(place / "pool2", {"a.tar": []})
-    wrong_use(place, *run_arguments(input="pool2"), message="it differs in pool")
-    assert len(stages_run(place)) == 3
+    assert pairsift(*run_arguments(recipe="other.yaml")).exit_code == 0
+    assert json.loads((place / "out" / "manifest.json").read_text())["seed"] == 1
+    assert json.loads((place / "out" / "versions" / "1" / "manifest.json").read_text())["seed"] == 0
+
+
+def test_an_output_folder_that_another_run_writes(place: Path) -> None:
+    with only_writer("out"):
+        wrong_use(place, *run_arguments(), message=f"out: process {os.getpid()} of")
+    assert stages_run(place) == []
+    assert pairsift(*run_arguments()).exit_code == 0
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
 def test_an_output_folder_with_a_broken_manifest(place: Path, content: str) -> None:
-    (place / "out").mkdir()
-    (place / "out" / "manifest.json").write_text(content)
+    (place / "out" / "annotations").mkdir(parents=True)
+    (place / "out" / "annotations" / "manifest.json").write_text(content)
     wrong_use(place, *run_arguments(), message="out: ")
 
 
@@ -249,7 +265,7 @@ def test_json_lines(place: Path) -> None:
     result = pairsift(*run_arguments(), "--json")
     assert result.exit_code == 0
     events = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [event["event"] for event in events] == ["stage_done"] * 3 + ["done"]
+    assert [event["event"] for event in events] == ["stage_done", "stage_counts"] * 2 + ["stage_done", "done"]
     assert events[-1]["funnel"] == FUNNEL
 
 
@@ -261,7 +277,7 @@ def test_stages_run_once_each_and_in_their_order(place: Path) -> None:
 
 def test_a_run_is_gone_on_with(place: Path) -> None:
     assert pairsift(*run_arguments(), "--stages", "single_modality").exit_code == 0
-    manifest = (place / "out" / "manifest.json").read_bytes()
+    manifest = (place / "out" / "annotations" / "manifest.json").read_bytes()
     assert pairsift(*run_arguments()).exit_code == 0
     assert (place / "out" / "manifest.json").read_bytes() == manifest
     assert len(stages_run(place)) == 4

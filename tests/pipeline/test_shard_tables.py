@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import apache_beam as beam
@@ -14,13 +13,14 @@ from pipeline.layout import Layout
 from pipeline.records import DeadLetter, SampleBatch, Shard
 from pipeline.sinks.shard_tables import UnfusedStage, WriteShardTable
 from tests.helpers import uid, whole_sample
+from tests.pipeline.test_shards import FakeWork
 
 STAGE = "single_modality"
 A, B = Shard("a", "/p/a.tar", "1"), Shard("b", "/p/b.tar", "2")
 
 
-def made_from(shard: Shard) -> str:
-    return hashlib.sha256(shard.fingerprint.encode()).hexdigest()
+def made_from(shard: Shard) -> dict[str, str]:
+    return {"shard": shard.fingerprint}
 
 
 def batch(shard: Shard, index: int, last: bool, *numbers: int, letters: int = 0) -> SampleBatch:
@@ -30,7 +30,7 @@ def batch(shard: Shard, index: int, last: bool, *numbers: int, letters: int = 0)
 
 
 def writer(folder: Path) -> WriteShardTable:
-    return WriteShardTable(Layout(str(folder)), STAGE, Layout.single_modality, tables.SINGLE_MODALITY, made_from)
+    return WriteShardTable(Layout(str(folder)), FakeWork(STAGE), Layout.single_modality, tables.SINGLE_MODALITY)
 
 
 def bundle(folder: Path, *batches: SampleBatch) -> list[Shard]:
