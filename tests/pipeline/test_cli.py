@@ -237,6 +237,13 @@ def test_an_output_folder_with_a_broken_manifest(place: Path, content: str) -> N
     wrong_use(place, *run_arguments(), message="out: ")
 
 
+def test_select_without_annotations(place: Path) -> None:
+    message = "nowhere: holds no annotations to select from; `pairsift run` makes them"
+    wrong_use(place, "select", str(DEMO_RECIPE), "--output", "nowhere", message=message)
+    wrong_use(place, "select", "nowhere.yaml", "--output", "out", message="cannot be read as YAML")
+    wrong_use(place, "select", str(DEMO_RECIPE), "--output", "out", "--keep-versions", "0", message="--keep-versions")
+
+
 # run: what is done ------------------------------------------------------------------------------------------------
 
 
@@ -336,5 +343,5 @@ def test_the_demo_runs_the_bundled_recipe_on_the_bundled_pool(place: Path) -> No
 def test_help() -> None:
     result = pairsift("--help")
     assert result.exit_code == 0
-    for command in ("run", "demo", "validate"):
+    for command in ("run", "select", "demo", "validate"):
         assert command in result.stdout

@@ -124,7 +124,8 @@ def layout(tmp_path: Path) -> Layout:
 
 
 ONE_WORD: dict[str, Any] = {"single_modality__caption_length": {"min_words": 1, "min_characters": 1}}
-HIGH, LOW = {"cross_modality__flipped_clip__min": 0.5}, {"cross_modality__flipped_clip__min": 0.1}
+HIGH: dict[str, Any] = {"cross_modality__flipped_clip__min": 0.5}
+LOW: dict[str, Any] = {"cross_modality__flipped_clip__min": 0.1}
 
 
 def scored(layout: Layout, key: str, **scores: Any) -> dict[str, Any]:
