@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipeline import versions
 from pipeline.layout import Layout
 from pipeline.recipe import STAGES, Recipe, RecipeError, load_recipe
 
@@ -52,7 +53,7 @@ def run(
     pool: Annotated[str, typer.Option("--input", help="Folder of webdataset tars, or a pattern ending in .tar.")],
     output: Annotated[str, typer.Option("--output", help="Folder for all outputs.")],
     stages: Annotated[str, typer.Option("--stages", help="Comma-separated stages to run.")] = ",".join(STAGES),
-    keep_versions: KeepVersions = 3,
+    keep_versions: KeepVersions = versions.KEPT,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -70,7 +71,7 @@ def select(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="The recipe's path.")],
     output: Annotated[str, typer.Option("--output", help="Output folder of a run.")],
-    keep_versions: KeepVersions = 3,
+    keep_versions: KeepVersions = versions.KEPT,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -170,7 +171,7 @@ def _run(
     beam_options: list[str],
     as_json: bool,
     verbose: bool,
-    keep_versions: int = 3,
+    keep_versions: int = versions.KEPT,
 ) -> None:
     with _exit_status(as_json, verbose):
         from pipeline.progress import Progress

@@ -124,6 +124,16 @@ def delete_if_there(path: str) -> None:
         _delete(path)
 
 
+def delete_folder(path: str) -> None:
+    """Delete `path` and all that lies under it, where there is something."""
+    if "://" not in path:
+        delete_if_there(path)
+        return
+    found = FileSystems.match([join(literal(path), "**")])[0].metadata_list
+    if found:
+        FileSystems.delete([literal(metadata.path) for metadata in found])
+
+
 def _delete(path: str) -> None:
     if "://" in path:
         FileSystems.delete([literal(path)])

@@ -191,12 +191,13 @@ class CrossModalityWork:
         if any(letter.reason in _FAILURES_OF_MODELS for letter in broken.values()):
             made_from[_FAILED_AT] = self._floors
         back = len(found.keys() - known.rows.keys()) if known.rows is not None else 0
-        halved = tables.read_halvings(self._layout.cross_modality(shard.name)) if known.rows else {}
+        before = tables.read_halvings(self._layout.cross_modality(shard.name)) if known.rows else {}
+        of_models = {rule: n for rule, n in before.items() if known.made_from.get(rule) == made_from.get(rule)}
         return ShardTable(
             [merged[key] for key in order if key in merged and key not in broken],
             [broken[key] for key in order if key in broken],
             made_from,
-            {rule: max(halved.get(rule, 0), halvings.get(rule, 0)) for rule in {**halved, **halvings}},
+            {rule: max(of_models.get(rule, 0), halvings.get(rule, 0)) for rule in {**of_models, **halvings}},
             back,
         )
 

@@ -8,6 +8,8 @@ from pipeline import files
 from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY
 
 POOL_WIDE = "pool_wide"
+DONE = " done"
+"""Stands behind the count of a shard whose table is written (`Layout.progress`)."""
 
 
 @dataclasses.dataclass(frozen=True)

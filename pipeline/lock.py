@@ -42,12 +42,19 @@ def only_writer(output: str) -> Iterator[None]:
         raise Held(f"{output}: {_holder(holder_path)} is writing it; wait for that run, or end it") from error
     try:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "user": getpass.getuser(), "since": now}
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "since": now}
         files.write_json(holder_path, me)
         yield
     finally:
         files.delete_if_there(holder_path)
         lock.release()
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run as a number that nobody named
+        return str(os.getuid())
 
 
 def _holder(path: str) -> str:

@@ -30,7 +30,6 @@ from transforms.models.weights import pinned
 from transforms.single_modality import pos_pattern
 
 LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
-KEEP_VERSIONS = 3
 
 
 class UsageError(ValueError):
@@ -52,7 +51,7 @@ def run(
     stages: list[str],
     beam_options: list[str],
     progress: Progress,
-    keep_versions: int = KEEP_VERSIONS,
+    keep_versions: int = versions.KEPT,
 ) -> Outcome:
     """Run `stages` of `recipe` over the tars under `pool` into `output`.
 
@@ -130,7 +129,7 @@ def decide(
 ) -> dict[str, Any]:
     """Run stage 3 into a version of its own, let readers see that, and give its funnel. `content` is its manifest."""
     layout = versions.begin(job.layout.output)
-    files.delete_if_there(layout.alignment_work)  # an interrupted run's
+    files.delete_folder(layout.alignment_work)  # an interrupted run's
     run_stage(DISTRIBUTION_ALIGNMENT, dataclasses.replace(job, layout=layout), beam_options, progress, work)
     funnel = json.loads(files.read_bytes(layout.funnel))
     if funnel.get(SMALLER_BATCHES):  # scores of another shape differ in their last bits

@@ -7,14 +7,13 @@ import json
 import shlex
 from typing import Any
 
-from pipeline import build, files, tables
+from pipeline import build, files, tables, versions
 from pipeline.layout import POOL_WIDE, Layout
 from pipeline.manifest import identities_from, manifest
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.records import Shard
 from pipeline.run import (
-    KEEP_VERSIONS,
     Outcome,
     UsageError,
     Work,
@@ -33,7 +32,7 @@ def select(
     output: str,
     beam_options: list[str],
     progress: Progress,
-    keep_versions: int = KEEP_VERSIONS,
+    keep_versions: int = versions.KEPT,
 ) -> Outcome:
     """Decide by `recipe`, whose path is for messages only, over the annotations under `output`; the results are those
     of a run of that recipe, to the byte.
@@ -69,7 +68,7 @@ def select(
             if aside is not job:
                 _move(aside.layout, layout, shards)
         finally:
-            files.delete_if_there(layout.select_work)
+            files.delete_folder(layout.select_work)
         content = manifest(recipe, pool, found, settled.cross_modality.precision)
         work = Work({}, {})
         funnel = decide(job, content, beam_options, progress, work, keep_versions)

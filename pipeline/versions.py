@@ -22,6 +22,8 @@ from pipeline.layout import Layout
 LINKED = (
     "decisions", "subset.npy", "funnel.json", "clusters.parquet", "clusters.svg", "centroids.npy", "manifest.json",
 )  # fmt: skip
+KEPT = 3
+"""Versions that stay readable unless the command line says otherwise, the newest included."""
 _CURRENT = "current"
 
 
@@ -40,7 +42,7 @@ def begin(output: str) -> Layout:
     """The layout of a new version. What an interrupted run left of it goes."""
     number = max(_whole(output), default=0) + 1
     folder = _folder(output, number)
-    files.delete_if_there(folder)
+    files.delete_folder(folder)
     return Layout(output, folder)
 
 
@@ -61,16 +63,23 @@ def switch(layout: Layout) -> None:
 
 
 def prune(output: str, keep: int) -> None:
-    """Delete all versions but the newest `keep`."""
-    for number in sorted(_whole(output))[:-keep]:
-        files.delete_if_there(_folder(output, number))
+    """Delete all versions but the newest `keep` that are whole."""
+    for number in sorted(_numbers(output, "**") - set(sorted(_whole(output))[-keep:])):
+        layout = Layout(output, _folder(output, number))
+        files.delete_if_there(layout.manifest)  # first: without it the rest is no version
+        files.delete_folder(layout.results)
 
 
-def _whole(output: str) -> list[int]:
+def _whole(output: str) -> set[int]:
     """The numbers of the versions that are whole."""
-    pattern = files.join(files.literal(output), "versions", "*", "manifest.json")
-    found = FileSystems.match([pattern])[0].metadata_list
-    return [int(metadata.path.split("/")[-2]) for metadata in found]
+    return _numbers(output, "*/manifest.json")
+
+
+def _numbers(output: str, pattern: str) -> set[int]:
+    """The numbers of the versions in which something matches."""
+    folder = files.join(output, "versions")
+    found = FileSystems.match([files.join(files.literal(folder), pattern)])[0].metadata_list
+    return {int(metadata.path.removeprefix(folder).lstrip("/").partition("/")[0]) for metadata in found}
 
 
 def _folder(output: str, number: int) -> str:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipeline import files, tables
 from pipeline.counts import SAMPLES_BACK, SAMPLES_DONE, SHARDS_DONE, counter
 from pipeline.finished import ShardTable
-from pipeline.layout import Layout
+from pipeline.layout import DONE, Layout
 from pipeline.records import DeadLetter, SampleBatch, Shard
 
 
@@ -83,16 +83,17 @@ class WriteShardTable(beam.DoFn):
         tables.write_dead_letters(self._layout.dead_letters(self._work.stage, shard.name), table.dead_letters)
         path = self._path_of(self._layout, shard.name)
         tables.write_table(path, table.rows, self._schema, table.made_from, table.halvings)
+        self._report_progress(DONE)
         counter(SHARDS_DONE).inc()
         counter(SAMPLES_DONE).inc(len(self._rows))
         counter(SAMPLES_BACK).inc(table.samples_back)
         self.start_bundle()
         return shard
 
-    def _report_progress(self) -> None:
+    def _report_progress(self, done: str = "") -> None:
         assert self._shard is not None
         path = self._layout.progress(self._work.stage, self._shard.name)
         if "://" not in path:  # progress is shown by a local run only; elsewhere the runner has counters
             files.make_folder(path.rsplit("/", 1)[0])
             with open(path, "w") as file:
-                file.write(str(len(self._rows) + len(self._letters)))
+                file.write(f"{len(self._rows) + len(self._letters)}{done}")

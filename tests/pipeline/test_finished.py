@@ -179,6 +179,18 @@ def test_merged_scores_stand_as_if_made_at_once(layout: Layout, tmp_path: Path) 
     assert Path(layout.cross_modality("00000")).read_bytes() == merged
 
 
+def test_smaller_batch_shapes_are_remembered_as_long_as_their_model_stays(layout: Layout) -> None:
+    def table(halvings: dict[str, int], **changes: Any) -> dict[str, int]:
+        found = work(layout, **changes).table(SHARD, [scored(layout, "k0")], [], halvings)
+        path = layout.cross_modality("00000")
+        tables.write_table(path, found.rows, tables.CROSS_MODALITY, found.made_from, found.halvings)
+        return dict(found.halvings)
+
+    assert table({"flipped_clip": 2}) == {"flipped_clip": 2}
+    assert table({"flipped_clip": 1, "digit": 1}) == {"flipped_clip": 2, "digit": 1}
+    assert table({}, cross_modality__flipped_clip__batch_size=3) == {"digit": 1}
+
+
 def test_another_model_loses_its_own_scores_only(layout: Layout) -> None:
     whole = {"match_probability": 0.75, "digit_probability": 0.5}
     write(layout, [scored(layout, key, **whole) for key in ("k0", "k2", "k4")], **LOW)

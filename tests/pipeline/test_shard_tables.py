@@ -129,7 +129,7 @@ def test_progress_counts_what_has_come(tmp_path: Path) -> None:
     list(write.process(batch(A, 0, False, 1, 2, letters=1)))
     assert path.read_text() == "3"
     list(write.process(batch(A, 1, True, 3)))
-    assert path.read_text() == "4"
+    assert path.read_text() == "4 done"
 
 
 def test_a_stage_that_is_not_fused_fails(tmp_path: Path) -> None:
