@@ -81,7 +81,7 @@ def run(
 
     with only_writer(layout):
         files.write_json(layout.newest_manifest, content)
-        files.write_json(layout.shards, [list(shard) for shard in shards])
+        files.write_json(layout.shards, [list(shard) for shard in sorted(shards)])
         work = Work({}, {})
         funnel = None
         for stage in stages:
