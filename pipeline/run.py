@@ -259,7 +259,7 @@ def _check_pool(layout: Layout, pool: str) -> None:
         _check_empty(layout.output)
         return
     before = _mapping(files.read_bytes(layout.newest_manifest)).get("pool")
-    if before != pool:
+    if str(before).rstrip("/") != pool.rstrip("/"):
         raise UsageError(
             f"{layout.output}: holds another pool's run (of {before}, and --input is {pool}); name another --output"
         )

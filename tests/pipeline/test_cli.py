@@ -215,6 +215,11 @@ def test_an_output_folder_of_another_pool(place: Path) -> None:
     assert len(stages_run(place)) == 3
 
 
+def test_a_folder_s_last_slash_makes_no_other_pool(place: Path) -> None:
+    assert pairsift(*run_arguments()).exit_code == 0
+    assert pairsift(*run_arguments(input="pool/")).exit_code == 0
+
+
 def test_another_recipe_goes_on_with_what_is_there(place: Path) -> None:
     assert pairsift(*run_arguments()).exit_code == 0
     (place / "other.yaml").write_text(yaml.safe_dump(settings(seed=1)))
