@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,9 +17,10 @@ from apache_beam.pvalue import AsSingleton
 
 from pipeline import files, tables
 from pipeline.accounting import ReconcilePool
+from pipeline.finished import CrossModalityWork, PoolWideWork, SingleModalityWork
 from pipeline.layout import Layout
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
-from pipeline.records import Annotation, Shard
+from pipeline.records import Shard
 from pipeline.sinks.clusters import WriteClusters
 from pipeline.sinks.decisions import WriteDecisions, WriteFunnel, add_tallies
 from pipeline.sinks.pool_wide import WritePoolWide
@@ -41,7 +40,6 @@ from transforms.distribution_alignment.semantic_dedup import SemanticDedup
 from transforms.distribution_alignment.tiles import FindRanges, ToTiles
 from transforms.distribution_alignment.work import Work
 from transforms.models.prepare import load_prepare
-from transforms.rules import first_failing, rules_of
 from transforms.single_modality.captions import CaptionLength
 from transforms.single_modality.faces import FaceArea
 from transforms.single_modality.images import ImageFeatures
@@ -62,10 +60,25 @@ class Job:
     layout: Layout
     identities: dict[str, Any]
 
+    @property
+    def single_modality_work(self) -> SingleModalityWork:
+        """What stage 1 has to do on a shard."""
+        return SingleModalityWork(self.recipe, self.layout, self.identities)
+
+    @property
+    def pool_wide_work(self) -> PoolWideWork:
+        """What the passes over the whole pool are made from."""
+        return PoolWideWork(self.recipe, self.layout, self.identities, self.shards)
+
+    @property
+    def cross_modality_work(self) -> CrossModalityWork:
+        """What stage 2 has to do on a shard."""
+        return CrossModalityWork(self.recipe, self.layout, self.identities)
+
 
 def single_modality(pipeline: beam.Pipeline, job: Job) -> None:
     """Stage 1. One fused stage per shard: read, decode small, annotate, write. Then passes over slim rows of all."""
-    rules, work = job.recipe.single_modality, _SingleModalityWork(job)
+    rules, work = job.recipe.single_modality, job.single_modality_work
 
     read = (
         _spread(pipeline, job)
@@ -81,11 +94,20 @@ def single_modality(pipeline: beam.Pipeline, job: Job) -> None:
     if rules.face_area:
         batches |= "Face area" >> FaceArea(rules.face_area)
     written = batches | "Write features" >> beam.ParDo(
-        WriteShardTable(job.layout, SINGLE_MODALITY, Layout.single_modality, tables.SINGLE_MODALITY, work.made_from)
+        WriteShardTable(job.layout, work, Layout.single_modality, tables.SINGLE_MODALITY)
     )
-
     shards = (read[ReadShards.FINISHED], written) | "All shards" >> beam.Flatten() | "Tables are there" >> _barrier()
     _ = shards | "Reconcile with the tars" >> ReconcilePool(job.layout)
+    _pool_wide(shards, job)
+
+
+def pool_wide(pipeline: beam.Pipeline, job: Job) -> None:
+    """The second half of stage 1 alone, over features that are there."""
+    _pool_wide(_spread(pipeline, job), job)
+
+
+def _pool_wide(shards: beam.PCollection, job: Job) -> None:
+    rules = job.recipe.single_modality
     features = shards | "Read features" >> ReadPoolRows(job.layout, job.recipe)
     named = features | "Unique uids" >> UniqueUids()
     rows, pool_samples = named[UniqueUids.UNIQUE], features | "Count samples" >> beam.combiners.Count.Globally()
@@ -97,13 +119,13 @@ def single_modality(pipeline: beam.Pipeline, job: Job) -> None:
         WritePoolWide.SHARDS: shards,
         WritePoolWide.ROWS: rows,
         WritePoolWide.DEAD_LETTERS: named[UniqueUids.REPEATED],
-    } | "Write pool-wide" >> WritePoolWide(job.layout, pool_samples)
+    } | "Write pool-wide" >> WritePoolWide(job.layout, pool_samples, job.pool_wide_work.made_from)
 
 
 def cross_modality(pipeline: beam.Pipeline, job: Job) -> None:
     """Stage 2. One fused stage per shard: read what stage 1 kept, decode once, every model, write. Pixels never cross
     a shuffle, so a GPU hint belongs on all of it."""
-    models, work = job.recipe.cross_modality, _CrossModalityWork(job)
+    models, work = job.recipe.cross_modality, job.cross_modality_work
 
     read = (
         _spread(pipeline, job)
@@ -123,7 +145,17 @@ def cross_modality(pipeline: beam.Pipeline, job: Job) -> None:
     if models.digit:
         batches |= "Digit" >> Digit(models)
     _ = batches | "Write scores" >> beam.ParDo(
-        WriteShardTable(job.layout, CROSS_MODALITY, Layout.cross_modality, tables.CROSS_MODALITY, work.made_from)
+        WriteShardTable(job.layout, work, Layout.cross_modality, tables.CROSS_MODALITY)
+    )
+
+
+def count_missing(pipeline: beam.Pipeline, job: Job) -> None:
+    """How many samples lack a score that stage 3 needs, from tables alone."""
+    _ = (
+        _spread(pipeline, job)
+        | "Count unscored" >> beam.Map(_count_wanted, job.cross_modality_work)
+        | "Add counts" >> beam.CombineGlobally(sum)
+        | "Write count" >> beam.Map(_write_count, job.layout)
     )
 
 
@@ -187,6 +219,14 @@ def _barrier() -> beam.PTransform:
     return beam.Reshuffle()
 
 
+def _count_wanted(shard: Shard, work: CrossModalityWork) -> int:
+    return work.count_wanted(Shard(*shard))
+
+
+def _write_count(count: int, layout: Layout) -> None:
+    files.write_bytes(layout.missing, str(count).encode())
+
+
 def _by_name(shard: Shard) -> tuple[str, None]:
     return Shard(*shard).name, None
 
@@ -197,55 +237,3 @@ def _by_shard(placements: Placements) -> Iterator[tuple[str, Placements]]:
 
 def _clear(written: int, work: Work) -> None:
     files.delete_if_there(work.folder)
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-class _SingleModalityWork:
-    """Stage 1 looks at all of a shard, unless its table is there already."""
-
-    stage = SINGLE_MODALITY
-
-    def __init__(self, job: Job) -> None:
-        self._layout = job.layout
-        recipe = job.recipe.model_dump()
-        self._settings = _digest(recipe["pool"], recipe["single_modality"], job.identities[SINGLE_MODALITY])
-
-    def made_from(self, shard: Shard) -> str:
-        return _digest(self._settings, shard.fingerprint)
-
-    def is_finished(self, shard: Shard) -> bool:
-        return tables.is_finished(self._layout.single_modality(shard.name), self.made_from(shard))
-
-    def in_hand(self, shard: Shard) -> str:
-        return self._layout.in_hand(self.stage, shard.name)
-
-    def wanted(self, shard: Shard) -> None:
-        return None
-
-
-class _CrossModalityWork:
-    """Stage 2 looks at what stage 1 kept."""
-
-    stage = CROSS_MODALITY
-
-    def __init__(self, job: Job) -> None:
-        self._layout, self._recipe = job.layout, job.recipe
-        recipe = job.recipe.model_dump()
-        self._settings = _digest(recipe["pool"], recipe["cross_modality"], job.identities[CROSS_MODALITY])
-
-    def made_from(self, shard: Shard) -> str:
-        return _digest(self._settings, shard.fingerprint, sorted(self.wanted(shard)))
-
-    def is_finished(self, shard: Shard) -> bool:
-        return tables.is_finished(self._layout.cross_modality(shard.name), self.made_from(shard))
-
-    def in_hand(self, shard: Shard) -> str:
-        return self._layout.in_hand(self.stage, shard.name)
-
-    def wanted(self, shard: Shard) -> dict[str, Annotation]:
-        rules = rules_of(self._recipe, SINGLE_MODALITY)
-        annotations = tables.read_annotations(self._layout, shard.name, with_scores=False)
-        return {a.key: a for a in annotations if first_failing(a, rules) is None}

@@ -15,12 +15,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipeline import versions
 from pipeline.layout import Layout
 from pipeline.printable import PrintableFormatter, printable
 from pipeline.recipe import STAGES, Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
     from pipeline.reshard import Resharded
+    from pipeline.run import Outcome
 
 app = typer.Typer(
     name="pairsift",
@@ -35,6 +37,7 @@ _NOISE = ("Traceback (most recent call last)", "No semi_persistent_directory fou
 _EXCEPTION_NAME = re.compile(r"^(\w+\.)+[A-Z]\w+: ")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines, for machines.")]
+KeepVersions = Annotated[int, typer.Option(min=1, help="Results of so many runs stay readable, the newest included.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the whole traceback of a failure.")]
 
 
@@ -55,6 +58,7 @@ def run(
     pool: Annotated[str, typer.Option("--input", help="Folder of webdataset tars, or a pattern ending in .tar.")],
     output: Annotated[str, typer.Option("--output", help="Folder for all outputs.")],
     stages: Annotated[str, typer.Option("--stages", help="Comma-separated stages to run.")] = ",".join(STAGES),
+    keep_versions: KeepVersions = versions.KEPT,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -63,7 +67,28 @@ def run(
     unknown = [stage for stage in chosen if stage not in STAGES]
     if unknown:
         _fail(2, f"--stages: got {', '.join(unknown)}; allowed: {', '.join(STAGES)}", as_json)
-    _run(_recipe(recipe, as_json), pool, output, sorted(set(chosen), key=STAGES.index), context.args, as_json, verbose)
+    chosen = sorted(set(chosen), key=STAGES.index)
+    _run(_recipe(recipe, as_json), pool, output, chosen, context.args, as_json, verbose, keep_versions)
+
+
+@app.command(context_settings=_BEAM)
+def select(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="The recipe's path.")],
+    output: Annotated[str, typer.Option("--output", help="Output folder of a run.")],
+    keep_versions: KeepVersions = versions.KEPT,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Decide again from kept features and scores, by another recipe: no images, no models. What follows `--` goes to
+    Beam."""
+    loaded = _recipe(recipe, as_json)
+    with _exit_status(as_json, verbose):
+        from pipeline.progress import Progress
+        from pipeline.select import select
+
+        outcome = select(loaded, recipe, output, context.args, Progress(_errors, as_json), keep_versions)
+    _tell(outcome, output, as_json)
 
 
 @app.command(context_settings=_BEAM)
@@ -144,13 +169,24 @@ def _recipe(path: str, as_json: bool) -> Recipe:
 
 
 def _run(
-    recipe: Recipe, pool: str, output: str, stages: list[str], beam_options: list[str], as_json: bool, verbose: bool
+    recipe: Recipe,
+    pool: str,
+    output: str,
+    stages: list[str],
+    beam_options: list[str],
+    as_json: bool,
+    verbose: bool,
+    keep_versions: int = versions.KEPT,
 ) -> None:
     with _exit_status(as_json, verbose):
         from pipeline.progress import Progress
         from pipeline.run import run
 
-        outcome = run(recipe, pool, output, stages, beam_options, Progress(_errors, as_json))
+        outcome = run(recipe, pool, output, stages, beam_options, Progress(_errors, as_json), keep_versions)
+    _tell(outcome, output, as_json)
+
+
+def _tell(outcome: Outcome, output: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"event": "done", "output": output, "funnel": outcome.funnel}))
     elif outcome.funnel:

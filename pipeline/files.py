@@ -269,10 +269,26 @@ def write_json(path: str, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def rename(source: str, target: str) -> None:
+    """Give the file at `source` the name `target`, in place of what has it."""
+    make_folder(target.rpartition("/")[0])
+    FileSystems.rename([source], [target])
+
+
 def delete_if_there(path: str) -> None:
     """Delete `path` where it exists."""
     if FileSystems.exists(path):
         _delete(path)
+
+
+def delete_folder(path: str) -> None:
+    """Delete `path` and all that lies under it, where there is something."""
+    if "://" not in path:
+        delete_if_there(path)
+        return
+    found = FileSystems.match([join(literal(path), "**")])[0].metadata_list
+    if found:
+        FileSystems.delete([literal(metadata.path) for metadata in found])
 
 
 def _delete(path: str) -> None:

@@ -7,12 +7,23 @@ import dataclasses
 from pipeline import files
 from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY
 
+POOL_WIDE = "pool_wide"
+DONE = " done"
+"""Stands behind the count of a shard whose table is written (`Layout.progress`)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The names of a run's files. `shard` is always a shard's escaped name, which cannot leave the folder."""
+    """The names of a run's files. `shard` is always a shard's escaped name, which cannot leave the folder.
+
+    What stage 3 leaves lies under `results`, the folder of one version; where that is empty, under `output`, where
+    links lead to the newest one (`pipeline.versions`). What only the whole pool can tell may lie aside, under
+    `pool_wide_folder`, until it is known whether it is of use.
+    """
 
     output: str
+    results: str = ""
+    pool_wide_folder: str = ""
 
     def single_modality(self, shard: str) -> str:
         """Features of a shard's captions and images."""
@@ -20,7 +31,7 @@ class Layout:
 
     def pool_wide(self, shard: str) -> str:
         """What only the whole pool can tell of a shard's samples: caption frequency, near-duplicates."""
-        return files.join(self.output, "annotations", "pool_wide", f"{shard}.parquet")
+        return files.join(self.pool_wide_folder or self.output, "annotations", POOL_WIDE, f"{shard}.parquet")
 
     def cross_modality(self, shard: str) -> str:
         """Model scores and embeddings of what stage 1 kept of a shard."""
@@ -28,11 +39,12 @@ class Layout:
 
     def dead_letters(self, step: str, shard: str) -> str:
         """What could not be judged in `step` of a shard; absent where nothing failed."""
-        return files.join(self.output, "dead_letters", f"{step}-{shard}.jsonl")
+        folder = self.pool_wide_folder if step == POOL_WIDE and self.pool_wide_folder else self.output
+        return files.join(folder, "dead_letters", f"{step}-{shard}.jsonl")
 
     def decisions(self, shard: str) -> str:
         """One row per uid of a shard."""
-        return files.join(self.output, "decisions", f"part-{shard}.parquet")
+        return files.join(self._results, "decisions", f"part-{shard}.parquet")
 
     def progress(self, stage: str, shard: str) -> str:
         """How many samples of a shard a stage has done so far."""
@@ -60,37 +72,61 @@ class Layout:
     @property
     def centroids(self) -> str:
         """float32 (k, d), L2-normalised."""
-        return files.join(self.output, "centroids.npy")
+        return files.join(self._results, "centroids.npy")
 
     @property
     def clusters(self) -> str:
         """One row per cluster."""
-        return files.join(self.output, "clusters.parquet")
+        return files.join(self._results, "clusters.parquet")
 
     @property
     def clusters_figure(self) -> str:
         """The clusters before and after, to look at."""
-        return files.join(self.output, "clusters.svg")
+        return files.join(self._results, "clusters.svg")
 
     @property
     def subset(self) -> str:
         """DataComp's subset file: one row per copy."""
-        return files.join(self.output, "subset.npy")
+        return files.join(self._results, "subset.npy")
 
     @property
     def funnel(self) -> str:
         """In, dropped and kept per rule."""
-        return files.join(self.output, "funnel.json")
+        return files.join(self._results, "funnel.json")
 
     @property
     def manifest(self) -> str:
-        """What the outputs were made with."""
-        return files.join(self.output, "manifest.json")
+        """What the results were made with."""
+        return files.join(self._results, "manifest.json")
+
+    @property
+    def newest_manifest(self) -> str:
+        """What the newest run works with, from its start on: its results need not be there yet."""
+        return files.join(self.output, "annotations", "manifest.json")
+
+    @property
+    def shards(self) -> str:
+        """The shards of the pool as the newest run found them."""
+        return files.join(self.output, "annotations", "shards.json")
+
+    @property
+    def missing(self) -> str:
+        """How many samples lack a score, in digits."""
+        return files.join(self.select_work, "missing")
+
+    @property
+    def select_work(self) -> str:
+        """What `select` finds out before it may write; goes when it ends."""
+        return files.join(self.output, ".select")
 
     @property
     def run(self) -> str:
         """Times and counts of work."""
         return files.join(self.output, "run.json")
+
+    @property
+    def _results(self) -> str:
+        return self.results or self.output
 
 
 TABLE_OF = {SINGLE_MODALITY: Layout.single_modality, CROSS_MODALITY: Layout.cross_modality}

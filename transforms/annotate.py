@@ -7,13 +7,14 @@ from typing import Any
 
 import apache_beam as beam
 
+from pipeline.counts import MODELS_LOADED, counter
 from pipeline.records import DeadLetter, Sample, SampleBatch, dead_letter
 
 
 class AnnotateSamples(beam.DoFn):
     """Adds columns to every sample of a batch; a sample for which that fails becomes a dead letter.
 
-    Subclasses name their `stage` and `reason`, load what they need in `setup`, and say in `columns` what they add.
+    Subclasses name their `stage` and `reason`, and say in `columns` what they add.
     """
 
     stage: str
@@ -35,3 +36,20 @@ class AnnotateSamples(beam.DoFn):
                 message = f"{type(error).__name__}: {error}"
                 letters.append(dead_letter(sample.annotation, self.stage, self.reason, message))
         yield batch.replace(tuple(samples), tuple(letters))
+
+
+class AnnotateByModel(AnnotateSamples):
+    """As AnnotateSamples, by a model that is loaded when the first sample comes: over finished shards none is."""
+
+    _is_loaded = False
+
+    def load(self) -> None:
+        """Load what `columns` asks."""
+        raise TypeError(f"{type(self).__name__} does not say which model it loads")
+
+    def process(self, batch: SampleBatch) -> Iterator[SampleBatch]:
+        if batch.samples and not self._is_loaded:
+            self.load()
+            self._is_loaded = True
+            counter(MODELS_LOADED).inc()
+        yield from super().process(batch)

@@ -11,13 +11,14 @@ import apache_beam as beam
 
 from pipeline import files, tables
 from pipeline.accounting import Unaccounted, reconcile
-from pipeline.layout import Layout
+from pipeline.finished import as_asked
+from pipeline.layout import POOL_WIDE, Layout
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
 from pipeline.records import Annotation, DeadLetter
 from transforms.distribution_alignment.records import Placement, Placements
 from transforms.rules import Thresholds, first_failing, rules_of
 
-DEAD_LETTER_STEPS = (SINGLE_MODALITY, "pool_wide", CROSS_MODALITY)
+DEAD_LETTER_STEPS = (SINGLE_MODALITY, POOL_WIDE, CROSS_MODALITY)
 
 IN, DROPPED, DEAD, SURVIVORS, SAMPLES, COPIES = "in", "dropped", "dead_letters", "survivors", "samples", "copies"
 NOT_ASKED, SMALLER_BATCHES = "not_asked", "smaller_batches"
@@ -95,13 +96,17 @@ class WriteDecisions(beam.DoFn):
         letters = {
             step: tables.read_dead_letters(self._layout.dead_letters(step, shard)) for step in DEAD_LETTER_STEPS
         }
+        rules = rules_of(self._recipe, SINGLE_MODALITY)
         rows = decide(
-            tables.read_annotations(self._layout, shard),
+            (as_asked(annotation, self._recipe, rules) for annotation in tables.read_annotations(self._layout, shard)),
             _by_uid(groups[self.PLACEMENTS]),
             {letter.key for letter in letters[CROSS_MODALITY]},
             self._recipe,
             Thresholds(*thresholds),
         )
+        # A sample that stage 1 drops is not asked for, and what broke when it was is nothing to this recipe.
+        judged = {row["key"] for row in rows}
+        letters[CROSS_MODALITY] = [letter for letter in letters[CROSS_MODALITY] if letter.key not in judged]
         counts = tally(rows, (letter for step in letters.values() for letter in step))
         # Counted on its own from what stage 1 saw, so that the sum below can really fail.
         seen = [row["uid"] for row in tables.read_table(self._layout.single_modality(shard), ["uid"])]

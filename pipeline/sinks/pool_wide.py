@@ -8,7 +8,7 @@ from typing import Any
 import apache_beam as beam
 
 from pipeline import tables
-from pipeline.layout import Layout
+from pipeline.layout import POOL_WIDE, Layout
 from pipeline.records import Shard
 
 
@@ -17,9 +17,9 @@ class WritePoolWide(beam.PTransform):
 
     SHARDS, ROWS, DEAD_LETTERS = "shards", "rows", "dead_letters"
 
-    def __init__(self, layout: Layout, pool_samples: beam.PCollection) -> None:
+    def __init__(self, layout: Layout, pool_samples: beam.PCollection, made_from: dict[str, str]) -> None:
         super().__init__()
-        self._layout, self._pool_samples = layout, pool_samples
+        self._layout, self._pool_samples, self._made_from = layout, pool_samples, made_from
 
     def expand(self, inputs: dict[str, beam.PCollection]) -> beam.PCollection:
         return (
@@ -29,7 +29,8 @@ class WritePoolWide(beam.PTransform):
                 self.DEAD_LETTERS: inputs[self.DEAD_LETTERS] | "Letters by shard" >> beam.Map(_by_shard),
             }
             | "Gather shard" >> beam.CoGroupByKey()
-            | "Write table" >> beam.ParDo(_Write(self._layout), beam.pvalue.AsSingleton(self._pool_samples))
+            | "Write table"
+            >> beam.ParDo(_Write(self._layout, self._made_from), beam.pvalue.AsSingleton(self._pool_samples))
         )
 
 
@@ -42,8 +43,8 @@ def _by_shard(row: Any) -> tuple[str, Any]:
 
 
 class _Write(beam.DoFn):
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, layout: Layout, made_from: dict[str, str]) -> None:
+        self._layout, self._made_from = layout, made_from
 
     def process(self, group: tuple[str, dict[str, Any]], pool_samples: int) -> Iterator[str]:
         shard, groups = group
@@ -55,6 +56,6 @@ class _Write(beam.DoFn):
             if feature["key"] in by_key
         ]
         letters = sorted(groups[WritePoolWide.DEAD_LETTERS])
-        tables.write_dead_letters(self._layout.dead_letters("pool_wide", shard), letters)
-        tables.write_table(self._layout.pool_wide(shard), rows, tables.POOL_WIDE)
+        tables.write_dead_letters(self._layout.dead_letters(POOL_WIDE, shard), letters)
+        tables.write_table(self._layout.pool_wide(shard), rows, tables.POOL_WIDE, self._made_from)
         yield shard

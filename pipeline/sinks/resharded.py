@@ -144,11 +144,11 @@ class WriteResharded(beam.PTransform):
 def _find_places(shard: Shard, layout: Layout, bounds: PoolBounds, folder: ReshardedFolder) -> _CountedShard:
     shard = Shard(*shard)
     path = folder.places(shard.name)
-    if tables.is_finished(path, shard.fingerprint):
+    if tables.is_finished(path, {"shard": shard.fingerprint}):
         rows = tables.read_table(path, ["uid", "copies"])
     else:
         rows = find_places(shard, layout, bounds)
-        tables.write_table(path, rows, PLACES, made_from=shard.fingerprint)
+        tables.write_table(path, rows, PLACES, made_from={"shard": shard.fingerprint})
     return _CountedShard(shard, len(rows), Tally.of((row["uid"], row["copies"]) for row in rows))
 
 

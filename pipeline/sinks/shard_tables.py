@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import apache_beam as beam
 import pyarrow as pa
 
 from pipeline import files, tables
 from pipeline.accounting import reconcile_shard
-from pipeline.layout import Layout
+from pipeline.counts import SAMPLES_BACK, SAMPLES_DONE, SHARDS_DONE, counter
+from pipeline.finished import ShardTable
+from pipeline.layout import DONE, Layout
 from pipeline.records import DeadLetter, SampleBatch, Shard
 
 
 class UnfusedStage(RuntimeError):
     """A shard's batches did not reach the writer in order: the runner did not fuse read, annotate and write."""
+
+
+class Work(Protocol):
+    """What makes a shard's table of what a stage found."""
+
+    stage: str
+
+    def table(
+        self, shard: Shard, rows: list[dict[str, Any]], letters: list[DeadLetter], halvings: Mapping[str, int]
+    ) -> ShardTable:
+        """What is to be written."""
 
 
 class WriteShardTable(beam.DoFn):
@@ -29,13 +43,11 @@ class WriteShardTable(beam.DoFn):
     def __init__(
         self,
         layout: Layout,
-        stage: str,
+        work: Work,
         path_of: Callable[[Layout, str], str],
         schema: pa.Schema,
-        made_from: Callable[[Shard], str],
     ) -> None:
-        self._layout, self._stage, self._path_of = layout, stage, path_of
-        self._schema, self._made_from = schema, made_from
+        self._layout, self._work, self._path_of, self._schema = layout, work, path_of, schema
 
     def start_bundle(self) -> None:
         self._shard: Shard | None = None
@@ -67,20 +79,24 @@ class WriteShardTable(beam.DoFn):
 
     def _write(self, last: SampleBatch) -> Shard:
         shard = last.shard
-        reconcile_shard(shard, self._stage, last.due, self._rows, self._letters)
+        reconcile_shard(shard, self._work.stage, last.due, self._rows, self._letters)
+        table = self._work.table(shard, self._rows, self._letters, last.attempt.halvings)
         # Dead letters first: the table's presence is what says that the shard is finished.
-        tables.write_dead_letters(self._layout.dead_letters(self._stage, shard.name), self._letters)
+        tables.write_dead_letters(self._layout.dead_letters(self._work.stage, shard.name), table.dead_letters)
         path = self._path_of(self._layout, shard.name)
-        halvings, due = last.attempt.halvings, len(last.due)
-        tables.write_table(path, self._rows, self._schema, self._made_from(shard), halvings, due)
+        tables.write_table(path, table.rows, self._schema, table.made_from, table.halvings, len(last.due))
+        self._report_progress(DONE)
+        counter(SHARDS_DONE).inc()
+        counter(SAMPLES_DONE).inc(len(self._rows))
+        counter(SAMPLES_BACK).inc(table.samples_back)
         self.start_bundle()
         return shard
 
-    def _report_progress(self) -> None:
+    def _report_progress(self, done: str = "") -> None:
         assert self._shard is not None
-        path = self._layout.progress(self._stage, self._shard.name)
+        path = self._layout.progress(self._work.stage, self._shard.name)
         if "://" not in path:  # progress is shown by a local run only; elsewhere the runner has counters
             files.make_folder(path.rsplit("/", 1)[0])
             # What is only shown fails nothing: that the disk is full is told by the table that cannot be written.
             with contextlib.suppress(OSError), open(path, "w") as file:
-                file.write(str(len(self._rows) + len(self._letters)))
+                file.write(f"{len(self._rows) + len(self._letters)}{done}")

@@ -10,6 +10,7 @@ import numpy as np
 from apache_beam.pvalue import AsSingleton
 
 from pipeline import tables
+from pipeline.finished import as_asked
 from pipeline.layout import Layout
 from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY, Recipe
 from pipeline.records import Annotation, Shard
@@ -129,7 +130,8 @@ def _survivors(
     rules = rules_of(recipe, SINGLE_MODALITY)
     scored = rules_of(recipe, CROSS_MODALITY, thresholds)
     broken = {letter.key for letter in tables.read_dead_letters(layout.dead_letters(CROSS_MODALITY, shard.name))}
-    for annotation in tables.read_annotations(layout, shard.name, with_embeddings=with_embeddings):
+    for known in tables.read_annotations(layout, shard.name, with_embeddings=with_embeddings):
+        annotation = as_asked(known, recipe, rules)
         if annotation.key in broken or first_failing(annotation, rules) is not None:
             continue
         missing = unscored(annotation, recipe.cross_modality)

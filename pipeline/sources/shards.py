@@ -10,6 +10,7 @@ from typing import Protocol
 
 import apache_beam as beam
 
+from pipeline.counts import SHARDS_FINISHED_BEFORE, TARS_OPENED, counter
 from pipeline.recipe import PoolBounds
 from pipeline.records import Annotation, Attempt, DeadLetter, Sample, SampleBatch, Shard, dead_letter
 from pipeline.sources.ahead import in_order, in_turns
@@ -21,6 +22,9 @@ from pipeline.sources.webdataset import read_samples
 DECODE_THREADS = min(8, len(os.sched_getaffinity(0)))
 
 
+_Wanted = dict[str, Annotation] | None
+
+
 class Work(Protocol):
     """What a stage has to do on a shard. Decided on the worker, when the shard's turn comes, from the tables that
     exist then: not when the graph is built."""
@@ -28,9 +32,9 @@ class Work(Protocol):
     stage: str
 
     def is_finished(self, shard: Shard) -> bool:
-        """Whether the shard's table is whole and made from the same inputs and settings."""
+        """Whether the shard's table is whole and holds all that the stage wants."""
 
-    def wanted(self, shard: Shard) -> dict[str, Annotation] | None:
+    def wanted(self, shard: Shard) -> _Wanted:
         """The samples to read by key, as far as they are known; None for all of the shard."""
 
     def in_hand(self, shard: Shard) -> str:
@@ -86,6 +90,7 @@ class _ReadShard(beam.DoFn):
     def process(self, shard: Shard) -> Iterator[SampleBatch | beam.pvalue.TaggedOutput]:
         shard = Shard(*shard)
         if self._work.is_finished(shard):
+            counter(SHARDS_FINISHED_BEFORE).inc()
             yield beam.pvalue.TaggedOutput(ReadShards.FINISHED, shard)
             return
         if self._load_prepare and self._prepare is None:
@@ -94,10 +99,12 @@ class _ReadShard(beam.DoFn):
             yield from self._tries(shard, decode)
 
     def _tries(self, shard: Shard, decode: Decode) -> Iterator[SampleBatch]:
-        attempt = Attempt()
+        wanted, attempt = self._work.wanted(shard), Attempt()
         while True:
+            if wanted is None or wanted:
+                counter(TARS_OPENED).inc()
             due: list[str] = []
-            with contextlib.closing(self._decoded_samples(shard, decode, due)) as samples:
+            with contextlib.closing(self._decoded_samples(shard, wanted, decode, due)) as samples:
                 for batch in _batches(shard, samples, self._batch_size, attempt, due):
                     yield batch  # the stage's models look at it before the next line runs
                     if attempt.out_of_memory:
@@ -107,13 +114,12 @@ class _ReadShard(beam.DoFn):
             attempt = attempt.smaller()
 
     def _decoded_samples(
-        self, shard: Shard, decode: Decode, due: list[str]
+        self, shard: Shard, wanted: _Wanted, decode: Decode, due: list[str]
     ) -> Generator[Sample | DeadLetter, None, None]:
         decoded = functools.partial(self._decoded, decode)
-        return self._threaded(decoded, self._samples(shard, due), DECODE_THREADS, self._batch_size)
+        return self._threaded(decoded, self._samples(shard, wanted, due), DECODE_THREADS, self._batch_size)
 
-    def _samples(self, shard: Shard, due: list[str]) -> Iterator[Sample | DeadLetter]:
-        wanted = self._work.wanted(shard)
+    def _samples(self, shard: Shard, wanted: _Wanted, due: list[str]) -> Iterator[Sample | DeadLetter]:
         if wanted is None:
             yield from read_samples(shard, self._bounds, self._work.stage, due)
             return

@@ -50,7 +50,7 @@ def stage_2(models: recipe.CrossModality, shards: list[Shard], output: Path) -> 
             | ImageTextMatching(models)
             | Digit(models)
             | beam.ParDo(
-                WriteShardTable(layout, CROSS_MODALITY, Layout.cross_modality, tables.CROSS_MODALITY, lambda shard: "")
+                WriteShardTable(layout, FakeWork(CROSS_MODALITY), Layout.cross_modality, tables.CROSS_MODALITY)
             )
         )
         assert_that(done, equal_to(shards))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from pipeline import build, tables
+from pipeline import build
 from pipeline.layout import Layout
 from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY, STAGES, Recipe
 from pipeline.records import Shard
-from tests.helpers import annotation, recipe, uid
+from tests.helpers import recipe
 
 SHARDS = tuple(Shard(f"{n:05d}", f"/p/{n:05d}.tar", f"{n}") for n in range(3))
 NOTHING: dict[str, Any] = {stage: {} for stage in STAGES}
@@ -157,57 +156,3 @@ def test_the_shards_are_spread_before_they_are_read(stage: str) -> None:
 
 def test_the_pool_s_rows_are_read_after_the_tables_are_written() -> None:
     assert not in_one_stage(graph(SINGLE_MODALITY), ["Write features", "Read features/"])
-
-
-# What is done again -----------------------------------------------------------------------------------------------
-
-
-def single(**changes: Any) -> str:
-    return build._SingleModalityWork(job(recipe(**changes))).made_from(SHARDS[0])
-
-
-def test_stage_1_is_done_again_when_what_it_rests_on_changed() -> None:
-    base = single()
-    assert base == single()
-    assert single(pool={"max_image_bytes": 10}) != base
-    assert single(single_modality__language={"allowed": ["en"], "model": "other.bin"}) != base
-    known = job(single_modality={"pos_tagger": "another"})
-    assert build._SingleModalityWork(known).made_from(SHARDS[0]) != base
-    assert build._SingleModalityWork(job()).made_from(SHARDS[0]._replace(fingerprint="changed")) != base
-    moved = SHARDS[0]._replace(path="/elsewhere/00000.tar")
-    assert build._SingleModalityWork(job(output="/elsewhere")).made_from(moved) == base
-
-
-def test_stage_1_is_not_done_again_for_what_later_stages_do() -> None:
-    assert single(seed=5, name="other", cross_modality__flipped_clip__min=0.3) == single()
-    assert single(distribution_alignment__max_copies=20) == single()
-
-
-@pytest.fixture
-def annotated(tmp_path: Path) -> Path:
-    """A shard of which stage 1 kept k0 and k2."""
-    layout = Layout(str(tmp_path))
-    rows = [annotation(uid=uid(n), shard="00000", key=f"k{n}", word_count=6 if n % 2 == 0 else 1) for n in range(4)]
-    tables.write_table(layout.single_modality("00000"), map(tables.annotation_row, rows), tables.SINGLE_MODALITY)  # type: ignore[arg-type]
-    tables.write_table(layout.pool_wide("00000"), map(tables.annotation_row, rows[:3]), tables.POOL_WIDE)  # type: ignore[arg-type]
-    return tmp_path
-
-
-def test_stage_2_wants_what_stage_1_kept(annotated: Path) -> None:
-    wanted = build._CrossModalityWork(job(output=str(annotated))).wanted(SHARDS[0])
-    assert set(wanted) == {"k0", "k2"}
-    assert {key: a.uid for key, a in wanted.items()} == {"k0": uid(0), "k2": uid(2)}
-
-
-def test_stage_2_is_finished_until_what_it_rests_on_changes(annotated: Path) -> None:
-    def work(**changes: Any) -> build._CrossModalityWork:
-        return build._CrossModalityWork(job(recipe(**changes), output=str(annotated)))
-
-    layout, shard = Layout(str(annotated)), SHARDS[0]
-    assert not work().is_finished(shard)
-    tables.write_table(layout.cross_modality("00000"), [], tables.CROSS_MODALITY, work().made_from(shard))
-    assert work().is_finished(shard)
-    assert work(distribution_alignment__max_copies=20, seed=3).is_finished(shard)
-    assert not work(cross_modality__flipped_clip__batch_size=3).is_finished(shard)
-    assert not work(single_modality__caption_length={"min_words": 1}).is_finished(shard)  # more is kept
-    assert not work().is_finished(shard._replace(fingerprint="changed"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pipeline.run as run_module
 from pipeline import files
 from pipeline.build import Job
 from pipeline.cli import app
+from pipeline.counts import NAMES, Counts
+from pipeline.lock import only_writer
 from pipeline.manifest import identities
 from pipeline.printable import PrintableFormatter
 from pipeline.recipe import STAGES
@@ -44,11 +47,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_module, "identities", lambda recipe: KNOWN)
 
-    def stage(name: str, job: Job, beam_options: list[str]) -> None:
+    def stage(name: str, job: Job, beam_options: list[str]) -> Counts:
         with open(tmp_path / "stages.txt", "a") as file:
             file.write(f"{name} {' '.join(beam_options)}\n")
         if name == "distribution_alignment":
             files.write_json(job.layout.funnel, FUNNEL)
+        return dict.fromkeys(NAMES, 0)
 
     monkeypatch.setattr(run_module, "_run_stage", stage)
     return tmp_path
@@ -159,7 +163,7 @@ def test_a_beam_option_with_an_impossible_value(place: Path) -> None:
     ],
 )
 def test_a_stage_before_the_one_it_reads_from(place: Path, stages: str, missing: str) -> None:
-    message = f"1 of 1 shards have no table of {missing} (the first is a); run that stage first"
+    message = f"1 of 1 shards have no table of {missing} that holds for this recipe (the first is a); run that stage"
     wrong_use(place, *run_arguments(), "--stages", stages, message=message)
     assert stages_run(place) == []
 
@@ -206,14 +210,31 @@ def test_a_gpu_that_is_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) -
     assert pairsift(*run_arguments(recipe="gpu.yaml"), "--stages", "single_modality").exit_code == 0
 
 
-def test_an_output_folder_of_another_run(place: Path) -> None:
+def test_an_output_folder_of_another_pool(place: Path) -> None:
+    assert pairsift(*run_arguments()).exit_code == 0
+    write_pool(place / "pool2", {"a.tar": []})
+    wrong_use(place, *run_arguments(input="pool2"), message="out: holds another pool's run (of pool, and --input is")
+    assert len(stages_run(place)) == 3
+
+
+def test_a_folder_s_last_slash_makes_no_other_pool(place: Path) -> None:
+    assert pairsift(*run_arguments()).exit_code == 0
+    assert pairsift(*run_arguments(input="pool/")).exit_code == 0
+
+
+def test_another_recipe_goes_on_with_what_is_there(place: Path) -> None:
     assert pairsift(*run_arguments()).exit_code == 0
     (place / "other.yaml").write_text(yaml.safe_dump(settings(seed=1)))
-    message = "out: holds another run (it differs in recipe, recipe_sha256, seed)"
-    wrong_use(place, *run_arguments(recipe="other.yaml"), message=message)
-    write_pool(place / "pool2", {"a.tar": []})
-    wrong_use(place, *run_arguments(input="pool2"), message="it differs in pool")
-    assert len(stages_run(place)) == 3
+    assert pairsift(*run_arguments(recipe="other.yaml")).exit_code == 0
+    assert json.loads((place / "out" / "manifest.json").read_text())["seed"] == 1
+    assert json.loads((place / "out" / "versions" / "1" / "manifest.json").read_text())["seed"] == 0
+
+
+def test_an_output_folder_that_another_run_writes(place: Path) -> None:
+    with only_writer("out"):
+        wrong_use(place, *run_arguments(), message=f"out: process {os.getpid()} of")
+    assert stages_run(place) == []
+    assert pairsift(*run_arguments()).exit_code == 0
 
 
 def test_an_output_folder_of_a_run_that_was_killed_as_it_began(place: Path) -> None:
@@ -235,9 +256,16 @@ def test_what_a_killed_run_left_is_cleared_by_the_next(place: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
 def test_an_output_folder_with_a_broken_manifest(place: Path, content: str) -> None:
-    (place / "out").mkdir()
-    (place / "out" / "manifest.json").write_text(content)
+    (place / "out" / "annotations").mkdir(parents=True)
+    (place / "out" / "annotations" / "manifest.json").write_text(content)
     wrong_use(place, *run_arguments(), message="out: ")
+
+
+def test_select_without_annotations(place: Path) -> None:
+    message = "nowhere: holds no annotations to select from; `pairsift run` makes them"
+    wrong_use(place, "select", str(DEMO_RECIPE), "--output", "nowhere", message=message)
+    wrong_use(place, "select", "nowhere.yaml", "--output", "out", message="cannot be read as YAML")
+    wrong_use(place, "select", str(DEMO_RECIPE), "--output", "out", "--keep-versions", "0", message="--keep-versions")
 
 
 # run: what is done ------------------------------------------------------------------------------------------------
@@ -268,7 +296,7 @@ def test_json_lines(place: Path) -> None:
     result = pairsift(*run_arguments(), "--json")
     assert result.exit_code == 0
     events = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [event["event"] for event in events] == ["stage_done"] * 3 + ["done"]
+    assert [event["event"] for event in events] == ["stage_done", "stage_counts"] * 2 + ["stage_done", "done"]
     assert events[-1]["funnel"] == FUNNEL
 
 
@@ -280,7 +308,7 @@ def test_stages_run_once_each_and_in_their_order(place: Path) -> None:
 
 def test_a_run_is_gone_on_with(place: Path) -> None:
     assert pairsift(*run_arguments(), "--stages", "single_modality").exit_code == 0
-    manifest = (place / "out" / "manifest.json").read_bytes()
+    manifest = (place / "out" / "annotations" / "manifest.json").read_bytes()
     assert pairsift(*run_arguments()).exit_code == 0
     assert (place / "out" / "manifest.json").read_bytes() == manifest
     assert len(stages_run(place)) == 4
@@ -351,5 +379,5 @@ def test_the_demo_runs_the_bundled_recipe_on_the_bundled_pool(place: Path) -> No
 def test_help() -> None:
     result = pairsift("--help")
     assert result.exit_code == 0
-    for command in ("run", "demo", "validate"):
+    for command in ("run", "select", "demo", "validate"):
         assert command in result.stdout

@@ -253,7 +253,8 @@ def lay_out(layout: Layout) -> list[Placement]:
 
 def write(layout: Layout, placements: list[Placement]) -> list[Tally]:
     group = {WriteDecisions.SHARDS: [None], WriteDecisions.PLACEMENTS: [placements_of(placements)]}
-    return list(WriteDecisions(layout, recipe()).process(("s", group), THRESHOLDS))
+    by_thresholds = recipe(cross_modality__flipped_clip__min=THRESHOLDS.flipped_clip_min_cosine)
+    return list(WriteDecisions(layout, by_thresholds).process(("s", group), THRESHOLDS))
 
 
 def test_a_shard_s_decisions(tmp_path: Path) -> None:
@@ -264,6 +265,7 @@ def test_a_shard_s_decisions(tmp_path: Path) -> None:
         ("dropped", "caption_length"): 1, ("dropped", "flipped_clip"): 1, ("dropped", "semantic_dedup"): 1,
         ("dead_letters", "single_modality_broke"): 1, ("dead_letters", "pool_wide_broke"): 1,
         ("dead_letters", "cross_modality_broke"): 1,
+        ("not_asked", "image_text_matching"): 1, ("not_asked", "digit"): 1,
     }  # fmt: skip
     assert count_samples(Shard("s", "p", "f"), layout) == 8
     rows = tables.read_table(layout.decisions("s"))

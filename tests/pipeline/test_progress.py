@@ -75,6 +75,17 @@ def test_what_was_finished_before_does_not_count(tmp_path: Path) -> None:
     assert line.startswith("single_modality: 1/3 shards, 30 samples, ")
 
 
+def test_a_shard_that_is_done_again_counts(tmp_path: Path) -> None:
+    out, layout = io.StringIO(), Layout(str(tmp_path))
+    for shard in SHARDS:
+        work(layout, shard, 1000, True)
+    with Progress(Console(file=out, width=200)).stage(STAGE, layout, SHARDS):
+        work(layout, SHARDS[1], 30, True)
+        work(layout, SHARDS[2], 20, True)
+        Path(layout.progress(STAGE, SHARDS[2].name)).write_text("20 done")
+    assert out.getvalue().splitlines()[1].startswith("single_modality: 1/2 shards, 50 samples, ")
+
+
 def test_counts_that_are_just_being_written_are_passed_over(tmp_path: Path) -> None:
     out, layout = io.StringIO(), Layout(str(tmp_path))
     with Progress(Console(file=out, width=200)).stage(STAGE, layout, SHARDS):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,13 +16,14 @@ from pipeline.layout import Layout
 from pipeline.records import DeadLetter, SampleBatch, Shard
 from pipeline.sinks.shard_tables import UnfusedStage, WriteShardTable
 from tests.helpers import uid, whole_sample
+from tests.pipeline.test_shards import FakeWork
 
 STAGE = "single_modality"
 A, B = Shard("a", "/p/a.tar", "1"), Shard("b", "/p/b.tar", "2")
 
 
-def made_from(shard: Shard) -> str:
-    return hashlib.sha256(shard.fingerprint.encode()).hexdigest()
+def made_from(shard: Shard) -> dict[str, str]:
+    return {"shard": shard.fingerprint}
 
 
 def batch(shard: Shard, index: int, last: bool, *numbers: int, letters: int = 0) -> SampleBatch:
@@ -43,7 +43,7 @@ def due(*batches: SampleBatch) -> list[SampleBatch]:
 
 
 def writer(folder: Path) -> WriteShardTable:
-    return WriteShardTable(Layout(str(folder)), STAGE, Layout.single_modality, tables.SINGLE_MODALITY, made_from)
+    return WriteShardTable(Layout(str(folder)), FakeWork(STAGE), Layout.single_modality, tables.SINGLE_MODALITY)
 
 
 def bundle(folder: Path, *batches: SampleBatch) -> list[Shard]:
@@ -173,7 +173,7 @@ def test_progress_counts_what_has_come(tmp_path: Path) -> None:
     list(write.process(first))
     assert path.read_text() == "3"
     list(write.process(last))
-    assert path.read_text() == "4"
+    assert path.read_text() == "4 done"
 
 
 def test_progress_that_cannot_be_written_fails_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import apache_beam as beam
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
 
+from pipeline.finished import ShardTable
 from pipeline.recipe import PoolBounds
 from pipeline.records import Annotation, DeadLetter, SampleBatch, Shard
 from pipeline.sources.shards import ReadShards
@@ -32,6 +34,11 @@ class FakeWork:
 
     def in_hand(self, shard: Shard) -> str:
         return f"{shard.path}.mark"
+
+    def table(
+        self, shard: Shard, rows: list[dict[str, Any]], letters: list[DeadLetter], halvings: Mapping[str, int]
+    ) -> ShardTable:
+        return ShardTable(rows, letters, {"shard": shard.fingerprint}, halvings)
 
 
 def read(

@@ -46,6 +46,11 @@ def asked(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
     return columns
 
 
+def pending(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
+    """What of `asked` is not there yet."""
+    return [column for column in asked(annotation, settings) if getattr(annotation, column) is None]
+
+
 def unscored(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
     """The next column that `settings` need of this sample and that was never computed, if any.
 
@@ -55,7 +60,7 @@ def unscored(annotation: Annotation, settings: recipe.CrossModality) -> list[str
         return ["flipped_clip_cosine"]
     if settings.digit and settings.digit.clip_prompts and annotation.digit_prompt_probability is None:
         return ["digit_prompt_probability"]
-    return [column for column in asked(annotation, settings) if getattr(annotation, column) is None][:1]
+    return pending(annotation, settings)[:1]
 
 
 def _reaches(score: float | None, floor: float | None) -> bool:

@@ -14,7 +14,7 @@ import apache_beam as beam
 
 from pipeline import recipe
 from pipeline.records import Sample, SampleBatch
-from transforms.cross_modality.cascade import asked
+from transforms.cross_modality.cascade import pending
 
 _FILLED_SHAPES = 16  # full shapes a joined batch holds at least: with 3 buckets half full, a tenth is padding
 _MAX_SAMPLES = 1024  # slim rows wait too
@@ -55,7 +55,7 @@ class _Join(beam.DoFn):
             self._held, self._wanted, self._index = [], 0, self._index + 1
 
     def _slim(self, sample: Sample) -> Sample:
-        return sample if asked(sample.annotation, self._models) else dataclasses.replace(sample, inputs={})
+        return sample if pending(sample.annotation, self._models) else dataclasses.replace(sample, inputs={})
 
 
 def joined(batches: list[SampleBatch], index: int) -> SampleBatch:

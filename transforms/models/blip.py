@@ -14,7 +14,7 @@ from transformers import BlipForImageTextRetrieval, BlipProcessor
 from pipeline import recipe
 from pipeline.records import Annotation, Sample
 from transforms.cross_modality.cascade import wanted
-from transforms.models.handler import SampleBatchHandler
+from transforms.models.handler import InMemory, SampleBatchHandler
 from transforms.models.pictures import Processed, grey, normalised, on_device, pixels_of, settings_of
 from transforms.models.precision import dtype_on
 from transforms.models.probability import as_float32, of_two
@@ -65,7 +65,7 @@ class BlipPreparation:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedBlip:
+class LoadedBlip(InMemory):
     """A BLIP image-text-matching model with its own preparation."""
 
     model: Any
@@ -140,7 +140,7 @@ class BlipHandler(SampleBatchHandler[LoadedBlip]):
         return LoadedBlip(model, preparation, torch.from_numpy(preparation.pictures.table).to(device, dtype))
 
     def wants(self, annotation: Annotation) -> bool:
-        return wanted(annotation, self._min_cosine)
+        return annotation.match_probability is None and wanted(annotation, self._min_cosine)
 
     def shape_of(self, prepared: BlipInput) -> Hashable:
         return len(prepared.tokens)

@@ -14,7 +14,7 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 from pipeline import recipe
 from pipeline.records import Annotation, Sample
 from transforms.cross_modality.cascade import prompt_floor, wanted
-from transforms.models.handler import SampleBatchHandler
+from transforms.models.handler import InMemory, SampleBatchHandler
 from transforms.models.pictures import Processed, grey, normalised, pixels_of, settings_of
 from transforms.models.precision import dtype_on
 from transforms.models.probability import as_float32, of_two
@@ -38,7 +38,7 @@ class Blip2Preparation:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedBlip2:
+class LoadedBlip2(InMemory):
     """A BLIP-2 model with its own preparation, the prompts and the two answers as tokens."""
 
     model: Any
@@ -135,7 +135,7 @@ class Blip2Handler(SampleBatchHandler[LoadedBlip2]):
         )
 
     def wants(self, annotation: Annotation) -> bool:
-        return wanted(annotation, *self._floors)
+        return annotation.digit_probability is None and wanted(annotation, *self._floors)
 
     def columns(self, scores: np.ndarray, constants: Any) -> dict[str, Any]:
         return {"digit_probability": digit_probability(scores)}

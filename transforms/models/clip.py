@@ -21,8 +21,8 @@ from torch.nn.functional import normalize
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from pipeline import recipe
-from pipeline.records import Sample
-from transforms.models.handler import SampleBatchHandler
+from pipeline.records import Annotation, Sample
+from transforms.models.handler import InMemory, SampleBatchHandler
 from transforms.models.pictures import byte_table, grey, normalised, on_device, pixels_of
 from transforms.models.precision import DTYPES, dtype_on
 from transforms.models.probability import as_float32
@@ -115,7 +115,7 @@ class ClipPreparation:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedClip:
+class LoadedClip(InMemory):
     """An open_clip model with its own preparation."""
 
     model: Any
@@ -253,6 +253,11 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
         table = preparation.table_for(preprocess)
         prompts = (*self._prompts.positive, *self._prompts.negative) if self._prompts else ()
         return LoadedClip(model.eval(), preparation, torch.from_numpy(table).to(device, dtype), prompts)
+
+    def wants(self, annotation: Annotation) -> bool:
+        if self._prompts is not None and annotation.digit_prompt_probability is None:
+            return True
+        return annotation.embedding is None
 
     def columns(self, scores: np.ndarray, constants: np.ndarray | None) -> dict[str, Any]:
         text, flipped, *rest = scores

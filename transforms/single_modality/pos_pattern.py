@@ -27,7 +27,7 @@ from nltk.tokenize import NLTKWordTokenizer
 from pipeline import recipe
 from pipeline.recipe import COMMON_NOUNS, NAMES_NUMBERS_SYMBOLS
 from pipeline.records import Sample
-from transforms.annotate import AnnotateSamples
+from transforms.annotate import AnnotateByModel
 
 BUNDLED = Path(__file__).parent / "pos_tagger"
 SOURCES = ("auto", "nltk", "bundled")
@@ -108,13 +108,13 @@ class PosPattern(beam.PTransform):
         return batches | "Tag caption" >> beam.ParDo(_TagCaption(self._settings))
 
 
-class _TagCaption(AnnotateSamples):
+class _TagCaption(AnnotateByModel):
     stage, reason = recipe.SINGLE_MODALITY, "pos_pattern_failed"
 
     def __init__(self, settings: recipe.PosPattern) -> None:
         self._settings = settings
 
-    def setup(self) -> None:
+    def load(self) -> None:
         self._tagger, _ = load_tagger(self._settings.tagger)
 
     def columns(self, sample: Sample) -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""Deciding again from kept annotations: other thresholds, weights or targets, without an image or a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from typing import Any
+
+from pipeline import build, files, tables, versions
+from pipeline.layout import POOL_WIDE, Layout
+from pipeline.manifest import identities_from, manifest
+from pipeline.progress import Progress
+from pipeline.recipe import Recipe
+from pipeline.records import Shard
+from pipeline.run import (
+    Outcome,
+    UsageError,
+    Work,
+    check_path,
+    decide,
+    only_writer,
+    run_graph,
+    with_tagger,
+)
+from transforms.models.precision import resolve
+
+
+def select(
+    recipe: Recipe,
+    recipe_path: str,
+    output: str,
+    beam_options: list[str],
+    progress: Progress,
+    keep_versions: int = versions.KEPT,
+) -> Outcome:
+    """Decide by `recipe`, whose path is for messages only, over the annotations under `output`; the results are those
+    of a run of that recipe, to the byte.
+
+    Raises UsageError, with nothing changed, where there are no annotations, where features or scores that the recipe
+    needs were never computed (how many, and by which command they are), or where another run writes the folder.
+    """
+    check_path("--output", output)
+    layout = Layout(output.rstrip("/") or output)
+    earlier, shards = _newest_run(layout)
+    try:
+        found = identities_from(earlier, recipe)
+        settled = with_tagger(_with_precision(recipe, earlier), found)
+    except (OSError, ValueError, LookupError) as error:
+        raise UsageError(f"recipe: {error}") from error
+    pool = earlier["pool"]
+    command = shlex.join(["pairsift", "run", recipe_path, "--input", pool, "--output", output])
+    job = build.Job(settled, shards, layout, found)
+    features = job.single_modality_work
+    unfinished = sum(not features.is_finished(shard) for shard in shards)
+    if unfinished:
+        raise UsageError(
+            f"{output}: {unfinished} of {len(shards)} shards have no features for this recipe; compute them: {command}"
+        )
+    with only_writer(layout):
+        try:
+            aside = _pool_wide_aside(job, beam_options)
+            missing = _missing(aside, beam_options)
+            if missing:
+                raise UsageError(
+                    f"{output}: {missing} samples have no score that this recipe needs; compute them: {command}"
+                )
+            if aside is not job:
+                _move(aside.layout, layout, shards)
+        finally:
+            files.delete_folder(layout.select_work)
+        content = manifest(recipe, pool, found, settled.cross_modality.precision)
+        work = Work({}, {})
+        funnel = decide(job, content, beam_options, progress, work, keep_versions)
+        files.write_json(layout.run, {**work.content, "shards": len(shards)})
+    return Outcome(funnel, layout)
+
+
+def _newest_run(layout: Layout) -> tuple[dict[str, Any], tuple[Shard, ...]]:
+    """The manifest of the newest run, and the shards that it found."""
+    try:
+        earlier = json.loads(files.read_bytes(layout.newest_manifest))
+        shards = json.loads(files.read_bytes(layout.shards))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{layout.output}: holds no annotations to select from; `pairsift run` makes them") from error
+    return earlier, tuple(Shard(*shard) for shard in shards)
+
+
+def _with_precision(recipe: Recipe, earlier: dict[str, Any]) -> Recipe:
+    """The recipe with `auto` settled as the newest run had it: this machine may have other hardware."""
+    cross, before = recipe.cross_modality, earlier["recipe"]["cross_modality"]
+    same = (cross.device, cross.precision) == (before["device"], before["precision"])
+    precision = earlier["precision"] if same else resolve(cross.precision, cross.device)
+    return recipe.model_copy(update={"cross_modality": cross.model_copy(update={"precision": precision})})
+
+
+def _pool_wide_aside(job: build.Job, beam_options: list[str]) -> build.Job:
+    """The job with what only the whole pool can tell, judged by its recipe: aside, unless that lies there already."""
+    work = job.pool_wide_work
+    if all(work.is_finished(shard) for shard in job.shards):
+        return job
+    aside = dataclasses.replace(job, layout=dataclasses.replace(job.layout, pool_wide_folder=job.layout.select_work))
+    run_graph(build.pool_wide, aside, beam_options)
+    return aside
+
+
+def _missing(job: build.Job, beam_options: list[str]) -> int:
+    """How many samples lack a score that the recipe needs."""
+    run_graph(build.count_missing, job, beam_options)
+    return int(files.read_bytes(job.layout.missing))
+
+
+def _move(source: Layout, target: Layout, shards: tuple[Shard, ...]) -> None:
+    """Put the pool-wide tables and dead letters of `source` in the place of those of `target`."""
+    for shard in shards:
+        letters = tables.read_dead_letters(source.dead_letters(POOL_WIDE, shard.name))
+        tables.write_dead_letters(target.dead_letters(POOL_WIDE, shard.name), letters)
+        files.rename(source.pool_wide(shard.name), target.pool_wide(shard.name))
