@@ -1,7 +1,7 @@
 """What a machine does to a run: a worker killed, a full disk, a folder that may not be written, a shard that is gone.
 
-Each ends, and does not hang, with exit status 1 and one line that says what, where and what to do next; and the run after
-it leaves the bytes of one that nothing happened to."""
+Each ends, and does not hang, with exit status 1 and one line that says what, where and what to do next; and the run
+after it leaves the bytes of one that nothing happened to."""
 
 from __future__ import annotations
 
