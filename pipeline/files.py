@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
 from apache_beam.io.filesystem import BeamIOError, CompressionTypes
@@ -168,12 +168,14 @@ def is_aside(path: str) -> bool:
     return _ASIDE.fullmatch(path.rpartition("/")[2]) is not None
 
 
-def holds_files(folder: str) -> bool:
-    """Whether a file lies anywhere under `folder`, but for what is, or was, being written aside."""
+def holds_files(folder: str, besides: Collection[str] = ()) -> bool:
+    """Whether a file lies anywhere under `folder`, but for those of the names `besides` and what is, or was, being
+    written aside."""
     if "://" in folder:
-        found = FileSystems.match([join(literal(folder), "**")])[0].metadata_list
-        return not all(is_aside(metadata.path) for metadata in found)
-    return any(not is_aside(name) for _, _, names in os.walk(folder) for name in names)
+        found = (metadata.path for metadata in FileSystems.match([join(literal(folder), "**")])[0].metadata_list)
+    else:
+        found = (name for _, _, names in os.walk(folder) for name in names)
+    return any(path.rpartition("/")[2] not in besides and not is_aside(path) for path in found)
 
 
 def clear_aside(folder: str) -> None:

@@ -82,7 +82,8 @@ def run(
 
     with only_writer(layout):
         files.clear_aside(layout.output)
-        files.delete_if_there(layout.progress_folder)  # a killed run's
+        for left_by_a_killed_run in (layout.progress_folder, layout.alignment_work):
+            files.delete_if_there(left_by_a_killed_run)
         files.write_json(layout.newest_manifest, content)
         files.write_json(layout.shards, [list(shard) for shard in sorted(shards)])
         work = Work({}, {})
@@ -276,8 +277,7 @@ def _check_empty(output: str) -> None:
         raise UsageError(f"{output}: is a file; name a folder")
     if not files.exists(output):
         return
-    there = FileSystems.match([files.join(files.literal(output), "**")])[0].metadata_list
-    if any(metadata.path.rpartition("/")[2] not in lock.NAMES for metadata in there):
+    if files.holds_files(output, besides=lock.NAMES):
         raise UsageError(f"{output}: is not empty and holds no run of pairsift; name another --output")
 
 

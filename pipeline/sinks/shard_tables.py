@@ -84,7 +84,9 @@ class WriteShardTable(beam.DoFn):
         # Dead letters first: the table's presence is what says that the shard is finished.
         tables.write_dead_letters(self._layout.dead_letters(self._work.stage, shard.name), table.dead_letters)
         path = self._path_of(self._layout, shard.name)
-        tables.write_table(path, table.rows, self._schema, table.made_from, table.halvings, len(last.due))
+        known_before = len(table.rows) + len(table.dead_letters) - len(self._rows) - len(self._letters)
+        due = len(last.due) + known_before
+        tables.write_table(path, table.rows, self._schema, table.made_from, table.halvings, due)
         self._report_progress(DONE)
         counter(SHARDS_DONE).inc()
         counter(SAMPLES_DONE).inc(len(self._rows))

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.recipe import STAGES
+from pipeline.versions import LINKED
 from tests.helpers import settings
 from tests.hostile import malformed
 from tests.hostile.malformed import (
@@ -191,8 +192,9 @@ def test_every_uid_is_accounted_for_once(ran: Ran) -> None:
 def test_nothing_is_written_outside_the_output_folder(ran: Ran) -> None:
     assert ran.after == ran.before
     assert not Path(malformed.CANARY).exists()
-    files = [path for path in ran.output.rglob("*") if not path.is_dir()]
-    assert not any(path.is_symlink() for path in files)
+    links = [path for path in ran.output.rglob("*") if path.is_symlink()]
+    assert {path.name for path in links} <= {"current", *LINKED}  # ours, and they stay within
+    assert all(path.resolve().is_relative_to(ran.output.resolve()) for path in links)
     assert not (ran.output / ".in_hand").exists()
 
 
