@@ -15,8 +15,10 @@ import yaml
 from typer.testing import CliRunner
 
 import pipeline.run as run_module
+from pipeline import files
 from pipeline.build import Job
 from pipeline.cli import app
+from pipeline.counts import NAMES, Counts
 from pipeline.recipe import STAGES, DistributionAlignment, QualityDuplication
 from tests.distribution_alignment.alignment_graph import make_candidates, place
 from tests.helpers import sample_members, settings, write_pool
@@ -86,10 +88,11 @@ def test_a_target_that_cannot_be_reached_fails_the_run_and_says_why(
         "single_modality": {"pos_tagger": {"source": "bundled"}}
     })  # fmt: skip
 
-    def align(name: str, job: Job, beam_options: list[str]) -> None:
+    def align(name: str, job: Job, beam_options: list[str]) -> Counts:
         if name == "distribution_alignment":
             place(make_candidates(np.eye(5, 8)), job.recipe.distribution_alignment, str(tmp_path / "work"), 40)
-            Path(job.layout.funnel).write_text("{}")
+            files.write_json(job.layout.funnel, {})
+        return dict.fromkeys(NAMES, 0)
 
     monkeypatch.setattr(run_module, "_run_stage", align)
     arguments = ["run", "r.yaml", "--input", "pool", "--output", "out"]

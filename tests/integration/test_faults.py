@@ -46,7 +46,8 @@ def error_of(run: Run) -> str:
     assert run.finish(HANGS_SECONDS) == 1, run.said
     assert "Traceback" not in run.said, run.said
     *others, last = run.said.splitlines()
-    assert all(json.loads(line)["event"] in ("stage_done", "progress") for line in others if line), run.said
+    events = {json.loads(line)["event"] for line in others if line}
+    assert events <= {"stage_done", "stage_counts", "progress"}, run.said
     assert json.loads(last)["event"] == "error"
     return json.loads(last)["message"]
 
