@@ -38,7 +38,7 @@ from transforms.distribution_alignment.copies import PLACEMENTS, TALLIES, Assign
 from transforms.distribution_alignment.records import Placements
 from transforms.distribution_alignment.semantic_dedup import SemanticDedup
 from transforms.distribution_alignment.tiles import FindRanges, ToTiles
-from transforms.distribution_alignment.work import Work
+from transforms.distribution_alignment.work_folder import WorkFolder
 from transforms.models.prepare import load_prepare
 from transforms.single_modality.captions import CaptionLength
 from transforms.single_modality.faces import FaceArea
@@ -162,7 +162,7 @@ def count_missing(pipeline: beam.Pipeline, job: Job) -> None:
 def distribution_alignment(pipeline: beam.Pipeline, job: Job) -> None:
     """Stage 3. Slim rows and fp16 embeddings, no images: how often each survivor stands in the training subset."""
     settings, seed, layout = job.recipe.distribution_alignment, job.recipe.seed, job.layout
-    work = Work(layout.alignment_work)
+    work = WorkFolder(layout.alignment_work)
 
     shards = _spread(pipeline, job)
     thresholds = shards | "Thresholds" >> ReadThresholds(layout, job.recipe)
@@ -235,5 +235,5 @@ def _by_shard(placements: Placements) -> Iterator[tuple[str, Placements]]:
     return ((shard.decode(), part) for shard, part in placements.groups(placements.shards))
 
 
-def _clear(written: int, work: Work) -> None:
-    files.delete_if_there(work.folder)
+def _clear(written: int, work: WorkFolder) -> None:
+    files.delete_folder(work.folder)

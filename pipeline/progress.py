@@ -40,7 +40,6 @@ class Progress:
     @contextlib.contextmanager
     def stage(self, name: str, layout: Layout, shards: Sequence[Shard]) -> Iterator[None]:
         """Show a stage while the body runs it."""
-        files.delete_folder(layout.progress_folder)  # a run's that was killed
         before = frozenset(self._with_table(name, layout, shards))
         started = time.monotonic()
 

@@ -76,7 +76,7 @@ def reshard(
                 | "Write resharded" >> WriteResharded(layout, bounds, subset, spread, folder)
             )
             run_to_end(pipeline, NAME)
-    files.delete_if_there(folder.places_folder)
+    files.delete_folder(folder.places_folder)
     return Resharded(subset, spread, folder)
 
 

@@ -81,26 +81,23 @@ def run(
     _check_earlier_stages(stages, job)
 
     with only_writer(layout):
-        files.clear_aside(layout.output)
-        for left_by_a_killed_run in (layout.progress_folder, layout.alignment_work):
-            files.delete_if_there(left_by_a_killed_run)
         files.write_json(layout.newest_manifest, content)
         files.write_json(layout.shards, [list(shard) for shard in sorted(shards)])
-        work = Work({}, {})
+        work = WorkDone({}, {})
         funnel = None
         for stage in stages:
             if stage == DISTRIBUTION_ALIGNMENT:
                 funnel = decide(job, content, beam_options, progress, work, keep_versions)
             else:
                 run_stage(stage, job, beam_options, progress, work)
-        files.delete_if_there(layout.in_hand_folder)
+        files.delete_folder(layout.in_hand_folder)
         vanished = _forget_vanished(layout, shards) if funnel else 0
         files.write_json(layout.run, {**work.content, "shards": len(shards), "shards_vanished": vanished})
     return Outcome(funnel, _shown(layout))
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class WorkDone:
     """What a run has done: seconds and counts of each stage."""
 
     seconds: dict[str, float]
@@ -112,14 +109,14 @@ class Work:
         return {"seconds": self.seconds, "counts": self.counts}
 
 
-def run_stage(stage: str, job: build.Job, beam_options: list[str], progress: Progress, work: Work) -> None:
+def run_stage(stage: str, job: build.Job, beam_options: list[str], progress: Progress, work: WorkDone) -> None:
     """Run one stage, show it, and note in `work` what it took."""
     started = time.monotonic()
     try:
         with progress.stage(stage, job.layout, job.shards):
             work.counts[stage] = _run_stage(stage, job, beam_options)
     finally:
-        files.delete_if_there(job.layout.progress_folder)
+        files.delete_folder(job.layout.progress_folder)
     progress.counted(stage, work.counts[stage])
     work.seconds[stage] = round(time.monotonic() - started, 3)
 
@@ -129,12 +126,11 @@ def decide(
     content: dict[str, Any],
     beam_options: list[str],
     progress: Progress,
-    work: Work,
+    work: WorkDone,
     keep_versions: int,
 ) -> dict[str, Any]:
     """Run stage 3 into a version of its own, let readers see that, and give its funnel. `content` is its manifest."""
     layout = versions.begin(job.layout.output)
-    files.delete_folder(layout.alignment_work)  # an interrupted run's
     run_stage(DISTRIBUTION_ALIGNMENT, dataclasses.replace(job, layout=layout), beam_options, progress, work)
     funnel = json.loads(files.read_bytes(layout.funnel))
     if funnel.get(SMALLER_BATCHES):  # scores of another shape differ in their last bits
@@ -158,9 +154,13 @@ def run_graph(graph: Callable[[beam.Pipeline, build.Job], None], job: build.Job,
 
 @contextlib.contextmanager
 def only_writer(layout: Layout) -> Iterator[None]:
-    """Hold the output folder. Raises UsageError where another run does."""
+    """Hold the output folder, and clear what one that was killed left there. Raises UsageError where another run
+    holds it."""
     try:
         with lock.only_writer(layout.output):
+            files.clear_aside(layout.output)
+            for folder in (layout.progress_folder, layout.alignment_work, layout.select_work):
+                files.delete_folder(folder)
             yield
     except lock.Held as error:
         raise UsageError(str(error)) from error

@@ -16,7 +16,7 @@ from pipeline.records import Shard
 from pipeline.run import (
     Outcome,
     UsageError,
-    Work,
+    WorkDone,
     check_path,
     decide,
     only_writer,
@@ -70,7 +70,7 @@ def select(
         finally:
             files.delete_folder(layout.select_work)
         content = manifest(recipe, pool, found, settled.cross_modality.precision)
-        work = Work({}, {})
+        work = WorkDone({}, {})
         funnel = decide(job, content, beam_options, progress, work, keep_versions)
         files.write_json(layout.run, {**work.content, "shards": len(shards)})
     return Outcome(funnel, layout)

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline import files
 from pipeline.layout import Layout
 from transforms.distribution_alignment.records import Placements
-from transforms.distribution_alignment.work import Work
+from transforms.distribution_alignment.work_folder import WorkFolder
 
 ROW = np.dtype("u8,u8")
 
@@ -29,7 +29,7 @@ class WriteSubset(beam.PTransform):
     Sorted by ranges of the uid in parallel; one worker then joins the ranges, a range in memory at a time.
     """
 
-    def __init__(self, layout: Layout, work: Work) -> None:
+    def __init__(self, layout: Layout, work: WorkFolder) -> None:
         super().__init__()
         self._layout, self._work = layout, work
 
@@ -52,7 +52,7 @@ def _by_range(placements: Placements) -> Iterator[tuple[str, tuple[bytes, bytes]
         yield prefix.decode(), (part.uids.tobytes(), part.copies.tobytes())
 
 
-def _write_range(group: tuple[str, Iterable[tuple[bytes, bytes]]], work: Work) -> tuple[str, int]:
+def _write_range(group: tuple[str, Iterable[tuple[bytes, bytes]]], work: WorkFolder) -> tuple[str, int]:
     prefix, parts = group
     uids, copies = (b"".join(column) for column in zip(*parts, strict=True))
     rows = subset_rows(
@@ -62,7 +62,7 @@ def _write_range(group: tuple[str, Iterable[tuple[bytes, bytes]]], work: Work) -
     return prefix, len(rows)
 
 
-def _join(ranges: list[tuple[str, int]], layout: Layout, work: Work) -> str:
+def _join(ranges: list[tuple[str, int]], layout: Layout, work: WorkFolder) -> str:
     header = io.BytesIO()
     count = sum(rows for _, rows in ranges)
     np.lib.format.write_array_header_1_0(

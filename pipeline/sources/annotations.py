@@ -17,7 +17,7 @@ from pipeline.records import Annotation, Shard
 from transforms.cross_modality.cascade import unscored
 from transforms.cross_modality.thresholds import KeepFractionThreshold
 from transforms.distribution_alignment.records import Candidates, CandidateShard
-from transforms.distribution_alignment.work import Work, write_candidates
+from transforms.distribution_alignment.work_folder import WorkFolder, write_candidates
 from transforms.rules import Thresholds, first_failing, rules_of
 from transforms.single_modality.captions import caption_key
 from transforms.single_modality.pool_wide import PoolRow
@@ -145,7 +145,7 @@ class ReadCandidates(beam.PTransform):
     """PCollection[Shard] -> PCollection[CandidateShard]: what stages 1 and 2 keep of each, written as arrays to stage
     3's work folder, where every later step reads them."""
 
-    def __init__(self, layout: Layout, recipe: Recipe, work: Work, thresholds: beam.PCollection) -> None:
+    def __init__(self, layout: Layout, recipe: Recipe, work: WorkFolder, thresholds: beam.PCollection) -> None:
         super().__init__()
         self._layout, self._recipe, self._work, self._thresholds = layout, recipe, work, thresholds
 
@@ -155,7 +155,7 @@ class ReadCandidates(beam.PTransform):
 
 
 class _ReadCandidates(beam.DoFn):
-    def __init__(self, layout: Layout, recipe: Recipe, work: Work) -> None:
+    def __init__(self, layout: Layout, recipe: Recipe, work: WorkFolder) -> None:
         self._layout, self._recipe, self._work = layout, recipe, work
 
     def process(self, shard: Shard, thresholds: Thresholds) -> Iterator[CandidateShard]:

@@ -14,6 +14,10 @@ from typing import IO
 _MAX_LINE_BYTES = 2000
 
 
+class CannotStart(RuntimeError):
+    """There is no such program, or it is another one."""
+
+
 class ChildProcess:
     """The other end. Reading and writing block; `Limit` ends them by ending the process. Raises OSError where it cannot
     be started."""
@@ -27,6 +31,22 @@ class ChildProcess:
         except OSError:
             self._errors.close()
             raise
+
+    @classmethod
+    def started(cls, command: Sequence[str], ready: bytes, limit_s: float) -> ChildProcess:
+        """A process that has said `ready`. Raises CannotStart, with the reason."""
+        try:
+            process = cls(command)
+        except OSError as error:
+            raise CannotStart(f"cannot be started ({error.strerror})") from error
+        try:
+            with Limit(process, limit_s):
+                if process.read(len(ready)) != ready:
+                    raise EOFError("unknown answer")
+        except EOFError as error:
+            process.kill()
+            raise CannotStart(f"does not start as it should ({error})") from error
+        return process
 
     def is_there(self) -> bool:
         """Whether the process has not ended."""

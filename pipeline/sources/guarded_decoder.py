@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.sources.child_process import ChildProcess, Limit
+from pipeline.sources.child_process import CannotStart, ChildProcess, Limit
 from pipeline.sources.decoder_child import ANSWER, CRASHED, FAULT, MAX_TEXT_BYTES, PICTURE, READY, REQUEST
 from pipeline.sources.images import UndecodableImage
 
@@ -62,18 +62,10 @@ class GuardedDecoder:
             return self._process
         self._stop()
         try:
-            process = ChildProcess(COMMAND)
-        except OSError as error:
-            raise NoDecoder(f"{COMMAND[0]}: cannot be started ({error.strerror})") from error
-        try:
-            with Limit(process, _START_LIMIT_S):
-                if process.read(ANSWER.size)[:1] != READY:
-                    raise EOFError("unknown answer")
-        except EOFError as error:
-            process.kill()
-            raise NoDecoder(f"{COMMAND[0]}: its decoder does not start ({error})") from error
-        self._process = process
-        return process
+            self._process = ChildProcess.started(COMMAND, ANSWER.pack(READY, 0, 0, 0, 0), _START_LIMIT_S)
+        except CannotStart as error:
+            raise NoDecoder(f"{COMMAND[0]}: its decoder {error}") from error
+        return self._process
 
     def _stop(self) -> None:
         if self._process is not None:

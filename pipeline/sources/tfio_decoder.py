@@ -12,7 +12,7 @@ from collections.abc import Generator
 import numpy as np
 
 from pipeline.sources import tfio_child
-from pipeline.sources.child_process import ChildProcess, Limit
+from pipeline.sources.child_process import CannotStart, ChildProcess, Limit
 from pipeline.sources.images import UndecodableImage
 from pipeline.sources.tfio_child import ANSWER, END, FAULT, PICTURE, READY, REQUEST
 
@@ -90,21 +90,14 @@ class TfioDecoder:
         self._stop()
         if self._python is None:
             raise NoTfio(f"{name}: is {_NAMES[kind]}, which Pillow cannot read: {HOW_TO_INSTALL}")
-        option = f"--tfio-python: {self._python}:"
+        command = [self._python, "-I", tfio_child.__file__]  # -I: what this process imports from is not its business
         try:
-            # -I: what this process imports from is not its business
-            process = ChildProcess([self._python, "-I", tfio_child.__file__])
-        except OSError as error:
-            raise NoTfio(f"{option} cannot be started ({error.strerror}): {HOW_TO_INSTALL}") from error
-        try:
-            with Limit(process, _START_LIMIT_S):
-                if process.read(ANSWER.size)[:1] != READY:
-                    raise EOFError("it is no Python")
-        except EOFError as error:
-            process.kill()
-            raise NoTfio(f"{option} has no tensorflow-io ({error}): {HOW_TO_INSTALL}") from error
-        self._process = process
-        return process
+            self._process = ChildProcess.started(command, ANSWER.pack(READY, 0, 0), _START_LIMIT_S)
+        except CannotStart as error:
+            raise NoTfio(
+                f"--tfio-python: {self._python}: is no Python with tensorflow-io: it {error}; {HOW_TO_INSTALL}"
+            ) from error
+        return self._process
 
     def _stop(self) -> None:
         if self._process is not None:

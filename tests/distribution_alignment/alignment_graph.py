@@ -19,7 +19,7 @@ from transforms.distribution_alignment.copies import PLACEMENTS, TALLIES, Assign
 from transforms.distribution_alignment.records import Candidates, CandidateShard, Placement, Placements
 from transforms.distribution_alignment.semantic_dedup import SemanticDedup
 from transforms.distribution_alignment.tiles import FindRanges, ToTiles
-from transforms.distribution_alignment.work import Work, write_candidates
+from transforms.distribution_alignment.work_folder import WorkFolder, write_candidates
 
 
 def make_candidates(embeddings: np.ndarray, seed: int = 0) -> Candidates:
@@ -38,7 +38,7 @@ def make_candidates(embeddings: np.ndarray, seed: int = 0) -> Candidates:
     )
 
 
-def lay_out(candidates: Candidates, work: Work) -> list[CandidateShard]:
+def lay_out(candidates: Candidates, work: WorkFolder) -> list[CandidateShard]:
     """The candidates in the work folder, as they are read from the tables of stages 1 and 2."""
     shards = []
     for shard, rows in candidates.groups(candidates.shards):
@@ -57,7 +57,7 @@ def place(
 ) -> tuple[list[Placement], list[dict[str, Any]]]:
     """The placements, sorted by uid, and the table of clusters."""
     os.makedirs(folder, exist_ok=True)
-    work = Work(f"{folder}/work")
+    work = WorkFolder(f"{folder}/work")
     shards = lay_out(candidates, work)
     with beam.Pipeline("FnApiRunner", PipelineOptions(**options)) as p:
         pool = p | "PoolCount" >> beam.Create([pool_count])

@@ -20,7 +20,7 @@ from transforms.distribution_alignment.clusters import (
 from transforms.distribution_alignment.hashing import draw
 from transforms.distribution_alignment.records import CandidateShard
 from transforms.distribution_alignment.vectors import exact_products, unit_rows
-from transforms.distribution_alignment.work import Work
+from transforms.distribution_alignment.work_folder import WorkFolder
 
 
 def random_units(n: int, d: int, seed: int = 0) -> np.ndarray:
@@ -150,7 +150,7 @@ def test_missing_centroids_are_named(tmp_path):
 
 
 def train(candidates, clusters, folder, seed=7):
-    work = Work(str(folder / "work"))
+    work = WorkFolder(str(folder / "work"))
     path = str(folder / "centroids.npy")
     with beam.Pipeline("FnApiRunner") as pipeline:
         shards = pipeline | "Shards" >> beam.Create(lay_out(candidates, work)).with_output_types(CandidateShard)

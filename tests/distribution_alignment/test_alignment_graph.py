@@ -211,7 +211,7 @@ def test_embeddings_through_the_shuffle_or_from_disk_are_the_same(candidates, ta
     settings = everything(tasks, clusters=Clusters(count=2, iterations=5))
     from_disk = place(candidates, settings, str(tmp_path / "disk"))
     monkeypatch.setattr("transforms.distribution_alignment.tiles._is_local", lambda path: False)
-    monkeypatch.setattr("transforms.distribution_alignment.work.EmbeddingSlice.read", None)
+    monkeypatch.setattr("transforms.distribution_alignment.work_folder.EmbeddingSlice.read", None)
     assert place(candidates, settings, str(tmp_path / "shuffle")) == from_disk
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transforms.distribution_alignment import tiles
 from transforms.distribution_alignment.records import RankKeys, best_first
 from transforms.distribution_alignment.tiles import FindRanges, Ranges, read_ranges
-from transforms.distribution_alignment.work import Work
+from transforms.distribution_alignment.work_folder import WorkFolder
 
 
 def keys_of(cosines: list[float], seed: int = 0) -> RankKeys:
@@ -47,7 +47,7 @@ def test_ranges_of_large_clusters_alone_are_written(tmp_path: Path, monkeypatch:
     pieces = [
         (cluster, keys.take(slice(part, None, parts))) for cluster, keys in clusters.items() for part in range(parts)
     ]
-    work = Work(str(tmp_path))
+    work = WorkFolder(str(tmp_path))
     with beam.Pipeline("FnApiRunner") as pipeline:
         given_keys = pipeline | beam.Create(pieces).with_output_types(tuple[int, RankKeys])
         _ = given_keys | FindRanges(work)

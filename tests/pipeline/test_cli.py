@@ -18,6 +18,7 @@ from pipeline import files
 from pipeline.build import Job
 from pipeline.cli import app
 from pipeline.counts import NAMES, Counts
+from pipeline.layout import Layout
 from pipeline.lock import only_writer
 from pipeline.manifest import identities
 from pipeline.printable import PrintableFormatter
@@ -245,12 +246,23 @@ def test_an_output_folder_of_a_run_that_was_killed_as_it_began(place: Path) -> N
     assert not left.exists()
 
 
-def test_what_a_killed_run_left_is_cleared_by_the_next(place: Path) -> None:
+def test_who_holds_the_folder_clears_what_a_killed_run_left_and_nobody_else_does(place: Path) -> None:
     assert pairsift(*run_arguments()).exit_code == 0
     before = tree(place / "out")
-    for name in (f"annotations/.part-a.parquet.tmp-{'0' * 32}", ".distribution_alignment/tiles/0-0.npz", ".progress/a"):
-        files.write_bytes(str(place / "out" / name), b"left")
-    assert pairsift(*run_arguments(), "--stages", "single_modality").exit_code == 0
+    left = (
+        f"annotations/.part-a.parquet.tmp-{'0' * 32}",
+        ".distribution_alignment/tiles/0-0.npz",
+        ".progress/a",
+        ".select/missing",
+    )
+    with only_writer("out"):
+        for name in left:
+            files.write_bytes(str(place / "out" / name), b"left")
+        wrong_use(place, *run_arguments(), message="out: process")
+        assert all((place / "out" / name).exists() for name in left)
+    with run_module.only_writer(Layout("out")):
+        assert not any((place / "out" / name.split("/")[0]).exists() for name in left[1:])
+        assert not (place / "out" / left[0]).exists()
     assert tree(place / "out") == before
 
 

@@ -44,7 +44,11 @@ def work(layout: Layout, shard: Shard, samples: int, finished: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(str(samples))
     if finished:
-        tables.write_table(layout.single_modality(shard.name), [], tables.SINGLE_MODALITY)
+        finished_before(layout, shard)
+
+
+def finished_before(layout: Layout, shard: Shard) -> None:
+    tables.write_table(layout.single_modality(shard.name), [], tables.SINGLE_MODALITY)
 
 
 def test_a_stage_is_told_in_plain_lines(tmp_path: Path) -> None:
@@ -67,7 +71,7 @@ def test_machines_get_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_what_was_finished_before_does_not_count(tmp_path: Path) -> None:
     out, layout = io.StringIO(), Layout(str(tmp_path))
-    work(layout, SHARDS[0], 1000, True)  # its count is left over from a run that was killed
+    finished_before(layout, SHARDS[0])
     with Progress(Console(file=out, width=200)).stage(STAGE, layout, SHARDS):
         work(layout, SHARDS[1], 30, True)
     before, line = out.getvalue().splitlines()
@@ -78,7 +82,7 @@ def test_what_was_finished_before_does_not_count(tmp_path: Path) -> None:
 def test_a_shard_that_is_done_again_counts(tmp_path: Path) -> None:
     out, layout = io.StringIO(), Layout(str(tmp_path))
     for shard in SHARDS:
-        work(layout, shard, 1000, True)
+        finished_before(layout, shard)
     with Progress(Console(file=out, width=200)).stage(STAGE, layout, SHARDS):
         work(layout, SHARDS[1], 30, True)
         work(layout, SHARDS[2], 20, True)

@@ -14,7 +14,7 @@ from pipeline.sinks.subset import WriteSubset, subset_rows
 from tests.distribution_alignment.alignment_graph import placements_of
 from tests.helpers import uid
 from transforms.distribution_alignment.records import Placement
-from transforms.distribution_alignment.work import Work
+from transforms.distribution_alignment.work_folder import WorkFolder
 
 EXTREMES = [uid(0), uid(1), uid(2**63), uid(2**64 - 1), uid(2**64), uid(2**127), uid(2**128 - 1)]
 
@@ -28,7 +28,7 @@ def write(folder: Path, placements: list[Placement]) -> np.ndarray:
         _ = (
             p
             | beam.Create([placements_of(placements[::2]), placements_of(placements[1::2])])
-            | WriteSubset(Layout(str(folder)), Work(str(folder.with_name("work"))))
+            | WriteSubset(Layout(str(folder)), WorkFolder(str(folder.with_name("work"))))
         )
     assert [path.name for path in folder.iterdir()] == ["subset.npy"]
     rows: np.ndarray = np.load(folder / "subset.npy", allow_pickle=False)

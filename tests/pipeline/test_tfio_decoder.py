@@ -111,5 +111,6 @@ def test_without_an_environment_the_file_its_format_and_what_to_install_are_name
 
 @pytest.mark.parametrize("python", ["/bin/true", "/bin/cat", sys.executable])
 def test_an_environment_that_is_none_is_named(python: str) -> None:
-    with pytest.raises(NoTfio, match=rf"^--tfio-python: {python}: has no tensorflow-io .*constraints-tfio\.txt"):
+    message = rf"^--tfio-python: {python}: is no Python with tensorflow-io: .*constraints-tfio\.txt"
+    with pytest.raises(NoTfio, match=message):
         decoded(TfioDecoder(python, max_pixels=100), "1")

@@ -25,7 +25,7 @@ from pipeline.recipe import Clusters
 from transforms.distribution_alignment.hashing import draw
 from transforms.distribution_alignment.records import CandidateShard, RankKeys
 from transforms.distribution_alignment.vectors import NEAR, exact_products, unit_rows
-from transforms.distribution_alignment.work import MEMBER_COLUMNS, Work, read_candidates, write_arrays
+from transforms.distribution_alignment.work_folder import MEMBER_COLUMNS, WorkFolder, read_candidates, write_arrays
 
 _TRAINING_THREADS = 1  # sums taken by several threads end in other last bits, and k-means magnifies them
 _BATCH_ROWS = 1024
@@ -148,7 +148,7 @@ class TrainCentroids(beam.PTransform):
     holds an array of (0, 0).
     """
 
-    def __init__(self, settings: Clusters, seed: int, work: Work, output_path: str) -> None:
+    def __init__(self, settings: Clusters, seed: int, work: WorkFolder, output_path: str) -> None:
         super().__init__()
         self.settings, self.seed, self.work, self.output_path = settings, seed, work, output_path
 
@@ -185,7 +185,9 @@ def _count(shard: CandidateShard) -> int:
     return shard.samples
 
 
-def _chosen(shard: CandidateShard, settings: Clusters, seed: int, work: Work, total: int) -> Iterator[TrainingRows]:
+def _chosen(
+    shard: CandidateShard, settings: Clusters, seed: int, work: WorkFolder, total: int
+) -> Iterator[TrainingRows]:
     candidates = read_candidates(work.candidates(shard.shard))
     draws = np.array([draw("clusters", seed, uid.decode()) for uid in candidates.uids.tolist()])
     kept = draws < settings.samples_per_cluster * settings.count / max(total, 1)
@@ -249,14 +251,14 @@ def fine_counts(sizes: Mapping[int, int], count: int) -> dict[int, int]:
 
 
 def _train_fine(
-    group: tuple[int, Iterable[TrainingRows]], settings: Clusters, seed: int, work: Work, sizes: Mapping[int, int]
+    group: tuple[int, Iterable[TrainingRows]], settings: Clusters, seed: int, work: WorkFolder, sizes: Mapping[int, int]
 ) -> int:
     coarse, parts = group
     _train(list(parts), settings, seed, fine_counts(sizes, settings.count)[coarse], work.fine_centroids(coarse))
     return coarse
 
 
-def _join(coarse_clusters: Sequence[int], work: Work, path: str) -> str:
+def _join(coarse_clusters: Sequence[int], work: WorkFolder, path: str) -> str:
     """One file of all fine centroids, in the order of their coarse clusters, a part in memory at a time."""
     parts = [work.fine_centroids(coarse) for coarse in sorted(coarse_clusters)]
     shapes = [load_centroids(part).shape for part in parts]
@@ -275,7 +277,7 @@ class AssignClusters(beam.PTransform):
     out. `centroids_path` is `TrainCentroids`' output; the centroids are loaded once a process.
     """
 
-    def __init__(self, work: Work, centroids_path: beam.PCollection[str]) -> None:
+    def __init__(self, work: WorkFolder, centroids_path: beam.PCollection[str]) -> None:
         super().__init__()
         self.work, self.centroids_path = work, centroids_path
 
@@ -285,7 +287,7 @@ class AssignClusters(beam.PTransform):
 
 @beam.typehints.with_output_types(tuple[int, RankKeys])
 class _AssignShard(beam.DoFn):
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: WorkFolder) -> None:
         self._work, self._shared = work, Shared()
 
     def process(self, shard: CandidateShard, centroids_path: str) -> Iterator[tuple[int, RankKeys]]:

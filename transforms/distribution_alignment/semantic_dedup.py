@@ -17,7 +17,7 @@ from pipeline.recipe import SemanticDedup as Settings
 from transforms.distribution_alignment.records import Candidates, Judged, RankedTile
 from transforms.distribution_alignment.tiles import TilePart, read_ranges
 from transforms.distribution_alignment.vectors import NEAR, exact_products, unit_rows
-from transforms.distribution_alignment.work import Work, read_arrays, read_candidates, write_candidates
+from transforms.distribution_alignment.work_folder import WorkFolder, read_arrays, read_candidates, write_candidates
 
 _BLOCK_ROWS = 1024
 _HEAD_SHARE = 4  # the bound looks at a quarter of the dimensions
@@ -157,7 +157,7 @@ class SemanticDedup(beam.PTransform):
 
     _LARGE = "large"
 
-    def __init__(self, settings: Settings | None, work: Work, ranges_path: beam.PCollection[str]) -> None:
+    def __init__(self, settings: Settings | None, work: WorkFolder, ranges_path: beam.PCollection[str]) -> None:
         super().__init__()
         self.settings, self.work, self.ranges_path = settings, work, ranges_path
 
@@ -186,7 +186,7 @@ _ClusterTile = tuple[int, tuple[int, Judged]]
 
 
 class _JudgeTile(beam.DoFn):
-    def __init__(self, settings: Settings | None, work: Work) -> None:
+    def __init__(self, settings: Settings | None, work: WorkFolder) -> None:
         self._settings, self._work, self._shared = settings, work, Shared()
 
     def process(
@@ -210,7 +210,7 @@ def _each_tile(group: tuple[int, Iterable[int]]) -> Iterator[tuple[int, int]]:
     return ((cluster, tile) for tile in sorted(tiles))
 
 
-def _judge_large(place: tuple[int, int], settings: Settings, work: Work) -> _ClusterTile:
+def _judge_large(place: tuple[int, int], settings: Settings, work: WorkFolder) -> _ClusterTile:
     cluster, tile = place
     members = read_candidates(work.tile(cluster, tile))
     duplicates = TileDuplicates(unit_rows(members.embeddings), settings.epsilon)

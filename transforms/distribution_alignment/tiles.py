@@ -19,7 +19,13 @@ from apache_beam.utils.shared import Shared
 
 from pipeline import files
 from transforms.distribution_alignment.records import Candidates, CandidateShard, RankKeys, best_first
-from transforms.distribution_alignment.work import MEMBER_COLUMNS, EmbeddingSlice, Work, read_arrays, write_arrays
+from transforms.distribution_alignment.work_folder import (
+    MEMBER_COLUMNS,
+    EmbeddingSlice,
+    WorkFolder,
+    read_arrays,
+    write_arrays,
+)
 
 TILE_ROWS = 8192
 
@@ -56,7 +62,7 @@ def read_ranges(path: str) -> Ranges:
 class FindRanges(beam.PTransform):
     """(cluster, sort keys of some members) → the path of the ranges, in one element."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: WorkFolder) -> None:
         super().__init__()
         self.work = work
 
@@ -82,7 +88,7 @@ def _beginnings(group: tuple[int, Iterable[RankKeys]]) -> Iterator[_Beginnings]:
         yield _Beginnings(cluster, keys.take(best_first(keys.cosines, keys.uids)[TILE_ROWS::TILE_ROWS]))
 
 
-def _write_ranges(found: Sequence[_Beginnings], work: Work) -> str:
+def _write_ranges(found: Sequence[_Beginnings], work: WorkFolder) -> str:
     nothing = _Beginnings(-1, RankKeys(np.empty(0, np.float32), np.empty(0, "S32")))
     ordered = [nothing, *sorted(found, key=lambda beginnings: beginnings.cluster)]
     keys = RankKeys.joined(beginnings.keys for beginnings in ordered)
@@ -116,7 +122,7 @@ class ToTiles(beam.PTransform):
     keeps them on disk, and an object store is slow at small reads.
     """
 
-    def __init__(self, work: Work, ranges_path: beam.PCollection[str]) -> None:
+    def __init__(self, work: WorkFolder, ranges_path: beam.PCollection[str]) -> None:
         super().__init__()
         self.work, self.ranges_path = work, ranges_path
 
@@ -132,7 +138,7 @@ class ToTiles(beam.PTransform):
 
 @beam.typehints.with_output_types(tuple[tuple[int, int], TilePart])
 class _RowsByTile(beam.DoFn):
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: WorkFolder) -> None:
         self._work, self._shared = work, Shared()
 
     def process(self, shard: CandidateShard, ranges_path: str) -> Iterator[tuple[tuple[int, int], TilePart]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import logging
 import threading
@@ -98,7 +99,7 @@ class OnDemand:
 Loaded = TypeVar("Loaded", bound=LoadedModel)
 
 
-class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Generic[Loaded]):
+class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Generic[Loaded], abc.ABC):
     """A RunInference handler whose element is a ready-made SampleBatch.
 
     RunInference's own batching forms other batches on other runners and across shards, so it is skipped: the element
@@ -112,9 +113,9 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
         super().__init__()
         self._batch_size, self._device = batch_size, device
 
+    @abc.abstractmethod
     def load_on(self, device: torch.device) -> Loaded:
         """The model, ready to score on `device`; Beam takes a weak reference (so no tuple)."""
-        raise NotImplementedError(type(self))
 
     def wants(self, annotation: Annotation) -> bool:
         """Whether the model is asked about a sample."""
@@ -124,9 +125,9 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
         """What must be equal among the inputs of one call of the model; a function of the input alone."""
         return None
 
+    @abc.abstractmethod
     def columns(self, scores: np.ndarray, constants: Any) -> dict[str, Any]:
         """What the scores of one input, with the model's constants, say of the sample."""
-        raise NotImplementedError(type(self))
 
     def should_skip_batching(self) -> bool:
         return True

@@ -17,7 +17,7 @@ MEMBER_COLUMNS = ("clusters", "uids", "shards", "cosines", "digits")
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class WorkFolder:
     """Where each step's arrays lie. What is written again after a crash is the same, so nothing has to be cleared."""
 
     folder: str
