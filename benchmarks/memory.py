@@ -1,10 +1,11 @@
-"""What each further sample of a pool costs stage 2 in memory, on the local runner.
+"""What each further sample of a pool costs each stage in memory, on the local runner.
 
     python -m benchmarks.memory [--quick] [--json]
 
-Stage 2 with a tiny CLIP and a tiny picture a sample, each pool in a process of its own; the slope of the peak resident
-set between 2,000 and 20,000 samples, in bytes a sample. A slope, so that what the libraries and the model weigh in any
-case hides nothing.
+All three stages with every rule of stage 1, a tiny CLIP and a tiny picture a sample, each in a process of its own; the
+slope of the peak resident set between 4 and 40 shards of 500 samples, in bytes a sample. A slope, so that what the
+libraries and the models weigh in any case hides nothing. Stage 1 runs a second time with another `max_hamming`: then
+its features are there, and the passes over the pool stand alone.
 """
 
 from __future__ import annotations
@@ -25,21 +26,39 @@ from rich.console import Console
 from benchmarks import pictures, random_models
 from pipeline import recipe as recipes
 from pipeline.progress import Progress
-from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY
+from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY
 from pipeline.records import Annotation, Sample
 from pipeline.run import run
 
 SHARD_SAMPLES = 500
+SIDE_PX = 48
+POOL_WIDE = "single_modality, passes over the pool alone"
+MEASURED = (SINGLE_MODALITY, POOL_WIDE, CROSS_MODALITY, DISTRIBUTION_ALIGNMENT)
+"""In the order in which they run: each needs the tables of those before it."""
 
 
-def recipe(model: Path) -> recipes.Recipe:
-    """Stage 2 with nothing but a tiny CLIP."""
+def recipe(model: Path, max_hamming: int) -> recipes.Recipe:
+    """Every rule of stage 1, none of which drops much; nothing but a tiny CLIP in stage 2."""
     clip = recipes.FlippedClip(model=str(model), min=-1.0)
     return recipes.Recipe(
         name="benchmark",
-        single_modality=recipes.SingleModality(),
+        single_modality=recipes.SingleModality(
+            near_duplicate=recipes.NearDuplicate(max_hamming=max_hamming),
+            caption_length=recipes.CaptionLength(),
+            language=recipes.Language(),
+            pos_pattern=recipes.PosPattern(),
+            caption_frequency=recipes.CaptionFrequency(),
+            aspect_ratio=recipes.AspectRatio(),
+            min_side=recipes.MinSide(min_px=SIDE_PX),
+            face_area=recipes.FaceArea(),
+        ),
         cross_modality=recipes.CrossModality(flipped_clip=clip),
-        distribution_alignment=recipes.DistributionAlignment(target=recipes.Target(survivors=True)),
+        distribution_alignment=recipes.DistributionAlignment(
+            target=recipes.Target(survivors=True),
+            clusters=recipes.Clusters(count=20),
+            semantic_dedup=recipes.SemanticDedup(),
+            quality_duplication=recipes.QualityDuplication(),
+        ),
     )
 
 
@@ -49,27 +68,31 @@ def write_pool(folder: Path, count: int) -> None:
     samples = []
     for number in range(count):
         out = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)).save(out, "JPEG")
+        Image.fromarray(rng.integers(0, 256, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8)).save(out, "JPEG")
         annotation = Annotation("0" * 32, "s", "k", f"caption number {number} of a picture of noise")
         samples.append(Sample(annotation, {}, out.getvalue()))
     pictures.write_tars(folder, samples, max(1, count // SHARD_SAMPLES))
 
 
-def peak_bytes(folder: Path, count: int) -> int:
-    """The peak resident set of a process that runs stage 2 over so many samples."""
+def peaks_bytes(folder: Path, count: int) -> dict[str, int]:
+    """The peak resident set of each process that runs something of `MEASURED` over so many samples."""
     pool, output = folder / f"pool{count}", folder / f"out{count}"
     write_pool(pool, count)
-    command = [sys.executable, "-m", "benchmarks.memory", "--stage"]
-    for stage in (SINGLE_MODALITY, CROSS_MODALITY):
+    arguments = [str(folder / "clip"), str(pool), str(output)]
+    found = {}
+    for what in MEASURED:
         done = subprocess.run(
-            [*command, stage, str(folder / "clip"), str(pool), str(output)], capture_output=True, text=True, check=True
-        )
-    return int(done.stdout.splitlines()[-1])
+            [sys.executable, "-m", "benchmarks.memory", "--measure", what, *arguments],
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        found[what] = int(done.stdout.splitlines()[-1])
+    return found
 
 
-def run_stage(stage: str, model: str, pool: str, output: str) -> None:
-    """The child process: run one stage and print its own peak resident set in bytes."""
-    run(recipe(Path(model)), pool, output, [stage], [], Progress(Console(file=io.StringIO())))
+def measure(what: str, model: str, pool: str, output: str) -> None:
+    """The child process: run something of `MEASURED` and print its own peak resident set in bytes."""
+    stage, max_hamming = (SINGLE_MODALITY, 2) if what == POOL_WIDE else (what, 3 if what == SINGLE_MODALITY else 2)
+    run(recipe(Path(model), max_hamming), pool, output, [stage], [], Progress(Console(file=io.StringIO())))
     # Not `ru_maxrss`, which a process inherits from the one that started it.
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     print(int(peak) * 1024)
@@ -80,20 +103,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="smaller pools: shows that it runs, not the slope")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
-    parser.add_argument("--stage", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.stage:
-        return run_stage(*arguments.stage)
+    if arguments.measure:
+        return measure(*arguments.measure)
     few, many = (500, 1500) if arguments.quick else (2000, 20000)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_models.save_tiny_clip(folder / "clip")
-        small, large = peak_bytes(folder, few), peak_bytes(folder, many)
-    figures = {
-        "stage 2, bytes a further sample": (large - small) / (many - few),
-        f"peak at {few} samples, bytes": small,
-        f"peak at {many} samples, bytes": large,
-    }
+        small, large = peaks_bytes(folder, few), peaks_bytes(folder, many)
+    figures = {f"{what}: bytes a further sample": (large[what] - small[what]) / (many - few) for what in MEASURED}
+    for count, peaks in ((few, small), (many, large)):
+        figures |= {f"{what}: peak at {count} samples, bytes": peaks[what] for what in MEASURED}
     for what, value in figures.items():
         print(f"{what}: {value:,.0f}")
     if arguments.json:
