@@ -16,7 +16,7 @@ from pipeline.records import Annotation, Attempt, DeadLetter, Sample, SampleBatc
 from pipeline.sources.ahead import in_order, in_turns
 from pipeline.sources.decoding import Decode, decoder_of
 from pipeline.sources.images import UndecodableImage
-from pipeline.sources.webdataset import read_samples
+from pipeline.sources.webdataset import check_unchanged, read_samples
 
 # Of a process; the cores that it may use, and no more pictures at full size at once than memory bears.
 DECODE_THREADS = min(8, len(os.sched_getaffinity(0)))
@@ -122,6 +122,7 @@ class _ReadShard(beam.DoFn):
     def _samples(self, shard: Shard, wanted: _Wanted, due: list[str]) -> Iterator[Sample | DeadLetter]:
         if wanted is None:
             yield from read_samples(shard, self._bounds, self._work.stage, due)
+            check_unchanged(shard)
             return
         missing = dict(wanted)
         due += wanted
@@ -133,6 +134,8 @@ class _ReadShard(beam.DoFn):
                 yield Sample(annotation, found.metadata, found.image_bytes)
             elif annotation is not None and isinstance(found, DeadLetter):
                 yield found._replace(uid=annotation.uid)
+        if wanted:
+            check_unchanged(shard)
         for annotation in missing.values():
             message = "stage 1 saw this sample, the tar no longer holds it whole"
             yield dead_letter(annotation, self._work.stage, "vanished", message)

@@ -5,6 +5,7 @@ Members are streamed, never extracted to disk; nothing in a tar is trusted.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,6 +14,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from apache_beam.io.filesystem import BeamIOError, FileMetadata
 from apache_beam.io.filesystems import FileSystems
 
 from pipeline import files
@@ -52,10 +54,26 @@ def list_shards(pool: str) -> list[Shard]:
         Shard(
             name=_escaped(_relative(metadata.path, folder).removesuffix(".tar")),
             path=metadata.path,
-            fingerprint=f"{metadata.size_in_bytes}-{metadata.last_updated_in_seconds:.3f}",
+            fingerprint=_fingerprint(metadata),
         )
         for metadata in found
     )
+
+
+def check_unchanged(shard: Shard) -> None:
+    """Raise files.ReadFailed where the tar is no longer the one that was listed: what was read of it may be of both."""
+    now = None
+    with contextlib.suppress(BeamIOError):  # it is gone
+        now = _fingerprint(FileSystems.get_filesystem(shard.path).metadata(shard.path))
+    if now != shard.fingerprint:
+        raise files.ReadFailed(
+            f"{shard.path}: was changed or deleted after this run had listed it; give the same command again when it "
+            "is whole: it goes on where it stopped"
+        )
+
+
+def _fingerprint(metadata: FileMetadata) -> str:
+    return f"{metadata.size_in_bytes}-{metadata.last_updated_in_seconds:.3f}"
 
 
 def _escaped(name: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import apache_beam as beam
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
 
+from pipeline import files
 from pipeline.finished import ShardTable
 from pipeline.recipe import PoolBounds
 from pipeline.records import Annotation, DeadLetter, SampleBatch, Shard
 from pipeline.sources.shards import ReadShards
+from pipeline.sources.webdataset import list_shards
 from tests.helpers import BOUNDS, Members, annotation, encode, picture, sample_members, uid, write_pool
 
 
@@ -117,10 +120,9 @@ def test_what_broke_travels_along_and_takes_no_place(tmp_path: Path) -> None:
 
 
 def test_a_shard_of_which_nothing_is_left_still_ends(tmp_path: Path) -> None:
-    shards = write_pool(tmp_path, {"a.tar": broken("x0"), "b.tar": []})
+    write_pool(tmp_path, {"a.tar": broken("x0"), "b.tar": []})
     (tmp_path / "c.tar").write_bytes(b"not a tar")
-    shards.append(Shard("c", str(tmp_path / "c.tar"), "f"))
-    batches, _ = read(FakeWork(), shards)
+    batches, _ = read(FakeWork(), list_shards(str(tmp_path)))
     assert [(b.shard.name, b.index, b.last, len(b), [x.reason for x in b.dead_letters]) for b in batches] == [
         ("a", 0, True, 0, ["undecodable_image"]), ("b", 0, True, 0, []), ("c", 0, True, 0, ["broken_tar"])
     ]  # fmt: skip
@@ -186,6 +188,19 @@ def test_a_key_that_comes_again_is_read_once(tmp_path: Path) -> None:
     ((batch,), _) = read(FakeWork(wants={"k0": annotation(uid=uid(1), shard="a", key="k0")}), [shard])
     assert names(batch) == ["k0"]
     assert batch.dead_letters == ()
+
+
+@pytest.mark.parametrize("wants", [None, {f"k{n}": annotation(uid=uid(n), shard="a", key=f"k{n}") for n in range(3)}])
+@pytest.mark.parametrize("change", [lambda tar: tar.unlink(), lambda tar: os.utime(tar, (0, 0))])
+def test_a_tar_that_is_changed_while_it_is_read_fails_the_run(
+    tmp_path: Path, wants: dict[str, Annotation] | None, change: Callable[[Path], None]
+) -> None:
+    (shard,) = write_pool(tmp_path, {"a.tar": samples("k0", "k1", "k2")})
+    batches = ReadShards(FakeWork(wants=wants), BOUNDS, 1)._read.process(shard)
+    assert next(batches).last is False
+    change(tmp_path / "a.tar")
+    with pytest.raises(files.ReadFailed, match=r"a\.tar: was changed or deleted .* give the same command again"):
+        list(batches)
 
 
 def summary(batch: Any) -> tuple[str, int, bool, int, tuple[DeadLetter, ...]]:
