@@ -18,7 +18,8 @@ from rich.table import Table
 from pipeline import versions
 from pipeline.layout import Layout
 from pipeline.printable import PrintableFormatter, printable
-from pipeline.recipe import STAGES, Recipe, RecipeError, load_recipe
+from pipeline.recipe import STAGES, Recipe, load_recipe
+from pipeline.settings_file import SettingsError
 
 if TYPE_CHECKING:
     from pipeline.reshard import Resharded
@@ -159,7 +160,7 @@ def centroids(
 def _recipe(path: str, as_json: bool) -> Recipe:
     try:
         return load_recipe(path)
-    except RecipeError as error:
+    except SettingsError as error:
         if as_json:
             print(json.dumps({"recipe": path, "faults": error.faults}))
         else:
