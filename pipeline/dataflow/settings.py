@@ -80,7 +80,7 @@ Folder = Annotated[str, Field(pattern=r"^gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/.*)?
 
 
 class Workers(Settings):
-    """The machines of one stage. `spot` asks for FlexRS: preemptible machines, cheaper, and a start within six hours."""
+    """The machines of one stage. `spot` asks for FlexRS: preemptible machines, cheaper, started within six hours."""
 
     machine_type: MachineType
     max_workers: int = Field(ge=1, le=2000)  # Dataflow's quota page: workers a job
