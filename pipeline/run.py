@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,8 @@ from pipeline.manifest import identities, manifest
 from pipeline.progress import Progress
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe
 from pipeline.records import Shard
-from pipeline.sinks.decisions import DEAD_LETTER_STEPS, SMALLER_BATCHES
+from pipeline.sinks.publication import Publication, vanished
+from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 from pipeline.workers import run_to_end
 from transforms.models.precision import resolve
@@ -82,17 +83,17 @@ def run(
 
     with only_writer(layout):
         files.write_json(layout.newest_manifest, content)
-        files.write_json(layout.shards, [list(shard) for shard in sorted(shards)])
+        write_listing(layout, shards)
         work = WorkDone({}, {})
-        funnel = None
+        funnel, shards_vanished = None, 0
         for stage in stages:
             if stage == DISTRIBUTION_ALIGNMENT:
-                funnel = decide(job, content, beam_options, progress, work, keep_versions)
+                shards_vanished = len(vanished(layout))
+                funnel = decide(job, Publication(content, keep_versions), beam_options, progress, work)
             else:
                 run_stage(stage, job, beam_options, progress, work)
         files.delete_folder(layout.in_hand_folder)
-        vanished = _forget_vanished(layout, shards) if funnel else 0
-        files.write_json(layout.run, {**work.content, "shards": len(shards), "shards_vanished": vanished})
+        files.write_json(layout.run, {**work.content, "shards": len(shards), "shards_vanished": shards_vanished})
     return Outcome(funnel, _shown(layout))
 
 
@@ -122,33 +123,22 @@ def run_stage(stage: str, job: build.Job, beam_options: list[str], progress: Pro
 
 
 def decide(
-    job: build.Job,
-    content: dict[str, Any],
-    beam_options: list[str],
-    progress: Progress,
-    work: WorkDone,
-    keep_versions: int,
+    job: build.Job, publication: Publication, beam_options: list[str], progress: Progress, work: WorkDone
 ) -> dict[str, Any]:
-    """Run stage 3 into a version of its own, let readers see that, and give its funnel. `content` is its manifest."""
-    layout = versions.begin(job.layout.output)
-    run_stage(DISTRIBUTION_ALIGNMENT, dataclasses.replace(job, layout=layout), beam_options, progress, work)
-    funnel = json.loads(files.read_bytes(layout.funnel))
-    if funnel.get(SMALLER_BATCHES):  # scores of another shape differ in their last bits
-        content = {**content, SMALLER_BATCHES: funnel[SMALLER_BATCHES]}
-    files.write_json(layout.manifest, content)
-    versions.switch(layout)
-    versions.prune(layout.output, keep_versions)
-    return funnel
+    """Run stage 3 into a version of its own, which readers then see, and give its funnel."""
+    publishing = dataclasses.replace(job, layout=versions.begin(job.layout.output), publication=publication)
+    run_stage(DISTRIBUTION_ALIGNMENT, publishing, beam_options, progress, work)
+    return json.loads(files.read_bytes(publishing.layout.funnel))
 
 
 def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> Counts:
     return run_graph(build.GRAPHS[stage], job, beam_options)
 
 
-def run_graph(graph: Callable[[beam.Pipeline, build.Job], None], job: build.Job, beam_options: list[str]) -> Counts:
+def run_graph(graph: build.Graph, job: build.Job, beam_options: list[str]) -> Counts:
     """Run one graph to its end; what was counted in it."""
     pipeline = pipeline_of(beam_options)
-    graph(pipeline, job)
+    build.build(graph, pipeline, job)
     return counts_of(run_to_end(pipeline, graph.__name__).metrics())
 
 
@@ -169,21 +159,6 @@ def only_writer(layout: Layout) -> Iterator[None]:
 def _shown(layout: Layout) -> Layout:
     """Where readers find the results."""
     return versions.newest(layout.output) if "://" in layout.output else layout
-
-
-def _forget_vanished(layout: Layout, shards: Sequence[Shard]) -> int:
-    """Delete what is known of shards that the pool no longer has; how many they are."""
-    there = files.names_in(layout.single_modality("x").rpartition("/")[0])
-    vanished = {name.removesuffix(".parquet") for name in there} - {shard.name for shard in shards}
-    for name in vanished:
-        for path in (
-            *(layout.dead_letters(step, name) for step in DEAD_LETTER_STEPS),
-            layout.cross_modality(name),
-            layout.pool_wide(name),
-            layout.single_modality(name),  # last: by it the others are found
-        ):
-            files.delete_if_there(path)
-    return len(vanished)
 
 
 def pipeline_of(beam_options: list[str]) -> beam.Pipeline:
