@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,15 +70,7 @@ def run(
     needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages and _is_local(beam_options)
     if needs_gpu and not torch.cuda.is_available():
         raise UsageError("recipe: cross_modality.device is cuda, but this machine has no GPU; use a GPU or say cpu")
-    try:
-        settled = _with_pinned_models(recipe, fetch=_is_local(beam_options))
-        found = identities(settled)
-    except (OSError, ValueError, LookupError) as error:
-        raise UsageError(f"recipe: {error}") from error
-    settled = with_tagger(_with_precision(settled), found)
-    content = manifest(recipe, pool, found, settled.cross_modality.precision)
-    _check_pool(layout, pool)
-    job = build.Job(settled, tuple(shards), layout, found)
+    job, content = settled_job(recipe, pool, layout, shards, fetch=_is_local(beam_options))
     _check_earlier_stages(stages, job)
 
     with only_writer(layout):
@@ -95,6 +87,28 @@ def run(
         files.delete_folder(layout.in_hand_folder)
         files.write_json(layout.run, {**work.content, "shards": len(shards), "shards_vanished": shards_vanished})
     return Outcome(funnel, _shown(layout))
+
+
+def settled_job(
+    recipe: Recipe, pool: str, layout: Layout, shards: Sequence[Shard], fetch: bool, precision: str | None = None
+) -> tuple[build.Job, dict[str, Any]]:
+    """What the graphs are built from, with all settled that could come out differently on another machine, and the
+    content of the manifest. `precision` is what `auto` comes to; None: what this machine does best.
+
+    With `fetch`, weights that this machine lacks are fetched. Raises UsageError where a model's files are missing, or
+    the output folder belongs to another pool.
+    """
+    cross = recipe.cross_modality
+    settled_precision = precision if precision and cross.precision == "auto" else resolve(cross.precision, cross.device)
+    try:
+        cross = pinned(cross.model_copy(update={"precision": settled_precision}), fetch)
+        settled = recipe.model_copy(update={"cross_modality": cross})
+        found = identities(settled)
+    except (OSError, ValueError, LookupError) as error:
+        raise UsageError(f"recipe: {error}") from error
+    content = manifest(recipe, pool, found, settled_precision)
+    _check_pool(layout, pool)
+    return build.Job(with_tagger(settled, found), tuple(shards), layout, found), content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +162,17 @@ def only_writer(layout: Layout) -> Iterator[None]:
     holds it."""
     try:
         with lock.only_writer(layout.output):
-            files.clear_aside(layout.output)
-            for folder in (layout.progress_folder, layout.alignment_work, layout.select_work):
-                files.delete_folder(folder)
+            clear_leftovers(layout)
             yield
     except lock.Held as error:
         raise UsageError(str(error)) from error
+
+
+def clear_leftovers(layout: Layout) -> None:
+    """Clear what a run that was killed left in an output folder; who does that holds it."""
+    files.clear_aside(layout.output)
+    for folder in (layout.progress_folder, layout.alignment_work, layout.select_work):
+        files.delete_folder(folder)
 
 
 def _shown(layout: Layout) -> Layout:
@@ -275,15 +294,3 @@ def with_tagger(recipe: Recipe, found: dict[str, Any]) -> Recipe:
     settled = settings.model_copy(update={"tagger": source})
     single = recipe.single_modality.model_copy(update={"pos_pattern": settled})
     return recipe.model_copy(update={"single_modality": single})
-
-
-def _with_pinned_models(recipe: Recipe, fetch: bool) -> Recipe:
-    """The recipe with each hub model's branch settled as a commit, so that no two workers load different ones."""
-    return recipe.model_copy(update={"cross_modality": pinned(recipe.cross_modality, fetch)})
-
-
-def _with_precision(recipe: Recipe) -> Recipe:
-    """The recipe with `auto` settled for all workers, so that one table is never made in two precisions."""
-    cross = recipe.cross_modality
-    settled = cross.model_copy(update={"precision": resolve(cross.precision, cross.device)})
-    return recipe.model_copy(update={"cross_modality": settled})
