@@ -157,6 +157,52 @@ def centroids(
         print(f"written: {output}")
 
 
+@app.command("estimate")
+def estimate_(
+    recipe: Annotated[str, typer.Argument(help="The recipe's path.")],
+    samples: Annotated[str, typer.Option("--samples", help="Samples in the pool, such as 1e9 or 1_000_000.")],
+    settings: Annotated[
+        str | None, typer.Option("--settings", help="Launch settings; without them, templates/dataflow.yaml's machines.")
+    ] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in a tar, on average.")] = 10_000,
+    bytes_per_sample: Annotated[float | None, typer.Option(min=1, help="Bytes of a sample in its tar.")] = None,
+    funnel: Annotated[
+        str | None, typer.Option("--funnel", help="funnel.json of an earlier run: what each rule keeps.")
+    ] = None,
+    measured: Annotated[
+        str | None, typer.Option(help="What `python -m benchmarks.models --device cuda --json --no-peers` printed.")
+    ] = None,
+    figures: Annotated[
+        str | None, typer.Option("--figures", help="Your own prices and measurements, as in figures.yaml.")
+    ] = None,
+    utilisation: Annotated[
+        float | None, typer.Option(min=0.001, max=1.0, help="Share of a GPU's peak that models not measured reach.")
+    ] = None,
+    like: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL=MODEL", help="Which known model one of the recipe's is.")
+    ] = None,
+    keep_versions: KeepVersions = versions.KEPT,
+    sources: Annotated[bool, typer.Option("--sources", help="Show also how each figure is computed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Plan a run on Dataflow: machines, hours, cost, shuffle and storage, each figure with its source."""
+    loaded = _recipe(recipe, as_json)
+    from pipeline.dataflow.estimate import CannotEstimate
+    from pipeline.dataflow.estimate_view import plan_of, show
+
+    try:
+        plan = plan_of(
+            loaded, samples, settings, samples_per_shard, bytes_per_sample, funnel, measured, figures, utilisation,
+            like or [], keep_versions,
+        )  # fmt: skip
+    except (CannotEstimate, SettingsError) as error:
+        return _fail(2, str(error), as_json)
+    if as_json:
+        print(json.dumps({"recipe": recipe, **plan.content}))
+    else:
+        show(plan, f"{recipe}: {plan.value('samples'):,.0f} samples on Dataflow", sources, Console())
+
+
 def _recipe(path: str, as_json: bool) -> Recipe:
     try:
         return load_recipe(path)
