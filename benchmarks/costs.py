@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.costs [--quick] [--json]
 
 Seconds are user CPU time, which a busy machine lengthens less than the clock's, and slopes between a small and a large
-pool, so that loading is taken out. Bytes of shuffles are those that Beam's local runner hands to each GroupByKey, after
-it has combined what it can. One thread, because threads that wait for each other count as busy. Stage 1 runs with the paper's rules over pairs of `benchmarks.pictures`; stage 3 over
-generated rows, as in `benchmarks.alignment`, with few and with many rows a cluster of a shard, because what a step
-sends for such a group has a cost of its own. The figures have the names that `pipeline/dataflow/figures.yaml` has.
+pool, so that loading is taken out; one thread, because threads that wait for each other count as busy. Bytes of
+shuffles are those that Beam's local runner hands to each GroupByKey, after it has combined what it can. Stage 1 runs
+with the paper's rules over pairs of `benchmarks.pictures`; stage 3 over generated rows, as in `benchmarks.alignment`,
+with few and with many rows a cluster of a shard, because what a step sends for such a group has a cost of its own. The
+figures have the names that `pipeline/dataflow/figures.yaml` has.
 """
 
 from __future__ import annotations

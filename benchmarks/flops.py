@@ -15,6 +15,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import open_clip
 import torch
@@ -107,7 +108,7 @@ def digit() -> float:
     return _linear(of, depth, {"vision": 1, "query": 2, "text": 1})
 
 
-def _still(model: torch.nn.Module) -> torch.nn.Module:
+def _still(model: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 

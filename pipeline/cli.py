@@ -162,7 +162,7 @@ def estimate_(
     recipe: Annotated[str, typer.Argument(help="The recipe's path.")],
     samples: Annotated[str, typer.Option("--samples", help="Samples in the pool, such as 1e9 or 1_000_000.")],
     settings: Annotated[
-        str | None, typer.Option("--settings", help="Launch settings; without them, templates/dataflow.yaml's machines.")
+        str | None, typer.Option("--settings", help="Launch settings; else templates/dataflow.yaml's machines.")
     ] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in a tar, on average.")] = 10_000,
     bytes_per_sample: Annotated[float | None, typer.Option(min=1, help="Bytes of a sample in its tar.")] = None,

@@ -60,16 +60,6 @@ class Machines:
         """Those of launch settings."""
         return cls(settings.region, {stage: getattr(settings, stage) for stage in STAGES}, settings.accelerator)
 
-    @classmethod
-    def default(cls) -> Machines:
-        """Those of templates/dataflow.yaml."""
-        workers = {
-            SINGLE_MODALITY: Workers(machine_type="n2-standard-8", max_workers=100, disk_gb=50, spot=True),
-            CROSS_MODALITY: Workers(machine_type="g2-standard-8", max_workers=50, disk_gb=100),
-            DISTRIBUTION_ALIGNMENT: Workers(machine_type="n2-highmem-8", max_workers=50, disk_gb=100),
-        }
-        return cls("us-central1", workers, Accelerator(type="nvidia-l4"))
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -198,7 +188,7 @@ class _Planner:
         known = self.asked.known.get(name)
         if known is None:
             raise CannotEstimate(f"nothing tells {name}; give it in a file for --figures (docs/dataflow.md, Cost)")
-        source = known.source + (f", {known.region}" if known.region else "") + (f", {known.date}" if known.date else "")
+        source = ", ".join(part for part in (known.source, known.region, known.date) if part)
         return self.put(name, known.value, known.unit, known.kind, source)
 
     def put(self, name: str, value: float, unit: str, kind: Kind | Literal["extrapolated"], source: str) -> str:
@@ -425,8 +415,8 @@ class _Planner:
         peak = f"peak/{device}/{precision}"
         if peak not in self.asked.known:
             raise CannotEstimate(
-                f"nothing tells how fast {device} is in {precision}: give `{peak}` (FLOP/s) in a file for --figures, or "
-                "--measured"
+                f"nothing tells how fast {device} is in {precision}: give `{peak}` (FLOP/s) in a file for --figures, "
+                "or --measured"
             )
         uses = [self.take(f"flops/{model}"), self.take(peak), self._utilisation()]
         flops = self.v(uses[0]) * prompts
@@ -479,7 +469,8 @@ class _Planner:
         peak = self.take("peak/core/fp32")
         products = self.compute(f"{stage}/core_hours/products", self._products() / self.v(peak) / 3600, "core h",
                                 self._products_formula(), "candidates", clusters, dims, peak)  # fmt: skip
-        self.compute(f"{stage}/core_hours", self.v(rows) + self.v(products), "core h", "rows + products", rows, products)
+        self.compute(f"{stage}/core_hours", self.v(rows) + self.v(products), "core h", "rows + products", rows,
+                     products)  # fmt: skip
         alone = self.compute(f"{stage}/hours_alone", self._serial() / self.v(peak) / 3600, "h",
                              "the first level of k-means, on one core", "candidates", clusters, dims, peak)  # fmt: skip
         self._worker_hours_of_cores(stage)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.resources
 import itertools
 import json
 from collections.abc import Iterable, Sequence
@@ -11,12 +13,24 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import files
-from pipeline.dataflow.estimate import COMPUTED, EXTRAPOLATED, CannotEstimate, Figure, Machines, Plan, Question, estimate
+from pipeline.dataflow.estimate import (
+    COMPUTED,
+    EXTRAPOLATED,
+    CannotEstimate,
+    Figure,
+    Machines,
+    Plan,
+    Question,
+    estimate,
+)
 from pipeline.dataflow.figures import load_figures, measured_rates
 from pipeline.dataflow.settings import load_dataflow_settings
+from pipeline.layout import Layout
 from pipeline.recipe import STAGES, Recipe
 
 MOST_SAMPLES = 10**13
+EXAMPLE = str(importlib.resources.files("templates") / "dataflow.yaml")
+"""Whose machines a plan has without settings of one's own."""
 
 _SHOWN = (
     ("workers", "workers at most"),
@@ -72,7 +86,7 @@ def plan_of(
     keep_versions: int,
 ) -> Plan:
     """The plan that the command's options ask for. Raises CannotEstimate and SettingsError."""
-    machines = Machines.of(load_dataflow_settings(settings)) if settings else Machines.default()
+    machines = Machines.of(load_dataflow_settings(settings or EXAMPLE))
     known = load_figures(figures)
     if measured:
         if machines.accelerator is None:
@@ -88,7 +102,13 @@ def plan_of(
         recipe, parse_samples(samples), machines, known, samples_per_shard, bytes_per_sample, utilisation,
         (funnel, _read_funnel(funnel)) if funnel else None, models, keep_versions,
     )  # fmt: skip
-    return estimate(question)
+    plan = estimate(question)
+    # Not above: this brings Torch and Beam, for which what is wrong with the options need not wait.
+    from pipeline.build import Job
+    from pipeline.dataflow.limits import exceeded_before
+
+    job = Job(recipe, (), Layout("gs://bucket/output"), {})
+    return dataclasses.replace(plan, warnings=(*plan.warnings, *exceeded_before(job, tasks=0)))
 
 
 def _read_funnel(path: str) -> dict[str, object]:

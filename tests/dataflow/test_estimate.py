@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.dataflow import estimate
 from pipeline.dataflow.estimate import COMPUTED, EXTRAPOLATED, GIB, CannotEstimate, Machines, Question
-from pipeline.dataflow.estimate_view import parse_samples
+from pipeline.dataflow.estimate_view import EXAMPLE, parse_samples
 from pipeline.dataflow.figures import load_figures
-from pipeline.dataflow.settings import load_dataflow_settings
+from pipeline.dataflow.settings import GPUS, load_dataflow_settings
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, load_recipe
 from pipeline.sinks.subset import _by_range
 from transforms.distribution_alignment.tiles import TILE_ROWS
@@ -22,10 +23,11 @@ from transforms.distribution_alignment.tiles import TILE_ROWS
 ROOT = Path(__file__).parent.parent.parent
 PAPER = str(ROOT / "recipes" / "paper.yaml")
 KNOWN = load_figures()
+MACHINES = Machines.of(load_dataflow_settings(EXAMPLE))
 
 
 def plan(samples: int = 1_000_000_000, **changes: Any) -> estimate.Plan:
-    return estimate.estimate(Question(load_recipe(PAPER), samples, Machines.default(), KNOWN, **changes))
+    return estimate.estimate(Question(load_recipe(PAPER), samples, MACHINES, KNOWN, **changes))
 
 
 def command(*arguments: str) -> Any:
@@ -162,7 +164,7 @@ def test_a_funnel_of_your_own(tmp_path: Path) -> None:
 
 def test_your_own_price_takes_its_place(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text('figures: {price/nvidia-l4_hour: {value: 1.0, unit: USD/GPU h, kind: price, source: my contract}}')
+    path.write_text("figures: {price/nvidia-l4_hour: {value: 1.0, unit: USD/GPU h, kind: price, source: my contract}}")
     found = json.loads(command("--samples", "1e9", "--figures", str(path), "--json").stdout)["figures"]
     assert found["price/nvidia-l4_hour"] == {
         "value": 1.0, "unit": "USD/GPU h", "kind": "price", "source": "my contract", "uses": [],
@@ -185,8 +187,11 @@ def test_samples_as_people_write_them() -> None:
 
 
 def test_wrong_use_ends_with_status_2() -> None:
-    for arguments in (["--samples", "many"], ["--samples", "1e9", "--funnel", "nowhere.json"],
-                      ["--samples", "1e9", "--like", "x"], ["--samples", "1e9", "--settings", "nowhere.yaml"]):  # fmt: skip
+    at_size = ["--samples", "1e9"]
+    for arguments in (
+        ["--samples", "many"], [*at_size, "--funnel", "nowhere.json"], [*at_size, "--like", "x"],
+        [*at_size, "--settings", "nowhere.yaml"],
+    ):  # fmt: skip
         done = command(*arguments)
         assert done.exit_code == 2, done.stdout
         assert len(done.stderr.strip().splitlines()) == 1
@@ -212,14 +217,9 @@ def test_what_may_surprise_is_said() -> None:
 
 
 def test_prices_of_another_region_are_said() -> None:
-    machines = Machines.default()
-    elsewhere = Machines("europe-west4", machines.workers, machines.accelerator)
+    elsewhere = dataclasses.replace(MACHINES, region="europe-west4")
     warnings = estimate.estimate(Question(load_recipe(PAPER), 10**9, elsewhere, KNOWN)).warnings
     assert any("prices are those of us-central1, the jobs run in europe-west4" in warning for warning in warnings)
-
-
-def test_without_settings_the_machines_are_the_example_s() -> None:
-    assert Machines.of(load_dataflow_settings(str(ROOT / "templates" / "dataflow.yaml"))) == Machines.default()
 
 
 def test_the_numbers_that_are_the_code_s() -> None:
@@ -228,7 +228,7 @@ def test_the_numbers_that_are_the_code_s() -> None:
 
 
 def test_every_gpu_and_machine_of_the_settings_is_priced() -> None:
-    for gpu in estimate.GPUS:
+    for gpu in GPUS:
         assert f"price/{gpu}_hour" in KNOWN, gpu
 
 
@@ -236,3 +236,10 @@ def test_shuffles_that_are_measured_are_reckoned_with() -> None:
     used = set(plan().figures)
     for stage in (SINGLE_MODALITY, CROSS_MODALITY, DISTRIBUTION_ALIGNMENT):
         assert {name for name in KNOWN if name.startswith(f"shuffle/{stage}/")} <= used
+
+
+def test_limits_of_dataflow_are_said_before_a_launch(tmp_path: Path) -> None:
+    recipe = tmp_path / "fine.yaml"
+    recipe.write_text(Path(PAPER).read_text().replace("clusters: {count: 10000}", "clusters: {count: 2000000}"))
+    done = CliRunner().invoke(app, ["estimate", str(recipe), "--samples", "1e10", "--json"])
+    assert any("2,000,000 clusters" in warning for warning in json.loads(done.stdout)["warnings"])
