@@ -52,7 +52,7 @@ def test_the_package_is_sent_whole(path: str) -> None:
     assert is_sent(path)
 
 
-@pytest.mark.parametrize("path", [".git/config", "tests/helpers.py", "out/demo/subset.npy", "pipeline/__pycache__/x.pyc"])
+@pytest.mark.parametrize("path", [".git/config", "tests/helpers.py", "out/subset.npy", "pipeline/__pycache__/x.pyc"])
 def test_nothing_else_is_sent(path: str) -> None:
     assert not is_sent(path)
 
