@@ -6,7 +6,7 @@ from apache_beam.metrics import Metrics, MetricsFilter
 from apache_beam.metrics.metric import MetricResults
 from apache_beam.metrics.metricbase import Counter
 
-_NAMESPACE = "pairsift"
+NAMESPACE = "pairsift"
 
 SHARDS_FINISHED_BEFORE = "shards_finished_before"
 SHARDS_DONE = "shards_done"
@@ -21,12 +21,12 @@ Counts = dict[str, int]
 
 def counter(name: str) -> Counter:
     """The counter of this name, to be raised on a worker."""
-    return Metrics.counter(_NAMESPACE, name)
+    return Metrics.counter(NAMESPACE, name)
 
 
 def counts_of(metrics: MetricResults) -> Counts:
     """Every count by its name, 0 where nothing was counted."""
-    found = metrics.query(MetricsFilter().with_namespace(_NAMESPACE))["counters"]
+    found = metrics.query(MetricsFilter().with_namespace(NAMESPACE))["counters"]
     counts = dict.fromkeys(NAMES, 0)
     for result in found:  # one for each step that counts
         counts[result.key.metric.name] += result.result
