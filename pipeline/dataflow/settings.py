@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import pydantic
 from pydantic import Field
@@ -40,6 +40,8 @@ GPUS = {
 }
 """By Dataflow's name of the type (its page "Dataflow support for GPUs")."""
 
+_DRIVER = "install-nvidia-driver"
+_GPU_OPTION = re.compile(rf"type:(?P<type>[a-z0-9-]+);count:1;machine_type:(?P<machine>[a-z0-9-]+);{_DRIVER}")
 _VCPUS_A_GPU = {"a2-highgpu": 12, "a2-ultragpu": 12, "a3-highgpu": 26}
 _MACHINE_TYPE = re.compile(
     r"(?:[a-z][0-9][a-z]?-(?:standard|highmem|highcpu)-|(?:[a-z][0-9][a-z]?-)?custom-)(?P<vcpus>[0-9]+)(?:-[0-9]+)?"
@@ -95,6 +97,43 @@ class Accelerator(Settings):
     count: Literal[1] = 1
 
 
+class GpuWorker(NamedTuple):
+    """A worker with its one GPU, as the template parameter `accelerator` has it: in Dataflow's own words."""
+
+    gpu_type: str
+    machine_type: str
+
+    @property
+    def option(self) -> str:
+        """The value of the parameter, and of Beam's resource hint."""
+        return f"type:{self.gpu_type};count:1;machine_type:{self.machine_type};{_DRIVER}"
+
+    @property
+    def service_option(self) -> str:
+        """The value of the service option `worker_accelerator`; the machine type is then the whole job's."""
+        return f"type:{self.gpu_type};count:1;{_DRIVER}"
+
+    @property
+    def precision(self) -> str:
+        """What `precision: auto` comes to on it, as `transforms.models.precision.resolve` says on the worker."""
+        return "bf16" if GPUS[self.gpu_type].has_bf16 else "fp16"
+
+    @classmethod
+    def parse(cls, option: str) -> GpuWorker:
+        """Of the parameter's value. Raises ValueError."""
+        found = _GPU_OPTION.fullmatch(option)
+        if not found:
+            raise ValueError(
+                f"got {option}; allowed: type:TYPE;count:1;machine_type:MACHINE_TYPE;{_DRIVER}, for example "
+                f"{cls('nvidia-l4', 'g2-standard-8').option}"
+            )
+        worker = cls(_gpu_type(found["type"]), _machine_type(found["machine"]))
+        prefix = GPUS[worker.gpu_type].machine_prefix
+        if not worker.machine_type.startswith(prefix):
+            raise ValueError(f"{worker.machine_type} carries no {worker.gpu_type}; allowed: what starts with {prefix}")
+        return worker
+
+
 class DataflowSettings(Settings):
     """Where a recipe runs on Google Cloud, and on which machines.
 
@@ -121,15 +160,22 @@ class DataflowSettings(Settings):
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> DataflowSettings:
         if self.accelerator:
-            prefix = GPUS[self.accelerator.type].machine_prefix
-            if not self.cross_modality.machine_type.startswith(prefix):
-                raise ValueError(
-                    f"`cross_modality.machine_type` is {self.cross_modality.machine_type}, which carries no "
-                    f"{self.accelerator.type}; allowed: a machine type that starts with {prefix}"
-                )
+            try:
+                GpuWorker.parse(GpuWorker(self.accelerator.type, self.cross_modality.machine_type).option)
+            except ValueError as error:
+                raise ValueError(f"`cross_modality.machine_type`: {error}") from error
             if self.cross_modality.spot:
                 raise ValueError("`cross_modality.spot` is for stages without GPUs: FlexRS has none")
         return self
+
+    @property
+    def gpu_parameters(self) -> dict[str, str]:
+        """The parameters `gpus` and `accelerator` of every template; none where there is no accelerator. Stages without
+        a GPU take them too: which GPU it is decides the precision, which the manifest names."""
+        if not self.accelerator:
+            return {}
+        wanted = GpuWorker(self.accelerator.type, self.cross_modality.machine_type)
+        return {"gpus": self.gpus, "accelerator": wanted.option}
 
     def workers(self, template: str) -> Workers:
         """The machines that a job of this template starts with. Where right fitting gives the models machines of their

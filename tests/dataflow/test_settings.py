@@ -13,6 +13,7 @@ from pipeline.dataflow.settings import (
     ALL_STAGES,
     TEMPLATES,
     DataflowSettings,
+    GpuWorker,
     load_dataflow_settings,
     vcpus_of,
 )
@@ -78,7 +79,7 @@ def test_every_fault_comes_at_once() -> None:
         ({"accelerator__type": "nvidia-l40"}, "accelerator.type", "nvidia-tesla-t4"),
         ({"accelerator__count": 2}, "accelerator.count", "1"),
         ({"gpus": "both"}, "gpus", "'all_workers' or 'right_fitting'"),
-        ({"accelerator__type": "nvidia-tesla-t4"}, "settings", "starts with n1-"),
+        ({"accelerator__type": "nvidia-tesla-t4"}, "settings", "what starts with n1-"),
         ({"cross_modality__spot": True}, "settings", "FlexRS has none"),
     ],
 )
@@ -122,3 +123,35 @@ def test_right_fitting_leaves_gpus_to_the_models() -> None:
     assert settings(gpus="right_fitting").workers(CROSS_MODALITY).machine_type == "n2-standard-8"
     without = settings(gpus="right_fitting", accelerator=..., cross_modality__machine_type="n2-standard-32")
     assert without.workers(CROSS_MODALITY).machine_type == "n2-standard-32"
+
+
+def test_gpu_parameters_say_all_that_a_launcher_needs() -> None:
+    found = settings(gpus="right_fitting").gpu_parameters
+    assert found["gpus"] == "right_fitting"
+    assert GpuWorker.parse(found["accelerator"]) == GpuWorker("nvidia-l4", "g2-standard-8")
+    assert settings(accelerator=..., cross_modality__machine_type="n2-standard-8").gpu_parameters == {}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("nvidia-l4", "for example type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"),
+        ("type:nvidia-l4;count:2;machine_type:g2-standard-24;install-nvidia-driver", "count:1"),
+        ("type:nvidia-l5;count:1;machine_type:g2-standard-8;install-nvidia-driver", "nvidia-tesla-t4"),
+        ("type:nvidia-l4;count:1;machine_type:n1-standard-8;install-nvidia-driver", "what starts with g2-"),
+        ("type:nvidia-l4;count:1;machine_type:g2-small;install-nvidia-driver", "for example: n2-standard-8"),
+    ],
+)
+def test_an_accelerator_that_cannot_be_is_refused(option: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GpuWorker.parse(option)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision"),
+    [("nvidia-tesla-t4", "fp16"), ("nvidia-tesla-v100", "fp16"), ("nvidia-l4", "bf16"), ("nvidia-tesla-a100", "bf16"),
+     ("nvidia-h100-80gb", "bf16")],
+)  # fmt: skip
+def test_the_precision_follows_from_the_gpu(gpu: str, precision: str) -> None:
+    """bf16 is native from Ampere on (compute capability 8.0); T4 and V100 are older."""
+    assert GpuWorker(gpu, "").precision == precision

@@ -25,6 +25,7 @@ from pipeline.progress import Progress
 from pipeline.recipe import STAGES, Cids, DistributionAlignment, PoolBounds, Target, load_recipe
 from pipeline.records import Sample
 from pipeline.reshard import reshard
+from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards, read_samples
 from tests.helpers import least_apart
 from transforms.distribution_alignment.cids import load_tasks_model
@@ -270,6 +271,7 @@ def test_the_digit_task_alone_raises_the_share_of_digit_pictures(output, labels,
     changed = load_recipe(str(RECIPE)).model_copy(update={"distribution_alignment": alone})
     shutil.copytree(output / "annotations", tmp_path / "annotations")
     job = build.Job(changed, tuple(list_shards(str(POOL))), Layout(str(tmp_path)), {stage: {} for stage in STAGES})
+    write_listing(job.layout, job.shards)
     run_module._run_stage("distribution_alignment", job, [])
 
     digits = {label["uid"] for label in labels if label["digit"] == "1"}
