@@ -12,9 +12,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.12",
-    packages=find_packages(include=["pipeline*", "transforms*", "recipes"]),
+    packages=find_packages(include=["pipeline*", "transforms*", "recipes", "templates"]),
     package_data={
         "recipes": ["*.yaml"],
+        "templates": ["*.yaml", "*.json"],
         "pipeline.demo": ["labels.csv", "tasks.npz", "pool/*.tar", "models/*", "models/*/*"],
         "transforms.single_modality": ["pos_tagger/*"],
     },

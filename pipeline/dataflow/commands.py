@@ -14,8 +14,8 @@ from typing import Any
 from pipeline.dataflow import workflow as flow
 from pipeline.dataflow.api import Api, Request
 from pipeline.dataflow.follow import Screen, follow_execution, follow_job
-from pipeline.dataflow.launch import Launch, check_places, launch, settled_recipe
-from pipeline.dataflow.settings import TEMPLATES, load_dataflow_settings
+from pipeline.dataflow.launch import Launch, check_places, check_template, launch, settled_recipe
+from pipeline.dataflow.settings import load_dataflow_settings
 from pipeline.dataflow.workflow import Workflow
 from pipeline.errors import UsageError
 
@@ -49,9 +49,8 @@ def launch_template(
     asked: Asked, template: str, follow: bool, dry_run: bool, poll_seconds: float, screen: Screen
 ) -> None:
     """Start one template's job, or adopt it where it runs."""
-    if template not in TEMPLATES:
-        raise UsageError(f"--stage: got {template}; allowed: {', '.join(TEMPLATES)}")
     to_launch, first = asked.settled(_me(), can_read=not dry_run)
+    check_template(template, to_launch.settings)
     if dry_run:
         _show([*first, to_launch.request(template)], screen)
         return

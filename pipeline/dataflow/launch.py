@@ -12,9 +12,9 @@ from typing import Any
 from pipeline import files
 from pipeline.dataflow.api import CONSOLE, STORAGE, Api, ApiError, Request
 from pipeline.dataflow.names import job_name
-from pipeline.dataflow.settings import ALL_STAGES, DataflowSettings
+from pipeline.dataflow.settings import ALL_STAGES, ALL_WORKERS, RIGHT_FITTING, TEMPLATES, DataflowSettings
 from pipeline.errors import UsageError
-from pipeline.recipe import CROSS_MODALITY, Recipe, load_recipe
+from pipeline.recipe import Recipe, load_recipe
 
 DATAFLOW = "dataflow"
 REQUEST, BY = "pairsift_request", "pairsift_by"
@@ -43,9 +43,8 @@ class Launch:
             "input": self.pool,
             "output": self.output,
             "keep_versions": str(self.keep_versions),
+            **settings.gpu_parameters,
         }
-        if settings.accelerator and template in (CROSS_MODALITY, ALL_STAGES):
-            parameters |= {"gpus": settings.gpus, "accelerator": settings.accelerator.type}
         environment: dict[str, Any] = {
             "tempLocation": settings.temp_location,
             "stagingLocation": files.join(settings.temp_location, "staging"),
@@ -70,7 +69,8 @@ class Launch:
             "parameters": parameters,
             "environment": environment,
         }
-        environment["additionalUserLabels"] = {**settings.labels, REQUEST: fingerprint(launch), BY: self.by}
+        labels = {**settings.labels, REQUEST: fingerprint([launch, settings.labels]), BY: self.by}
+        environment["additionalUserLabels"] = labels
         return {"launchParameter": launch}
 
     def request(self, template: str) -> Request:
@@ -171,6 +171,17 @@ def check_places(pool: str, output: str) -> None:
     for option, path in (("--input", pool), ("--output", output)):
         if not re.match(r"gs://[^/]+/.", path):
             raise UsageError(f"{option}: got {path}; workers reach gs:// only: name a folder gs://BUCKET/FOLDER")
+
+
+def check_template(template: str, settings: DataflowSettings) -> None:
+    """Raise UsageError where there is no such template, or the settings do not fit it."""
+    if template not in TEMPLATES:
+        raise UsageError(f"--stage: got {template}; allowed: {', '.join(TEMPLATES)}")
+    if template == ALL_STAGES and settings.accelerator and settings.gpus == ALL_WORKERS:
+        raise UsageError(
+            f"settings: gpus is {ALL_WORKERS}, with which {ALL_STAGES} would hold GPUs through all three stages; say "
+            f"{RIGHT_FITTING}, or launch without --stage"
+        )
 
 
 def template_spec(settings: DataflowSettings, template: str) -> str:
