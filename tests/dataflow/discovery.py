@@ -17,7 +17,7 @@ VERSIONS = {
     "workflowexecutions": "v1",
     "storage": "v1",
 }
-_FORMATS = {
+_FORMATS: dict[str, dict[str, Any]] = {
     "byte": {"pattern": r"^(?:[A-Za-z0-9+/_-]{4})*(?:[A-Za-z0-9+/_-]{2}==|[A-Za-z0-9+/_-]{3}=)?$"},
     "google-duration": {"pattern": r"^[0-9]+(\.[0-9]{1,9})?s$"},
     "google-datetime": {"pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z$"},

@@ -170,7 +170,7 @@ class GoogleCloud:
 
     def add_job(self, name: str, labels: dict[str, str], state: str = "JOB_STATE_QUEUED") -> dict[str, Any]:
         """A job that somebody started."""
-        job = {
+        job: dict[str, Any] = {
             "id": f"2026-11-23_03_00_00-{next(self._ids)}",
             "name": name,
             "projectId": "my-project",

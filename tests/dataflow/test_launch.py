@@ -84,7 +84,7 @@ def test_what_is_sent_fits_the_api_and_is_what_a_dry_run_prints(
     assert told["event"] == "launched" and told["address"].endswith(f"/{told['id']}?project=my-project")
 
 
-def test_what_the_settings_leave_out_is_left_to_the_service(cloud: GoogleCloud, place: Path, pairsift: Pairsift) -> None:
+def test_what_is_not_set_is_left_to_the_service(cloud: GoogleCloud, place: Path, pairsift: Pairsift) -> None:
     change_settings(place, service_account=None, use_public_ips=True, labels={}, network="n", subnetwork="regions/r/s")
     assert pairsift(*STAGE_1).exit_code == 0
     (body,) = cloud.bodies("flexTemplates.launch")
