@@ -35,7 +35,11 @@ app = typer.Typer(
 )
 _BEAM = {"allow_extra_args": True}  # after `--`; an unknown option before it is a fault
 _errors = Console(stderr=True)
-_NOISE = ("Traceback (most recent call last)", "No semi_persistent_directory found")
+_NOISE = (
+    "Traceback (most recent call last)",
+    "No semi_persistent_directory found",
+    "/allowedLocations",  # what google-auth asks beside, and does without
+)
 _EXCEPTION_NAME = re.compile(r"^(\w+\.)+[A-Z]\w+: ")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines, for machines.")]

@@ -16,6 +16,27 @@ TARS_OPENED = "tars_opened"
 MODELS_LOADED = "models_loaded"
 NAMES = (SHARDS_FINISHED_BEFORE, SHARDS_DONE, SAMPLES_DONE, SAMPLES_BACK, TARS_OPENED, MODELS_LOADED)
 
+FUNNEL_IN = "funnel_in"
+FUNNEL_SURVIVORS = "funnel_survivors"
+FUNNEL_SAMPLES = "funnel_samples"
+FUNNEL_COPIES = "funnel_copies"
+
+
+def dead_letters(reason: str) -> str:
+    """Samples (or tars) found now that cannot be judged."""
+    return f"dead_letters_{reason}"
+
+
+def funnel_dropped(rule: str) -> str:
+    """Samples whose first failing rule this is, as funnel.json has it."""
+    return f"funnel_dropped_{rule}"
+
+
+def funnel_dead_letters(reason: str) -> str:
+    """All samples (or tars) that cannot be judged, as funnel.json has it."""
+    return f"funnel_dead_letters_{reason}"
+
+
 Counts = dict[str, int]
 
 

@@ -151,7 +151,7 @@ class _ToldRetry(Retry):
         seconds = (response and self.get_retry_after(response)) or self.get_backoff_time()
         if seconds and self.history:
             last = self.history[-1]
-            _log.warning("%s: %s; waiting %.0f s", last.url, last.status or last.error, seconds)
+            _log.warning("%s %s: %s; waiting %.0f s", last.method, last.url, last.status or last.error, seconds)
         super().sleep(response)
 
 

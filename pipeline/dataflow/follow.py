@@ -22,7 +22,7 @@ from pipeline.dataflow.workflow import Workflow
 from pipeline.errors import Failure
 from pipeline.printable import printable
 from pipeline.progress import described
-from pipeline.recipe import STAGES
+from pipeline.recipe import RULES, STAGES
 
 _NO_METRICS_YET = ("JOB_STATE_QUEUED", "JOB_STATE_PENDING")
 _OF_A_DISTRIBUTION = ("_MIN", "_MAX", "_MEAN", "_COUNT")  # the service tells one as these scalars too
@@ -93,9 +93,9 @@ def follow_job(api: Api, job: Job, screen: Screen, poll_seconds: float) -> None:
     with screen.live():
         while True:
             job, counts = _patiently(lambda job=job: _look(api, job), (job, counts), screen)  # type: ignore[misc]
-            screen.now(*_as_told(job, counts))
             if job.is_settled:
                 break
+            screen.now(*_as_told(job, counts))
             time.sleep(poll_seconds)
     screen.tell(*_as_told(job, counts, "ended"))
     if job.state != "JOB_STATE_DONE":
@@ -117,10 +117,11 @@ def follow_execution(
                 job = _patiently(lambda: _active(api, launched), None, screen)
             if job:
                 job, counts = _patiently(lambda job=job: _look(api, job), (job, counts), screen)  # type: ignore[misc]
-                screen.now(*_as_told(job, counts))
                 if job.is_settled:
                     screen.tell(*_as_told(job, counts, "ended"))
                     job, counts = None, {}
+                else:
+                    screen.now(*_as_told(job, counts))
             else:
                 state = execution["state"].lower()
                 told = {"event": "progress", "workflow": workflow.name, "state": state}
@@ -163,8 +164,24 @@ def _as_told(job: Job, counts: dict[str, int], event: str = "progress") -> tuple
     minutes = (datetime.datetime.now(datetime.UTC) - since).total_seconds() / 60
     text = f"{job.name}: {job.state_in_words}, {minutes:,.0f} min"
     if counts:
-        text += f"; {described(dict.fromkeys(work.NAMES, 0) | counts)}"
+        text += f"; {described(dict.fromkeys(work.NAMES, 0) | counts)}{_funnel_so_far(counts)}"
     return text, {"event": event, "job": job.name, "id": job.id, "state": job.state_in_words, "counters": counts}
+
+
+def _funnel_so_far(counts: Mapping[str, int]) -> str:
+    """What became of the samples: of those that were looked at, or, from stage 3 on, of all that are decided."""
+    letters = sum(n for name, n in counts.items() if name.startswith(work.dead_letters("")))
+    found = f"; {letters:,} dead letters" if letters else ""
+    if work.FUNNEL_IN not in counts:
+        return found
+    steps = [("dead letters", sum(n for name, n in counts.items() if name.startswith(work.funnel_dead_letters(""))))]
+    steps += [(rule, counts.get(work.funnel_dropped(rule), 0)) for rules in RULES.values() for rule in rules]
+    dropped = ", ".join(f"{name} {n:,}" for name, n in steps if n)
+    samples, copies = (counts.get(name, 0) for name in (work.FUNNEL_SAMPLES, work.FUNNEL_COPIES))
+    return (
+        f"{found}; funnel so far: {counts[work.FUNNEL_IN]:,} in{f', gone: {dropped}' if dropped else ''}; "
+        f"{counts.get(work.FUNNEL_SURVIVORS, 0):,} survivors, {samples:,} of them in the subset, {copies:,} copies"
+    )
 
 
 def _patiently(call: Callable[[], Answer], otherwise: Answer, screen: Screen) -> Answer:

@@ -82,7 +82,7 @@ class Launch:
             f"{_jobs_parent(self.settings)}/flexTemplates:launch",
             self.settings.project,
             "dataflow.jobs.create",
-            missing=f"look whether {spec} is there (`make templates` puts it there), and the region",
+            missing=f"look whether {spec} is there (`python -m pipeline.dataflow.specs SETTINGS` writes it)",
             body=self.body(template),
             service_account=self.settings.service_account,
         )

@@ -331,16 +331,35 @@ def test_a_job_is_followed_to_its_end(cloud: GoogleCloud, pairsift: Pairsift) ->
     assert result.exit_code == 0, result.output
     lines = [line for line in result.stderr.splitlines() if line]
     assert [line.split(", ")[0] for line in lines] == [
-        f"{NAME}: {state}" for state in ("queued", "pending", "running", "running", "done", "done")
+        f"{NAME}: {state}" for state in ("queued", "pending", "running", "running", "done")
     ]
     assert "5 done now; 500 samples" in lines[3]
     assert "12 done now; 1,151 samples" in lines[-1]
 
     scripted(cloud)
     told = events(pairsift(*STAGE_1, *FOLLOW, "--json"))
-    assert [event["event"] for event in told] == ["launched", *["progress"] * 5, "ended"]
+    assert [event["event"] for event in told] == ["launched", *["progress"] * 4, "ended"]
     assert told[4]["counters"] == {"samples_done": 500, "shards_done": 5, "tars_opened": 5}
     assert told[-1]["state"] == "done"
+
+
+def test_the_funnel_so_far(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+    name = job_name("gs://my-bucket/out", "distribution_alignment")
+    cloud.states[name] = ["JOB_STATE_RUNNING", "JOB_STATE_DONE"]
+    early = [counter("samples_done", 400), counter("dead_letters_bad_image", 3), counter("dead_letters_no_text", 1)]
+    late = [
+        counter("funnel_in", 1151), counter("funnel_dropped_semantic_dedup", 20), counter("funnel_dropped_language", 9),
+        counter("funnel_dead_letters_undecodable", 2), counter("funnel_survivors", 1120),
+        counter("funnel_samples", 300), counter("funnel_copies", 1240),
+    ]  # fmt: skip
+    cloud.metrics[name] = [early, late]
+    result = pairsift(*LAUNCH, "--stage", "distribution_alignment", *FOLLOW)
+    first, last = (line for line in result.stderr.splitlines() if line)
+    assert first.endswith("; 4 dead letters")
+    assert last.endswith(
+        "; funnel so far: 1,151 in, gone: dead letters 2, language 9, semantic_dedup 20; 1,120 survivors, 300 of them "
+        "in the subset, 1,240 copies"
+    )
 
 
 @pytest.mark.parametrize("end", ["FAILED", "CANCELLED", "DRAINED"])
