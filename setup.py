@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["pipeline*", "transforms*", "recipes", "templates"]),
     package_data={
         "recipes": ["*.yaml"],
-        "templates": ["*.yaml", "*.json"],
+        "templates": ["*.json", "*.yaml"],
         "pipeline.demo": ["labels.csv", "tasks.npz", "pool/*.tar", "models/*", "models/*/*"],
         "transforms.single_modality": ["pos_tagger/*"],
     },

@@ -271,7 +271,7 @@ class _Stage(beam.PTransform):
 
 def build(graph: Graph, pipeline: beam.Pipeline, job: Job) -> None:
     """Put a graph into an empty pipeline."""
-    _ = graph(pipeline | "Start" >> beam.Create([None]), job)
+    _ = graph(pipeline | "Start" >> beam.Impulse(), job)
 
 
 def _barrier() -> beam.PTransform:
