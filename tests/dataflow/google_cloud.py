@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tests.dataflow.discovery import VERSIONS, Method, service
 
 TOKEN = "a-token"
-SETTLED = ("JOB_STATE_DONE", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED")
+SETTLED = ("JOB_STATE_DONE", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_DRAINED", "JOB_STATE_UPDATED")
 
 
 class Sent(NamedTuple):
@@ -61,7 +61,7 @@ class GoogleCloud:
         self.execution_states: list[str] = ["ACTIVE"]
         self.execution_error: dict[str, Any] = {}
         self.schedules: dict[str, dict[str, Any]] = {}
-        self.tokens_refused = 0
+        self.first_page_is_empty = False
         self.url = ""
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
@@ -185,9 +185,11 @@ class GoogleCloud:
 
     def _dataflow_jobs_list(self, named: dict, query: dict, body: Any) -> tuple[int, Any]:
         found = [job for job in self.jobs.values() if self._is_active(job) and job["name"] == query["name"]]
-        # Labels are not in a summary; and pages may be empty though there are more.
+        if self.first_page_is_empty and "pageToken" not in query:
+            return 200, {"nextPageToken": "2"}
+        # Labels are not in a summary; and where there is no job, there is no list.
         summaries = [{key: value for key, value in job.items() if key != "labels"} for job in found]
-        return 200, {"jobs": summaries} if query.get("pageToken") else {"nextPageToken": "2"}
+        return 200, {"jobs": summaries} if summaries else {}
 
     def _dataflow_jobs_get(self, named: dict, query: dict, body: Any) -> tuple[int, Any]:
         job = self.jobs[named["jobId"]]

@@ -162,7 +162,11 @@ def test_a_recipe_and_settings_that_do_not_fit(cloud: GoogleCloud, place: Path, 
 # Once, and only once ----------------------------------------------------------------------------------------------
 
 
-def test_a_second_launch_of_the_same_adopts_the_job(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+@pytest.mark.parametrize("first_page_is_empty", [False, True])
+def test_a_second_launch_of_the_same_adopts_the_job(
+    cloud: GoogleCloud, pairsift: Pairsift, first_page_is_empty: bool
+) -> None:
+    cloud.first_page_is_empty = first_page_is_empty
     first, second = (pairsift(*STAGE_1, "--json") for _ in range(2))
     assert second.exit_code == 0
     assert [told["event"] for told in events(first) + events(second)] == ["launched", "adopted"]
