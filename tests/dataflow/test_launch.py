@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipeline.dataflow.launch import BY, REQUEST
 from pipeline.dataflow.names import job_name, run_name
 from pipeline.dataflow.settings import TEMPLATES
 from pipeline.recipe import STAGES
-from tests.dataflow.conftest import ACCOUNT, PLACES, Pairsift
+from tests.dataflow.conftest import ACCOUNT, EXAMPLE, PLACES, Pairsift
 from tests.dataflow.discovery import service
 from tests.dataflow.google_cloud import Answer, GoogleCloud, counter
 
@@ -70,6 +71,11 @@ def test_what_is_sent_fits_the_api_and_is_what_a_dry_run_prints(
     assert launch["containerSpecGcsPath"] == f"gs://my-bucket/templates/{template}.json"
     assert cloud.objects == {launch["parameters"]["recipe"]: (place / "recipe.yaml").read_bytes()}
     assert upload["body"] == (place / "recipe.yaml").read_text()
+    metadata = json.loads((EXAMPLE.parent / f"{template}.json").read_text())
+    regexes = {parameter["name"]: parameter["regexes"] for parameter in metadata["parameters"]}
+    assert set(launch["parameters"]) == set(regexes)
+    for name, value in launch["parameters"].items():
+        assert all(re.search(regex, value) for regex in regexes[name]), (name, value)
     assert launch["parameters"]["gpus"] == gpus
     assert launch["environment"]["machineType"] == {
         "single_modality": "n2-standard-8",
