@@ -101,7 +101,8 @@ def user_seconds() -> float:
 
 
 def stage_1(folder: Path, few: int, many: int) -> dict[str, float]:
-    """Seconds of a core and bytes a sample of stage 1 and its passes over the pool."""
+    """Seconds of a core and bytes a sample of stage 1 and its passes over the pool. `many` is at most what the pool has:
+    the same pair once more would be combined with the first."""
     recipe = load_recipe(str(PAPER)).model_copy(update={"cross_modality": _NOT_RUN})
     seconds: dict[int, tuple[float, float]] = {}
     shuffles = {count: Shuffles() for count in (few, many)}
@@ -232,7 +233,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if arguments.only in (None, "stage_1"):
-            figures |= stage_1(folder, *((40, 120) if arguments.quick else (400, 3200)))
+            figures |= stage_1(folder, *((40, 120) if arguments.quick else (200, 1100)))
         if arguments.only in (None, "stage_3"):
             figures |= stage_3(folder, *((2000, 10_000, 800) if arguments.quick else (10_000, 40_000, 5000)))
         if arguments.only == "tables" or not (arguments.only or arguments.quick):

@@ -18,6 +18,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from pipeline import build, files, lock, versions
 from pipeline.counts import Counts, counts_of
+from pipeline.errors import UsageError as UsageError  # where those who run things look for it
 from pipeline.layout import TABLE_OF, Layout
 from pipeline.manifest import identities, manifest
 from pipeline.progress import Progress
@@ -32,10 +33,6 @@ from transforms.models.weights import pinned
 from transforms.single_modality import pos_pattern
 
 LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
-
-
-class UsageError(ValueError):
-    """Something the user asked for that cannot be done; nothing was written."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pipeline.dataflow.figures import Kind, Known
 from pipeline.dataflow.settings import GPUS, Accelerator, DataflowSettings, Workers, vcpus_of
+from pipeline.errors import UsageError
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, RULES, SINGLE_MODALITY, STAGES, Recipe
 
 GIB = 2**30
@@ -31,7 +32,7 @@ LEFT_OUT = (
 )
 
 
-class CannotEstimate(ValueError):
+class CannotEstimate(UsageError):
     """What a plan needs and nothing says."""
 
 
@@ -392,7 +393,10 @@ class _Planner:
             yield "digit", floor
 
     def _model(self, name: str) -> str:
-        return self.asked.like.get(name, name)
+        """The name under which a model is known: as the user says, or what a folder of the image ends in."""
+        known = (key.removeprefix("flops/") for key in self.asked.known if key.startswith("flops/"))
+        baked = next((model for model in known if "/" in model and name.endswith(f"/{model}")), name)
+        return self.asked.like.get(name, baked)
 
     def _dimensions(self) -> str:
         name = self._model(self.recipe.cross_modality.flipped_clip.model)

@@ -238,7 +238,7 @@ def test_what_is_not_there_would_be_seen(spoil: Callable[[dict[str, Any]], objec
 def test_every_request_of_the_workflow_goes_to_dataflow_as_the_workflow_s_account() -> None:
     calls = re.findall(r"call: (http\.\w+)\n(?:.*\n)*?.*url: \$\{(.+)\}\n.*auth:\n.*type: (\w+)", _text())
     assert [(call, scheme) for call, _, scheme in calls] == [
-        ("http.post", "OAuth2"), ("http.get", "OAuth2"), ("http.get", "OAuth2"),
+        ("http.post", "OAuth2"), ("http.get", "OAuth2"), ("http.get", "OAuth2"), ("http.get", "OAuth2"),
     ]  # fmt: skip
     assert set(re.findall(r"https://[a-z.]+/", _text())) == {
         "https://dataflow.googleapis.com/", "https://console.cloud.google.com/",
