@@ -101,8 +101,8 @@ def user_seconds() -> float:
 
 
 def stage_1(folder: Path, few: int, many: int) -> dict[str, float]:
-    """Seconds of a core and bytes a sample of stage 1 and its passes over the pool. `many` is at most what the pool has:
-    the same pair once more would be combined with the first."""
+    """Seconds of a core and bytes a sample of stage 1 and its passes over the pool. `many` is at most as many pairs as
+    there are: the same one once more would be combined with the first."""
     recipe = load_recipe(str(PAPER)).model_copy(update={"cross_modality": _NOT_RUN})
     seconds: dict[int, tuple[float, float]] = {}
     shuffles = {count: Shuffles() for count in (few, many)}

@@ -50,16 +50,17 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Machines:
-    """Where the plan's jobs run: of the launch settings, what matters here."""
+    """Where the plan's jobs run: of the launch settings in the file `source`, what matters here."""
 
+    source: str
     region: str
     workers: Mapping[str, Workers]
     accelerator: Accelerator | None
 
     @classmethod
-    def of(cls, settings: DataflowSettings) -> Machines:
+    def of(cls, settings: DataflowSettings, source: str) -> Machines:
         """Those of launch settings."""
-        return cls(settings.region, {stage: getattr(settings, stage) for stage in STAGES}, settings.accelerator)
+        return cls(source, settings.region, {stage: getattr(settings, stage) for stage in STAGES}, settings.accelerator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +281,7 @@ class _Planner:
 
     def _machine(self, stage: str) -> None:
         """What a worker of this stage has, and what an hour of it costs."""
-        workers, where = self.machines.workers[stage], f"launch settings: {stage}"
+        workers, where = self.machines.workers[stage], f"{self.machines.source}: {stage}"
         if stage == CROSS_MODALITY and self.recipe.cross_modality.device == "cuda" and not self._gpu(stage):
             raise CannotEstimate("the recipe says device: cuda, the launch settings name no `accelerator`")
         self.put(f"{stage}/workers", workers.max_workers, "workers", "given", f"{where}.max_workers")

@@ -86,7 +86,7 @@ def plan_of(
     keep_versions: int,
 ) -> Plan:
     """The plan that the command's options ask for. Raises CannotEstimate and SettingsError."""
-    machines = Machines.of(load_dataflow_settings(settings or EXAMPLE))
+    machines = Machines.of(load_dataflow_settings(settings or EXAMPLE), settings or "templates/dataflow.yaml")
     known = load_figures(figures)
     if measured:
         if machines.accelerator is None:

@@ -13,6 +13,8 @@ import pytest
 import typer
 
 from pipeline.cli import app
+from pipeline.dataflow.estimate_view import plan_of
+from pipeline.recipe import STAGES, load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "dataflow.md").read_text(encoding="utf-8")
@@ -71,3 +73,18 @@ def test_the_page_is_in_the_order_in_which_things_are_done() -> None:
 def test_shell_blocks_are_shell(tmp_path: Path) -> None:
     for line in shell_lines(PAGE):
         shlex.split(line, comments=True)  # raises where a quotation has no end
+
+
+def test_the_plan_on_the_page_is_what_estimate_prints() -> None:
+    recipe = load_recipe(str(ROOT / "recipes" / "paper.yaml"))
+    plan = plan_of(recipe, "1e9", None, 10_000, None, None, None, None, None, (), 3)
+    rows = {line.split("|")[1].strip(): line.split("|")[2:6] for line in PAGE.splitlines() if line.startswith("| ")}
+    for row, what, form in (
+        ("hours of one machine", "worker_hours", ",.0f"), ("hours", "hours", ",.1f"),
+        ("through shuffles, GiB", "shuffle", ",.0f"), ("tables that stay, GiB", "storage", ",.0f"),
+        ("cost, USD", "cost", ",.0f"),
+    ):  # fmt: skip
+        *stages, total = [cell.strip().removesuffix(", extrapolated") for cell in rows[row]]
+        assert stages == [format(plan.value(f"{stage}/{what}"), form) for stage in STAGES], row
+        assert not total or total == format(plan.value(f"total/{what}"), form), row
+    assert "extrapolated" in rows["cost, USD"][1]

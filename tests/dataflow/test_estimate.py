@@ -23,7 +23,7 @@ from transforms.distribution_alignment.tiles import TILE_ROWS
 ROOT = Path(__file__).parent.parent.parent
 PAPER = str(ROOT / "recipes" / "paper.yaml")
 KNOWN = load_figures()
-MACHINES = Machines.of(load_dataflow_settings(EXAMPLE))
+MACHINES = Machines.of(load_dataflow_settings(EXAMPLE), "templates/dataflow.yaml")
 
 
 def plan(samples: int = 1_000_000_000, **changes: Any) -> estimate.Plan:
