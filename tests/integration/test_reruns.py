@@ -346,10 +346,10 @@ def test_a_later_stage_whose_job_comes_too_early_says_which_is_missing(
     recipe_with: Callable[..., Recipe], pool: Path, tmp_path: Path
 ) -> None:
     job = dataclasses.replace(job_on(recipe_with(), pool, tmp_path / "out"), checks_before=True)
-    with pytest.raises(Exception, match="NotFinished: shard [abc]: has no features .* run stage single_modality first"):
+    with pytest.raises(build.NotFinished, match=r"shard [abc]: has no features .* run stage single_modality first"):
         run_graph(build.cross_modality, job, [])
     run_graph(build.single_modality, job, [])
-    with pytest.raises(Exception, match=r"NotFinished: shard [abc]: \d samples have no score .* run stage cross_modality"):
+    with pytest.raises(build.NotFinished, match=r"shard [abc]: \d samples have no score .* run stage cross_modality"):
         run_graph(build.distribution_alignment, job, [])
     run_graph(build.cross_modality, job, [])
     run_graph(build.distribution_alignment, job, [])
