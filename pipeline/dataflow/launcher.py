@@ -108,8 +108,8 @@ def submit(options: PipelineOptions, parameters: Parameters) -> str:
     check_path("--input", parameters.pool)
     check_path("--output", parameters.output)
     layout = Layout(parameters.output.rstrip("/"))
-    name = options.view_as(GoogleCloudOptions).job_name
-    with _held_for_job(layout):
+    cloud = options.view_as(GoogleCloudOptions)
+    with _held_for_job(layout, cloud):
         job = _job(parameters, layout)
         configure(options, parameters)
         runner = DataflowRunner()
@@ -119,7 +119,7 @@ def submit(options: PipelineOptions, parameters: Parameters) -> str:
         # The service takes the job only when this process has ended well.
         request = json_format.MessageToJson(runner.job.proto._pb)
         _refuse(exceeded_by(len(request.encode()), runner.proto_pipeline.ByteSize()))
-    return name
+    return cloud.job_name
 
 
 def configure(options: PipelineOptions, parameters: Parameters) -> None:
@@ -179,8 +179,9 @@ def _listed(layout: Layout) -> tuple[Shard, ...]:
 
 
 @contextlib.contextmanager
-def _held_for_job(layout: Layout) -> Iterator[None]:
+def _held_for_job(layout: Layout, cloud: GoogleCloudOptions) -> Iterator[None]:
     """Hold the output folder for the job, clear what a killed run left there, and let go of it where the body fails."""
+    # TODO: object stores cannot be held for a job yet; until then the launcher holds the folder while it builds.
     with only_writer(layout):
         yield
 

@@ -366,6 +366,7 @@ def test_the_funnel_so_far(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     result = pairsift(*LAUNCH, "--stage", "distribution_alignment", *FOLLOW)
     first, last = (line for line in result.stderr.splitlines() if line)
     assert first.endswith("; 4 dead letters")
+    assert "min; funnel so far" in last
     assert last.endswith(
         "; funnel so far: 1,151 in, gone: dead letters 2, language 9, semantic_dedup 20; 1,120 survivors, 300 of them "
         "in the subset, 1,240 copies"
