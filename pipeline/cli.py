@@ -9,18 +9,20 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from pipeline import versions
+from pipeline.errors import Failure, UsageError
 from pipeline.layout import Layout
 from pipeline.printable import PrintableFormatter, printable
-from pipeline.recipe import STAGES, Recipe, RecipeError, load_recipe
+from pipeline.recipe import STAGES, Recipe, load_recipe
+from pipeline.settings_file import SettingsError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # each command imports what it runs: `--help` need not wait the seconds that Torch takes
     from pipeline.reshard import Resharded
     from pipeline.run import Outcome
 
@@ -33,11 +35,21 @@ app = typer.Typer(
 )
 _BEAM = {"allow_extra_args": True}  # after `--`; an unknown option before it is a fault
 _errors = Console(stderr=True)
-_NOISE = ("Traceback (most recent call last)", "No semi_persistent_directory found")
+_NOISE = (
+    "Traceback (most recent call last)",
+    "No semi_persistent_directory found",
+    "/allowedLocations",  # what google-auth asks beside, and does without
+)
 _EXCEPTION_NAME = re.compile(r"^(\w+\.)+[A-Z]\w+: ")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines, for machines.")]
 KeepVersions = Annotated[int, typer.Option(min=1, help="Results of so many runs stay readable, the newest included.")]
+GsPool = Annotated[str, typer.Option("--input", help="Folder of webdataset tars on gs://, or a pattern of them.")]
+GsOutput = Annotated[str, typer.Option("--output", help="Folder on gs:// for all outputs.")]
+LaunchSettings = Annotated[
+    str, typer.Option("--settings", help="Project, region, machines: templates/dataflow.yaml, filled in.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the requests and send nothing; takes no credentials.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the whole traceback of a failure.")]
 
 
@@ -156,16 +168,131 @@ def centroids(
         print(f"written: {output}")
 
 
+@app.command()
+def estimate(
+    recipe: Annotated[str, typer.Argument(help="The recipe's path.")],
+    samples: Annotated[str, typer.Option("--samples", help="Samples in the pool, such as 1e9 or 1_000_000.")],
+    settings: Annotated[
+        str | None, typer.Option("--settings", help="Launch settings; else templates/dataflow.yaml's machines.")
+    ] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in a tar, on average.")] = 10_000,
+    bytes_per_sample: Annotated[float | None, typer.Option(min=1, help="Bytes of a sample in its tar.")] = None,
+    funnel: Annotated[
+        str | None, typer.Option("--funnel", help="funnel.json of an earlier run: what each rule keeps.")
+    ] = None,
+    measured: Annotated[
+        str | None, typer.Option(help="What `python -m benchmarks.models --device cuda --json --no-peers` printed.")
+    ] = None,
+    figures: Annotated[
+        str | None, typer.Option("--figures", help="Your own prices and measurements, as in figures.yaml.")
+    ] = None,
+    utilisation: Annotated[
+        float | None, typer.Option(min=0.001, max=1.0, help="Share of a GPU's peak that models not measured reach.")
+    ] = None,
+    like: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL=MODEL", help="Which known model one of the recipe's is.")
+    ] = None,
+    keep_versions: KeepVersions = versions.KEPT,
+    sources: Annotated[bool, typer.Option("--sources", help="Show also how each figure is computed.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Plan a run on Dataflow: machines, hours, cost, shuffle and storage, each figure with its source."""
+    loaded = _recipe(recipe, as_json)
+    with _exit_status(as_json, verbose):
+        from pipeline.dataflow.estimate_view import plan_of, show
+
+        plan = plan_of(
+            loaded, samples, settings, samples_per_shard, bytes_per_sample, funnel, measured, figures, utilisation,
+            like or [], keep_versions,
+        )  # fmt: skip
+        if as_json:
+            print(json.dumps({"recipe": recipe, **plan.content}))
+        else:
+            show(plan, f"{recipe}: {plan.value('samples'):,.0f} samples on Dataflow", sources, Console())
+
+
+@app.command()
+def launch(
+    recipe: Annotated[str, typer.Argument(help="The recipe's path; a local one is put beside the templates.")],
+    pool: GsPool,
+    output: GsOutput,
+    settings: LaunchSettings,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEMPLATE",
+            help="Start this template alone: single_modality, cross_modality, distribution_alignment or all_stages. "
+            "Without it a workflow is started that runs the three stages in turn.",
+        ),
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Tell of it until it ends; Ctrl-C lets it go on.")] = False,
+    poll_seconds: Annotated[float, typer.Option(min=0.01, help="How often to look, with --follow.")] = 20.0,
+    keep_versions: KeepVersions = versions.KEPT,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Start a recipe on Dataflow: the workflow of the three stages, or one template with --stage. What runs already
+    with the same parameters is adopted; with others over the same output, it is refused."""
+    with _exit_status(as_json, verbose):
+        from pipeline.dataflow.commands import Asked, launch_template, launch_workflow
+        from pipeline.dataflow.follow import Screen
+
+        asked, screen = Asked(recipe, pool, output, settings, keep_versions), Screen(_errors, as_json)
+        if stage:
+            launch_template(asked, stage, follow, dry_run, poll_seconds, screen)
+        else:
+            launch_workflow(asked, follow, dry_run, poll_seconds, screen)
+
+
+@app.command()
+def schedule(
+    recipe: Annotated[str | None, typer.Argument(help="The recipe's path; needless with --delete.")] = None,
+    pool: Annotated[str | None, typer.Option("--input", help="The pool on gs://; needless with --delete.")] = None,
+    *,
+    output: GsOutput,
+    settings: LaunchSettings,
+    weekly: Annotated[str | None, typer.Option(metavar="DAY HH:MM", help='For example "Mon 03:00".')] = None,
+    cron: Annotated[str | None, typer.Option(metavar="CRON", help='For example "0 3 * * 1".')] = None,
+    time_zone: Annotated[str, typer.Option(help="In which these are meant, for example Europe/Berlin.")] = "Etc/UTC",
+    keep_versions: KeepVersions = versions.KEPT,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the schedule of this output.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a recipe on Dataflow again and again: create or change the Cloud Scheduler job of an output folder, and the
+    workflow of the three stages that it starts."""
+    with _exit_status(as_json, verbose):
+        from pipeline.dataflow import commands
+        from pipeline.dataflow.follow import Screen
+
+        screen = Screen(_errors, as_json)
+        if delete:
+            commands.delete_schedule(settings, output, dry_run, screen)
+            return
+        if recipe is None or pool is None or (weekly is None) == (cron is None):
+            raise UsageError("schedule: name RECIPE, --input, and one of --weekly and --cron")
+        when = commands.cron_of(weekly) if weekly is not None else commands.checked_cron(cron or "")
+        asked = commands.Asked(recipe, pool, output, settings, keep_versions)
+        commands.put_schedule(asked, when, time_zone, dry_run, screen)
+
+
 def _recipe(path: str, as_json: bool) -> Recipe:
     try:
         return load_recipe(path)
-    except RecipeError as error:
-        if as_json:
-            print(json.dumps({"recipe": path, "faults": error.faults}))
-        else:
-            for fault in error.faults:
-                _say(f"{path}: {fault}")
-        raise typer.Exit(2) from error
+    except SettingsError as error:
+        _faults(error, as_json, {"recipe": path})
+
+
+def _faults(error: SettingsError, as_json: bool, told: dict[str, Any]) -> NoReturn:
+    if as_json:
+        print(json.dumps({**told, "faults": error.faults}))
+    else:
+        for fault in error.faults:
+            _say(f"{error.source}: {fault}")
+    raise typer.Exit(2) from error
 
 
 def _run(
@@ -196,10 +323,6 @@ def _tell(outcome: Outcome, output: str, as_json: bool) -> None:
 @contextlib.contextmanager
 def _exit_status(as_json: bool, verbose: bool) -> Iterator[None]:
     """Exits with status 2 where the body was asked for something that cannot be done, with 1 where it failed."""
-    # Torch and Beam take seconds to import, which `--help` and `validate` need not wait for.
-    from pipeline.run import UsageError
-    from pipeline.sources.webdataset import NoShards
-
     log = logging.StreamHandler()
     log.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     if verbose:
@@ -210,8 +333,12 @@ def _exit_status(as_json: bool, verbose: bool) -> Iterator[None]:
     hook, threading.excepthook = threading.excepthook, _log_thread
     try:
         yield
-    except (UsageError, NoShards) as error:
+    except SettingsError as error:
+        _faults(error, as_json, {"event": "error", "message": str(error)})
+    except UsageError as error:
         _fail(2, str(error), as_json)
+    except Failure as error:
+        _fail(1, str(error), as_json)
     except Exception as error:
         if verbose:
             raise
@@ -300,7 +427,7 @@ def _last_line(error: BaseException) -> str:
     return _EXCEPTION_NAME.sub("", lines[-1]) if lines else type(error).__name__
 
 
-def _fail(status: int, message: str, as_json: bool) -> None:
+def _fail(status: int, message: str, as_json: bool) -> NoReturn:
     if as_json:
         print(json.dumps({"event": "error", "message": message}))
     else:

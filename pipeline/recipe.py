@@ -9,19 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
-from apache_beam.io.filesystems import FileSystems
 from pydantic import Field
+
+from pipeline.settings_file import Settings, load_settings, parse_settings
 
 SINGLE_MODALITY = "single_modality"
 CROSS_MODALITY = "cross_modality"
 DISTRIBUTION_ALIGNMENT = "distribution_alignment"
 STAGES = (SINGLE_MODALITY, CROSS_MODALITY, DISTRIBUTION_ALIGNMENT)
-
-_EXPONENT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")
 
 PENN_TAGS = frozenset(
     "# $ '' ( ) , . : CC CD DT EX FW IN JJ JJR JJS LS MD NN NNP NNPS NNS PDT POS PRP PRP$ RB RBR "
@@ -52,27 +50,7 @@ PositiveShare = Annotated[float, Field(gt=0.0, le=1.0)]
 Cosine = Annotated[float, Field(ge=-1.0, le=1.0)]
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be used; `faults` holds one message for each thing wrong with it."""
-
-    def __init__(self, source: str, faults: list[str]) -> None:
-        self.source, self.faults = source, faults
-        super().__init__(f"{source}: " + "; ".join(faults))
-
-
-class _Settings(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    only_decide: ClassVar[frozenset[str]] = frozenset()
-    """Settings that judge features and scores which are there already. All others change what is computed."""
-
-    @property
-    def computing(self) -> dict[str, Any]:
-        """The settings that change what is computed."""
-        return self.model_dump(exclude=set(self.only_decide))
-
-
-class PoolBounds(_Settings):
+class PoolBounds(Settings):
     """What is read of a pool at most; whatever exceeds a bound becomes a dead letter."""
 
     max_image_bytes: int = Field(20 * 2**20, gt=0)
@@ -89,13 +67,13 @@ class PoolBounds(_Settings):
 # Stage 1 ---------------------------------------------------------------------------------------------------------
 
 
-class NearDuplicate(_Settings):
+class NearDuplicate(Settings):
     """Near-duplicate images: perceptual hashes within `max_hamming` of 64 bits."""
 
     max_hamming: int = Field(3, ge=0, le=7)
 
 
-class CaptionLength(_Settings):
+class CaptionLength(Settings):
     """Shortest caption kept (DataComp's basic filter: more than 2 words and more than 5 characters)."""
 
     only_decide = frozenset({"min_words", "min_characters"})
@@ -104,7 +82,7 @@ class CaptionLength(_Settings):
     min_characters: int = Field(6, ge=0)
 
 
-class Language(_Settings):
+class Language(Settings):
     """Languages kept, as fastText lid.176 labels; `model` is a path to lid.176.bin, else the bundled lid.176.ftz."""
 
     only_decide = frozenset({"allowed"})
@@ -113,7 +91,7 @@ class Language(_Settings):
     model: str | None = None
 
 
-class PosPattern(_Settings):
+class PosPattern(Settings):
     """Part-of-speech patterns, in Penn tags: a caption needs one tag of `any_of`, and goes where all its tags lie in
     `only_of`. The first `max_words` tokens are tagged. `tagger` is NLTK's own, the bundled one, or `auto`: NLTK's own
     where the machine has it."""
@@ -121,12 +99,12 @@ class PosPattern(_Settings):
     only_decide = frozenset({"any_of", "only_of"})
 
     any_of: list[PennTag] = Field(list(COMMON_NOUNS), min_length=1)
-    only_of: list[PennTag] = list(NAMES_NUMBERS_SYMBOLS)
+    only_of: list[PennTag] = Field(list(NAMES_NUMBERS_SYMBOLS))
     max_words: int = Field(64, ge=1, le=1024)
     tagger: Literal["auto", "nltk", "bundled"] = "auto"
 
 
-class CaptionFrequency(_Settings):
+class CaptionFrequency(Settings):
     """A normalised caption standing with more than max(`min_images`, `max_pool_share` of the pool) distinct images
     is high-frequency text."""
 
@@ -134,19 +112,19 @@ class CaptionFrequency(_Settings):
     max_pool_share: Share = 1e-6
 
 
-class AspectRatio(_Settings):
+class AspectRatio(Settings):
     """Longest side over shortest side, at most."""
 
     max_ratio: float = Field(3.0, ge=1.0)
 
 
-class MinSide(_Settings):
+class MinSide(Settings):
     """Shortest side, at least."""
 
     min_px: int = Field(200, ge=1)
 
 
-class FaceArea(_Settings):
+class FaceArea(Settings):
     """Union of the face boxes over the image area, at most. Boxes come from the pool's `face_bboxes` where it has
     them, else from YuNet where `yunet_model` names its ONNX file, else from the bundled cascade."""
 
@@ -156,7 +134,7 @@ class FaceArea(_Settings):
     yunet_model: str | None = None
 
 
-class SingleModality(_Settings):
+class SingleModality(Settings):
     """Stage 1: rules that look at the caption or the image alone."""
 
     near_duplicate: NearDuplicate | None = None
@@ -172,7 +150,7 @@ class SingleModality(_Settings):
 # Stage 2 ---------------------------------------------------------------------------------------------------------
 
 
-class Threshold(_Settings):
+class Threshold(Settings):
     """A score threshold: keep `>= min`, or the best `keep_fraction` of what reaches the rule (the threshold is then
     the score at index int(n * keep_fraction) in descending order, as DataComp has it)."""
 
@@ -188,7 +166,7 @@ class Threshold(_Settings):
         return self
 
 
-class DigitRescue(_Settings):
+class DigitRescue(Settings):
     """A sample with digit probability >= `min_digit_probability` needs only `min_cosine` (ours; off by default)."""
 
     min_digit_probability: Share = 0.5
@@ -244,7 +222,7 @@ class ImageTextMatching(Threshold):
     max_tokens: int = Field(64, ge=8, le=512)
 
 
-class ClipPrompts(_Settings):
+class ClipPrompts(Settings):
     """Which pictures are worth the digit question (ours; off by default): those for which CLIP gives the `positive`
     prompts a share of at least `min_probability` in the softmax over all prompts."""
 
@@ -255,7 +233,7 @@ class ClipPrompts(_Settings):
     min_probability: Share
 
 
-class Digit(_Settings):
+class Digit(Settings):
     """The question BLIP-2 is asked; the score is p(yes) / (p(yes) + p(no)) of the first answer token, averaged over
     `prompts`. `model` is a hub name (pin its `revision`), a folder, or `bundled:digit`."""
 
@@ -270,7 +248,7 @@ class Digit(_Settings):
     batch_size: int = Field(16, ge=1, le=4096)
 
 
-class CrossModality(_Settings):
+class CrossModality(Settings):
     """Stage 2: models that look at image and caption together. `precision` is what their weights are kept in; `auto`
     is the fastest that keeps fp32's range on the hardware at hand (bf16 where it is native, else fp32 on CPUs and fp16
     on GPUs), and moves scores by as much as docs/models.md says."""
@@ -293,7 +271,7 @@ class CrossModality(_Settings):
 # Stage 3 ---------------------------------------------------------------------------------------------------------
 
 
-class Target(_Settings):
+class Target(Settings):
     """The size of the training subset in copies: a count, a share of the pool, or as many as survive."""
 
     samples: int | None = Field(None, ge=0)
@@ -307,7 +285,7 @@ class Target(_Settings):
         return self
 
 
-class Clusters(_Settings):
+class Clusters(Settings):
     """Spherical k-means on a hash-chosen sample of about `samples_per_cluster` times `count` candidates. Two levels
     where `coarse_count` is more than 1: that many clusters, then each of them split on its own. `centroids` names a
     .npy of float32 (k, d) to use instead."""
@@ -333,7 +311,7 @@ class Clusters(_Settings):
         return round(self.count**0.5) if self.count > 256 else 1
 
 
-class SemanticDedup(_Settings):
+class SemanticDedup(Settings):
     """Within a cluster x goes when a better-ranked y has cosine > 1 - `epsilon`. `after_duplication` counts copies
     over all samples first and drops after (the order the paper names; the duplicates' mass is then lost)."""
 
@@ -341,7 +319,7 @@ class SemanticDedup(_Settings):
     after_duplication: bool = False
 
 
-class Cids(_Settings):
+class Cids(Settings):
     """Cluster-importance-based data selection. `tasks` names a .npz of float32 (m, d) task centroids, as
     `pairsift centroids` writes it, or `bundled:tasks`; `task_weights` default to equal ones."""
 
@@ -352,7 +330,7 @@ class Cids(_Settings):
     temperature: float = Field(0.1, gt=0.0)
 
 
-class QualityDuplication(_Settings):
+class QualityDuplication(Settings):
     """Weight within a cluster, rising with the rank of the flipped-CLIP score from `w1` (worst) to `w2` (best)."""
 
     w1: float = Field(1.0, gt=0.0)
@@ -365,14 +343,14 @@ class QualityDuplication(_Settings):
         return self
 
 
-class DigitEnhancement(_Settings):
+class DigitEnhancement(Settings):
     """Samples with digit probability >= `min_digit_probability` get at least `floor_copies` expected copies."""
 
     min_digit_probability: Share = 0.5
     floor_copies: float = Field(2.0, gt=0.0)
 
 
-class DistributionAlignment(_Settings):
+class DistributionAlignment(Settings):
     """Stage 3: how many copies of each survivor the training subset holds."""
 
     target: Target
@@ -397,7 +375,7 @@ RULES = {
 }
 
 
-class Recipe(_Settings):
+class Recipe(Settings):
     """Every setting of a run."""
 
     name: str = Field(min_length=1)
@@ -437,67 +415,11 @@ def section_sha256(settings: pydantic.BaseModel) -> str:
     return hashlib.sha256(json.dumps(settings.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
-class _UniqueKeysLoader(yaml.SafeLoader):
-    """YAML's safe loader, but a key that is given twice is an error, where PyYAML silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def load_recipe(path: str) -> Recipe:
-    """The recipe at `path` (local or `gs://`).
-
-    Raises RecipeError with every fault at once: where it is, what was given, what is allowed.
-    """
-    try:
-        with FileSystems.open(path) as file:
-            content = yaml.load(file.read().decode("utf-8"), _UniqueKeysLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a scheme that Beam does not know
-        raise RecipeError(path, [f"cannot be read as YAML: {' '.join(str(error).split())}"]) from error
-    return parse_recipe(content, path)
+    """The recipe at `path` (local or `gs://`). Raises SettingsError with every fault at once."""
+    return load_settings(path, Recipe)
 
 
 def parse_recipe(content: Any, source: str) -> Recipe:
-    """The recipe in `content`, the mapping that YAML gave. Raises RecipeError with every fault at once."""
-    if not isinstance(content, dict):
-        raise RecipeError(source, [f"got {type(content).__name__}, allowed: a mapping of sections"])
-    try:
-        return Recipe.model_validate(content)
-    except pydantic.ValidationError as error:
-        raise RecipeError(source, [_fault(e) for e in error.errors()]) from error
-
-
-def _fault(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "recipe"
-    if error["type"] == "missing":
-        return f"{where}: missing; it is required"
-    given = _shown(error["input"])
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown setting (got {given}); allowed here: {', '.join(_fields_at(error['loc'][:-1]))}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "float_type" and _EXPONENT.fullmatch(str(error["input"])):
-        message += "; YAML reads an exponent as a number only after a point and with a sign, for example 1.0e-6"
-    return f"{where}: got {given[:200]}; {message}"
-
-
-def _shown(value: Any) -> str:
-    try:
-        return json.dumps(value, default=str)
-    except (TypeError, ValueError):  # YAML has keys that JSON has not, and lists that hold themselves
-        return repr(value)
-
-
-def _fields_at(path: tuple[int | str, ...]) -> list[str]:
-    """Names of the settings allowed under `path`."""
-    model: type[pydantic.BaseModel] = Recipe
-    for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, pydantic.BaseModel))
-    return list(model.model_fields)
+    """The recipe in `content`, the mapping that YAML gave. Raises SettingsError with every fault at once."""
+    return parse_settings(content, source, Recipe)

@@ -18,12 +18,14 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from pipeline import build, files, lock, versions
 from pipeline.counts import Counts, counts_of
+from pipeline.errors import UsageError as UsageError  # where those who run things look for it
 from pipeline.layout import TABLE_OF, Layout
 from pipeline.manifest import identities, manifest
 from pipeline.progress import Progress
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe
 from pipeline.records import Shard
-from pipeline.sinks.decisions import DEAD_LETTER_STEPS, SMALLER_BATCHES
+from pipeline.sinks.publication import Publication, vanished
+from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 from pipeline.workers import run_to_end
 from transforms.models.precision import resolve
@@ -31,10 +33,6 @@ from transforms.models.weights import pinned
 from transforms.single_modality import pos_pattern
 
 LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
-
-
-class UsageError(ValueError):
-    """Something the user asked for that cannot be done; nothing was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,31 +67,45 @@ def run(
     needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages and _is_local(beam_options)
     if needs_gpu and not torch.cuda.is_available():
         raise UsageError("recipe: cross_modality.device is cuda, but this machine has no GPU; use a GPU or say cpu")
-    try:
-        settled = _with_pinned_models(recipe, fetch=_is_local(beam_options))
-        found = identities(settled)
-    except (OSError, ValueError, LookupError) as error:
-        raise UsageError(f"recipe: {error}") from error
-    settled = with_tagger(_with_precision(settled), found)
-    content = manifest(recipe, pool, found, settled.cross_modality.precision)
-    _check_pool(layout, pool)
-    job = build.Job(settled, tuple(shards), layout, found)
+    job, content = settled_job(recipe, pool, layout, shards, fetch=_is_local(beam_options))
     _check_earlier_stages(stages, job)
 
     with only_writer(layout):
         files.write_json(layout.newest_manifest, content)
-        files.write_json(layout.shards, [list(shard) for shard in sorted(shards)])
+        write_listing(layout, shards)
         work = WorkDone({}, {})
-        funnel = None
+        funnel, shards_vanished = None, 0
         for stage in stages:
             if stage == DISTRIBUTION_ALIGNMENT:
-                funnel = decide(job, content, beam_options, progress, work, keep_versions)
+                shards_vanished = len(vanished(layout))
+                funnel = decide(job, Publication(content, keep_versions), beam_options, progress, work)
             else:
                 run_stage(stage, job, beam_options, progress, work)
         files.delete_folder(layout.in_hand_folder)
-        vanished = _forget_vanished(layout, shards) if funnel else 0
-        files.write_json(layout.run, {**work.content, "shards": len(shards), "shards_vanished": vanished})
+        files.write_json(layout.run, {**work.content, "shards": len(shards), "shards_vanished": shards_vanished})
     return Outcome(funnel, _shown(layout))
+
+
+def settled_job(
+    recipe: Recipe, pool: str, layout: Layout, shards: Sequence[Shard], fetch: bool, precision: str | None = None
+) -> tuple[build.Job, dict[str, Any]]:
+    """What the graphs are built from, with all settled that could come out differently on another machine, and the
+    content of the manifest. `precision` is what `auto` comes to; None: what this machine does best.
+
+    With `fetch`, weights that this machine lacks are fetched. Raises UsageError where a model's files are missing, or
+    the output folder belongs to another pool.
+    """
+    cross = recipe.cross_modality
+    settled_precision = precision if precision and cross.precision == "auto" else resolve(cross.precision, cross.device)
+    try:
+        cross = pinned(cross.model_copy(update={"precision": settled_precision}), fetch)
+        settled = recipe.model_copy(update={"cross_modality": cross})
+        found = identities(settled)
+    except (OSError, ValueError, LookupError) as error:
+        raise UsageError(f"recipe: {error}") from error
+    content = manifest(recipe, pool, found, settled_precision)
+    _check_pool(layout, pool)
+    return build.Job(with_tagger(settled, found), tuple(shards), layout, found), content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,33 +134,22 @@ def run_stage(stage: str, job: build.Job, beam_options: list[str], progress: Pro
 
 
 def decide(
-    job: build.Job,
-    content: dict[str, Any],
-    beam_options: list[str],
-    progress: Progress,
-    work: WorkDone,
-    keep_versions: int,
+    job: build.Job, publication: Publication, beam_options: list[str], progress: Progress, work: WorkDone
 ) -> dict[str, Any]:
-    """Run stage 3 into a version of its own, let readers see that, and give its funnel. `content` is its manifest."""
-    layout = versions.begin(job.layout.output)
-    run_stage(DISTRIBUTION_ALIGNMENT, dataclasses.replace(job, layout=layout), beam_options, progress, work)
-    funnel = json.loads(files.read_bytes(layout.funnel))
-    if funnel.get(SMALLER_BATCHES):  # scores of another shape differ in their last bits
-        content = {**content, SMALLER_BATCHES: funnel[SMALLER_BATCHES]}
-    files.write_json(layout.manifest, content)
-    versions.switch(layout)
-    versions.prune(layout.output, keep_versions)
-    return funnel
+    """Run stage 3 into a version of its own, which readers then see, and give its funnel."""
+    publishing = dataclasses.replace(job, layout=versions.begin(job.layout.output), publication=publication)
+    run_stage(DISTRIBUTION_ALIGNMENT, publishing, beam_options, progress, work)
+    return json.loads(files.read_bytes(publishing.layout.funnel))
 
 
 def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> Counts:
     return run_graph(build.GRAPHS[stage], job, beam_options)
 
 
-def run_graph(graph: Callable[[beam.Pipeline, build.Job], None], job: build.Job, beam_options: list[str]) -> Counts:
+def run_graph(graph: build.Graph, job: build.Job, beam_options: list[str]) -> Counts:
     """Run one graph to its end; what was counted in it."""
     pipeline = pipeline_of(beam_options)
-    graph(pipeline, job)
+    build.build(graph, pipeline, job)
     return counts_of(run_to_end(pipeline, graph.__name__).metrics())
 
 
@@ -158,32 +159,22 @@ def only_writer(layout: Layout) -> Iterator[None]:
     holds it."""
     try:
         with lock.only_writer(layout.output):
-            files.clear_aside(layout.output)
-            for folder in (layout.progress_folder, layout.alignment_work, layout.select_work):
-                files.delete_folder(folder)
+            clear_leftovers(layout)
             yield
     except lock.Held as error:
         raise UsageError(str(error)) from error
 
 
+def clear_leftovers(layout: Layout) -> None:
+    """Clear what a run that was killed left in an output folder; who does that holds it."""
+    files.clear_aside(layout.output)
+    for folder in (layout.progress_folder, layout.alignment_work, layout.select_work):
+        files.delete_folder(folder)
+
+
 def _shown(layout: Layout) -> Layout:
     """Where readers find the results."""
     return versions.newest(layout.output) if "://" in layout.output else layout
-
-
-def _forget_vanished(layout: Layout, shards: Sequence[Shard]) -> int:
-    """Delete what is known of shards that the pool no longer has; how many they are."""
-    there = files.names_in(layout.single_modality("x").rpartition("/")[0])
-    vanished = {name.removesuffix(".parquet") for name in there} - {shard.name for shard in shards}
-    for name in vanished:
-        for path in (
-            *(layout.dead_letters(step, name) for step in DEAD_LETTER_STEPS),
-            layout.cross_modality(name),
-            layout.pool_wide(name),
-            layout.single_modality(name),  # last: by it the others are found
-        ):
-            files.delete_if_there(path)
-    return len(vanished)
 
 
 def pipeline_of(beam_options: list[str]) -> beam.Pipeline:
@@ -300,15 +291,3 @@ def with_tagger(recipe: Recipe, found: dict[str, Any]) -> Recipe:
     settled = settings.model_copy(update={"tagger": source})
     single = recipe.single_modality.model_copy(update={"pos_pattern": settled})
     return recipe.model_copy(update={"single_modality": single})
-
-
-def _with_pinned_models(recipe: Recipe, fetch: bool) -> Recipe:
-    """The recipe with each hub model's branch settled as a commit, so that no two workers load different ones."""
-    return recipe.model_copy(update={"cross_modality": pinned(recipe.cross_modality, fetch)})
-
-
-def _with_precision(recipe: Recipe) -> Recipe:
-    """The recipe with `auto` settled for all workers, so that one table is never made in two precisions."""
-    cross = recipe.cross_modality
-    settled = cross.model_copy(update={"precision": resolve(cross.precision, cross.device)})
-    return recipe.model_copy(update={"cross_modality": settled})

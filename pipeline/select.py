@@ -23,6 +23,8 @@ from pipeline.run import (
     run_graph,
     with_tagger,
 )
+from pipeline.sinks.publication import Publication
+from pipeline.sources.listing import read_listing
 from transforms.models.precision import resolve
 
 
@@ -71,7 +73,7 @@ def select(
             files.delete_folder(layout.select_work)
         content = manifest(recipe, pool, found, settled.cross_modality.precision)
         work = WorkDone({}, {})
-        funnel = decide(job, content, beam_options, progress, work, keep_versions)
+        funnel = decide(job, Publication(content, keep_versions), beam_options, progress, work)
         files.write_json(layout.run, {**work.content, "shards": len(shards)})
     return Outcome(funnel, layout)
 
@@ -80,10 +82,10 @@ def _newest_run(layout: Layout) -> tuple[dict[str, Any], tuple[Shard, ...]]:
     """The manifest of the newest run, and the shards that it found."""
     try:
         earlier = json.loads(files.read_bytes(layout.newest_manifest))
-        shards = json.loads(files.read_bytes(layout.shards))
+        shards = read_listing(layout)
     except (OSError, ValueError) as error:
         raise UsageError(f"{layout.output}: holds no annotations to select from; `pairsift run` makes them") from error
-    return earlier, tuple(Shard(*shard) for shard in shards)
+    return earlier, shards
 
 
 def _with_precision(recipe: Recipe, earlier: dict[str, Any]) -> Recipe:

@@ -18,6 +18,7 @@ from apache_beam.io.filesystem import BeamIOError, FileMetadata
 from apache_beam.io.filesystems import FileSystems
 
 from pipeline import files
+from pipeline.errors import UsageError
 from pipeline.recipe import PoolBounds
 from pipeline.records import Annotation, DeadLetter, Sample, Shard, dead_letter, uid_of
 from pipeline.sources.tars import BrokenTar, TarMember, tar_members
@@ -31,7 +32,7 @@ _MAX_SHARD_NAME = 160  # characters; a disk allows 255 for the files that are na
 _FIELDS = {"txt": "caption", "json": "metadata"} | dict.fromkeys(IMAGE_EXTENSIONS, "image")
 
 
-class NoShards(ValueError):
+class NoShards(UsageError):
     """A pool path under which no tar was found."""
 
 

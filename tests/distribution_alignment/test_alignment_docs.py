@@ -20,6 +20,7 @@ from pipeline.build import Job
 from pipeline.cli import app
 from pipeline.counts import NAMES, Counts
 from pipeline.recipe import STAGES, DistributionAlignment, QualityDuplication
+from pipeline.sinks.publication import publish
 from tests.distribution_alignment.alignment_graph import make_candidates, place
 from tests.helpers import sample_members, settings, write_pool
 from transforms.distribution_alignment.copies import UnreachableTargetError, cluster_rows, solve_scale
@@ -92,6 +93,8 @@ def test_a_target_that_cannot_be_reached_fails_the_run_and_says_why(
         if name == "distribution_alignment":
             place(make_candidates(np.eye(5, 8)), job.recipe.distribution_alignment, str(tmp_path / "work"), 40)
             files.write_json(job.layout.funnel, {})
+            assert job.publication is not None
+            publish(job.layout, job.publication)
         return dict.fromkeys(NAMES, 0)
 
     monkeypatch.setattr(run_module, "_run_stage", align)

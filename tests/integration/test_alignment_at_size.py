@@ -14,6 +14,7 @@ from benchmarks import alignment
 from pipeline import build
 from pipeline.layout import Layout
 from pipeline.run import pipeline_of
+from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 
 ROWS = 20_000
@@ -76,8 +77,9 @@ def test_another_order_of_the_shards_changes_nothing(annotated: Path, one_thread
     job = build.Job(
         alignment.recipe(ROWS, str(folder / "tasks.npz"), None), tuple(shards[::-1]), Layout(str(folder / "out")), {}
     )
+    write_listing(job.layout, job.shards)
     pipeline = pipeline_of([])
-    build.distribution_alignment(pipeline, job)
+    build.build(build.distribution_alignment, pipeline, job)
     pipeline.run().wait_until_finish()
     assert len(shards) == ROWS // alignment.SHARD_ROWS
     assert written(folder) == written(one_thread)

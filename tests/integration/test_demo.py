@@ -25,6 +25,8 @@ from pipeline.progress import Progress
 from pipeline.recipe import STAGES, Cids, DistributionAlignment, PoolBounds, Target, load_recipe
 from pipeline.records import Sample
 from pipeline.reshard import reshard
+from pipeline.sources import listing
+from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards, read_samples
 from tests.helpers import least_apart
 from transforms.distribution_alignment.cids import load_tasks_model
@@ -224,7 +226,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_outputs_do_not_depend_on_the_order_of_shards(output, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "list_shards", lambda pool: list_shards(pool)[::-1])
+    plain = listing.read_listing
+    monkeypatch.setattr(listing, "read_listing", lambda layout: plain(layout)[::-1])
     run_demo(tmp_path / "out")
     assert snapshot(tmp_path / "out") == snapshot(output)
 
@@ -270,6 +273,7 @@ def test_the_digit_task_alone_raises_the_share_of_digit_pictures(output, labels,
     changed = load_recipe(str(RECIPE)).model_copy(update={"distribution_alignment": alone})
     shutil.copytree(output / "annotations", tmp_path / "annotations")
     job = build.Job(changed, tuple(list_shards(str(POOL))), Layout(str(tmp_path)), {stage: {} for stage in STAGES})
+    write_listing(job.layout, job.shards)
     run_module._run_stage("distribution_alignment", job, [])
 
     digits = {label["uid"] for label in labels if label["digit"] == "1"}

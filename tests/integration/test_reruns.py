@@ -15,11 +15,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from pipeline import files, versions
+from pipeline import build, files, versions
+from pipeline.layout import Layout
 from pipeline.progress import Progress
 from pipeline.recipe import STAGES, Recipe, parse_recipe
-from pipeline.run import UsageError, run
+from pipeline.run import UsageError, run, run_graph, settled_job
 from pipeline.select import select
+from pipeline.sinks.publication import Publication, publish
+from pipeline.sources.listing import write_listing
+from pipeline.sources.webdataset import list_shards
 from tests.helpers import encode, jpeg, picture, sample_members, write_pool
 from tests.models import tiny_models
 from transforms.models.handler import OnDemand
@@ -311,3 +315,68 @@ def test_a_run_that_fails_on_its_way_leaves_the_results_as_they_were(
     run_on(recipe_with(), pool, output)
     assert bytes_of(output, RESULTS) == before
     assert os.readlink(output / "current") == "versions/2"
+
+
+# As jobs that nothing waits for ------------------------------------------------------------------------------------
+
+
+def job_on(recipe: Recipe, pool: Path, output: Path) -> build.Job:
+    """As the launcher of a cluster builds it: the pool is listed, a version begun, and the graph does the rest."""
+    layout = Layout(str(output))
+    job, content = settled_job(recipe, str(pool), layout, list_shards(str(pool)), fetch=False)
+    files.write_json(layout.newest_manifest, content)
+    write_listing(layout, job.shards)
+    return dataclasses.replace(job, layout=versions.begin(layout.output), publication=Publication(content, 1))
+
+
+def test_three_graphs_as_one_job_leave_the_same_and_resume(
+    recipe_with: Callable[..., Recipe], pool: Path, first: Path, tmp_path: Path, seen: Seen
+) -> None:
+    output = tmp_path / "out"
+    counts = run_graph(build.all_stages, job_on(recipe_with(), pool, output), [])
+    assert bytes_of(output) == bytes_of(first)
+    assert counts["tars_opened"] == len(seen.tars) == 6
+    again = run_graph(build.all_stages, job_on(recipe_with(), pool, output), [])
+    assert bytes_of(output) == bytes_of(first)
+    assert again["shards_finished_before"] == 6
+    assert len(seen.tars) == 6
+
+
+def test_a_later_stage_whose_job_comes_too_early_says_which_is_missing(
+    recipe_with: Callable[..., Recipe], pool: Path, tmp_path: Path
+) -> None:
+    job = dataclasses.replace(job_on(recipe_with(), pool, tmp_path / "out"), checks_before=True)
+    with pytest.raises(build.NotFinished, match=r"shard [abc]: has no features .* run stage single_modality first"):
+        run_graph(build.cross_modality, job, [])
+    run_graph(build.single_modality, job, [])
+    with pytest.raises(build.NotFinished, match=r"shard [abc]: \d samples have no score .* run stage cross_modality"):
+        run_graph(build.distribution_alignment, job, [])
+    run_graph(build.cross_modality, job, [])
+    run_graph(build.distribution_alignment, job, [])
+    assert (tmp_path / "out" / "funnel.json").exists()
+
+
+def test_publishing_once_more_changes_nothing(
+    recipe_with: Callable[..., Recipe], pool: Path, first: Path, tmp_path: Path
+) -> None:
+    """A runner may try its last step again, also when it was through or half-way."""
+    output = tmp_path / "out"
+    shutil.copytree(first, output, symlinks=True)
+    job = job_on(recipe_with(), pool, output)
+    run_graph(build.distribution_alignment, job, [])
+    assert job.publication
+    before = everything_in(output)
+    publish(job.layout, job.publication)
+    assert everything_in(output) == before
+    os.remove(job.layout.manifest)  # the first try came as far as the funnel
+    publish(job.layout, job.publication)
+    assert everything_in(output) == before
+
+
+def everything_in(folder: Path) -> dict[str, bytes | str]:
+    """Every file's content, and where every link leads."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }

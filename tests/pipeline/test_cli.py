@@ -24,6 +24,7 @@ from pipeline.manifest import identities
 from pipeline.printable import PrintableFormatter
 from pipeline.recipe import STAGES
 from pipeline.sinks.decisions import funnel
+from pipeline.sinks.publication import publish
 from tests.helpers import DEMO_RECIPE, recipe, sample_members, settings, write_pool
 
 KNOWN: dict[str, dict] = {stage: {} for stage in STAGES} | {"single_modality": {"pos_tagger": {"source": "bundled"}}}
@@ -53,6 +54,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             file.write(f"{name} {' '.join(beam_options)}\n")
         if name == "distribution_alignment":
             files.write_json(job.layout.funnel, FUNNEL)
+            assert job.publication is not None
+            publish(job.layout, job.publication)
         return dict.fromkeys(NAMES, 0)
 
     monkeypatch.setattr(run_module, "_run_stage", stage)

@@ -9,14 +9,15 @@ from typing import Any
 import pydantic
 import pytest
 
-from pipeline.recipe import FlippedClip, Recipe, RecipeError, Threshold, load_recipe, parse_recipe
+from pipeline.recipe import FlippedClip, Recipe, Threshold, load_recipe, parse_recipe
+from pipeline.settings_file import SettingsError
 from tests.helpers import DEMO_RECIPE, recipe, settings
 
 RECIPES = DEMO_RECIPE.parent
 
 
 def faults_of(content: Any) -> list[str]:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(SettingsError) as caught:
         parse_recipe(content, "r.yaml")
     assert str(caught.value).startswith("r.yaml: ")
     return caught.value.faults
@@ -163,14 +164,14 @@ def test_keys_that_are_no_text_are_faults() -> None:
 def test_any_value_that_yaml_can_give_can_be_shown(tmp_path: Path) -> None:
     for value in ("{2020-01-01: 1}", "&a [*a]", "!!binary aGFsbG8=", "!!set {a, b}", "2020-01-01", ".nan"):
         text = DEMO_RECIPE.read_text().replace("name: demo", f"name: {value}")
-        with pytest.raises(RecipeError) as caught:
+        with pytest.raises(SettingsError) as caught:
             load_text(tmp_path, text)
         assert [fault.split(":")[0] for fault in caught.value.faults] == ["name"], value
 
 
 def test_exponents_that_yaml_takes_for_text_are_explained(tmp_path: Path) -> None:
     text = DEMO_RECIPE.read_text().replace("max_pool_share: 0.000001", "max_pool_share: 1e-6")
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(SettingsError) as caught:
         load_text(tmp_path, text)
     (fault,) = caught.value.faults
     assert fault.startswith('single_modality.caption_frequency.max_pool_share: got "1e-6"')
@@ -198,7 +199,7 @@ def test_unreadable_yaml_is_one_fault_and_runs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | bytes
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match="cannot be read as YAML") as caught:
+    with pytest.raises(SettingsError, match="cannot be read as YAML") as caught:
         load_text(tmp_path, text)
     assert len(caught.value.faults) == 1
     assert "\n" not in caught.value.faults[0]
@@ -206,24 +207,24 @@ def test_unreadable_yaml_is_one_fault_and_runs_nothing(
 
 
 def test_a_key_that_stands_twice_is_a_fault(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="min_px stands twice"):
+    with pytest.raises(SettingsError, match="min_px stands twice"):
         load_text(tmp_path, "single_modality:\n  min_side: {min_px: 200, min_px: 300}\n")
 
 
 @pytest.mark.parametrize("path", ["/nonexistent/r.yaml", "nowhere.yaml", "unknown-scheme://a/r.yaml"])
 def test_a_path_that_cannot_be_opened(path: str) -> None:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(SettingsError) as caught:
         load_recipe(path)
     assert len(caught.value.faults) == 1
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError):
+    with pytest.raises(SettingsError):
         load_recipe(str(tmp_path))
 
 
 def test_an_empty_file_is_no_mapping(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="mapping"):
+    with pytest.raises(SettingsError, match="mapping"):
         load_text(tmp_path, "")
 
 

@@ -1,0 +1,248 @@
+"""What a sample costs, for `pairsift estimate`: seconds of a core, bytes of each table, bytes of each shuffle.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.costs [--quick] [--json]
+
+Seconds are user CPU time, which a busy machine lengthens less than the clock's, and slopes between a small and a large
+pool, so that loading is taken out; one thread, because threads that wait for each other count as busy. Bytes of
+shuffles are those that Beam's local runner hands to each GroupByKey, after it has combined what it can. Stage 1 runs
+with the paper's rules over pairs of `benchmarks.pictures`; stage 3 over generated rows, as in `benchmarks.alignment`,
+with few and with many rows a cluster of a shard, because what a step sends for such a group has a cost of its own. The
+figures have the names that `pipeline/dataflow/figures.yaml` has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import resource
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from apache_beam.coders.coder_impl import create_InputStream
+from apache_beam.runners.portability.fn_api_runner import execution
+from rich.console import Console
+
+from benchmarks import alignment, pictures
+from pipeline import build, tables
+from pipeline import recipe as recipes
+from pipeline.layout import Layout
+from pipeline.manifest import identities
+from pipeline.progress import Progress
+from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, load_recipe
+from pipeline.run import pipeline_of, run
+from pipeline.sources.listing import write_listing
+from pipeline.sources.webdataset import list_shards
+
+PAPER = Path(__file__).parent.parent / "recipes" / "paper.yaml"
+TARS = 2
+GROUPS = "Find ranges/Group keys"
+"""The shuffle of one element for each cluster of each shard."""
+TRAINING = "Train centroids/"
+FINE = f"{TRAINING}Gather coarse cluster"
+
+
+class Shuffles:
+    """Elements and bytes that went into each GroupByKey by its name, while open."""
+
+    def __init__(self) -> None:
+        self.elements: dict[str, int] = defaultdict(int)
+        self.bytes: dict[str, int] = defaultdict(int)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Count what the local runner groups."""
+        names: dict[int, str] = {}
+        kept = []  # no other buffer takes its id
+        get_buffer, append = execution.BundleContextManager.get_buffer, execution.GroupingBuffer.append
+
+        def named(manager: Any, buffer_id: bytes, transform_id: str) -> Any:
+            buffer = get_buffer(manager, buffer_id, transform_id)
+            kind, name = execution.split_buffer_id(buffer_id)
+            if kind == "group":
+                transform = manager.execution_context.pipeline_components.transforms[name]
+                names[id(buffer)] = _short(transform.unique_name)
+                kept.append(buffer)
+            return buffer
+
+        def counted(buffer: Any, data: bytes) -> None:
+            stream, coder = create_InputStream(data), buffer._pre_grouped_coder.get_impl()
+            while stream.size() > 0:
+                coder.decode_from_stream(stream, True)
+                self.elements[names[id(buffer)]] += 1
+            self.bytes[names[id(buffer)]] += len(data)
+            append(buffer, data)
+
+        execution.BundleContextManager.get_buffer, execution.GroupingBuffer.append = named, counted
+        try:
+            yield
+        finally:
+            execution.BundleContextManager.get_buffer, execution.GroupingBuffer.append = get_buffer, append
+
+
+def _short(name: str) -> str:
+    """A step's name without those of Beam's own steps within it."""
+    parts = name.split("/")
+    while len(parts) > 1 and parts[-1] in ("GroupByKey", "CombinePerKey", "Group", "ReshufflePerKey", "Reshuffle",
+                                           "CoGroupByKeyImpl", "MaybeReshuffle"):  # fmt: skip
+        parts.pop()
+    return "/".join(dict.fromkeys(parts))
+
+
+def user_seconds() -> float:
+    """User CPU time of this process and of the children that have ended."""
+    return sum(resource.getrusage(who).ru_utime for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def stage_1(folder: Path, few: int, many: int) -> dict[str, float]:
+    """Seconds of a core and bytes a sample of stage 1 and its passes over the pool. `many` is at most as many pairs as
+    there are: the same one once more would be combined with the first."""
+    recipe = load_recipe(str(PAPER)).model_copy(update={"cross_modality": _NOT_RUN})
+    seconds: dict[int, tuple[float, float]] = {}
+    shuffles = {count: Shuffles() for count in (few, many)}
+    for number, count in enumerate((few, few, many)):  # the first time is for what is loaded once
+        there = folder / f"stage 1, {number}"
+        pool, output = pictures.write_tars(there / "pool", pictures.pairs(count), TARS), there / "out"
+        job = build.Job(recipe, tuple(list_shards(str(pool))), Layout(str(output)), identities(recipe))
+        started = user_seconds()
+        run(recipe, str(pool), str(output), [SINGLE_MODALITY], [], Progress(Console(file=io.StringIO())))
+        whole = user_seconds() - started
+        seconds[count] = whole, _graph(build.pool_wide, job)
+        shuffles[count] = Shuffles()
+        with shuffles[count].open():
+            _graph(build.pool_wide, job)
+    more = many - few
+    whole, over_pool = (b - a for a, b in zip(seconds[few], seconds[many], strict=True))
+    figures = {"cpu/single_modality": (whole - over_pool) / more, "cpu/pool_wide": over_pool / more}
+    for name in shuffles[many].bytes:
+        figures[f"shuffle/{SINGLE_MODALITY}/{name}/sample"] = (
+            shuffles[many].bytes[name] - shuffles[few].bytes[name]
+        ) / more
+    return figures
+
+
+_NOT_RUN = recipes.CrossModality(flipped_clip=recipes.FlippedClip(model="bundled:clip", min=0.0))
+
+
+def _graph(graph: Any, job: build.Job) -> float:
+    """Run one graph; its user CPU time."""
+    started = user_seconds()
+    pipeline = pipeline_of([])
+    build.build(graph, pipeline, job)
+    pipeline.run().wait_until_finish()
+    return user_seconds() - started
+
+
+def stage_3(folder: Path, few: int, many: int, clusters: int) -> dict[str, float]:
+    """Seconds of a core and bytes of stage 3: of a sample of the pool, of a candidate, of a group (the candidates of a
+    shard in one cluster), of a cluster."""
+    timed = [
+        Aligned(folder / f"stage 3, {number}", *sizes)
+        for number, sizes in enumerate(
+            [(few, 0.0, 10), (few, 0.0, 10), (many, 0.0, 10), (many, 0.38, 10), (few, 0.0, clusters),
+             (many, 0.0, clusters)]
+        )
+    ][1:]  # the first time is for what is loaded once  # fmt: skip
+    sums = np.array([[1, each.samples, each.candidates, each.groups, each.clusters] for each in timed])
+    _, sample, candidate, group, cluster = np.linalg.solve(sums, [each.seconds for each in timed])
+    figures = {"cpu/decisions": sample, "cpu/candidate": candidate, "cpu/group": group, "cpu/cluster": cluster}
+    dense, sparse = timed[1], timed[-1]
+    for name in dense.shuffles.bytes:
+        if name.startswith(TRAINING) or dense.shuffles.bytes[name] < 2 * dense.candidates:
+            continue  # not by candidate: a few bytes a shard, a cluster or a job
+        elements = np.array([[each.candidates, each.shuffles.elements[name]] for each in (dense, sparse)])
+        row, element = np.linalg.solve(elements, [each.shuffles.bytes[name] for each in (dense, sparse)])
+        figures[f"shuffle/{DISTRIBUTION_ALIGNMENT}/{name}/candidate"] = row
+        figures[f"shuffle/{DISTRIBUTION_ALIGNMENT}/{name}/element"] = element
+    trained = min(sparse.candidates, recipes.Clusters().samples_per_cluster * clusters)
+    figures[f"shuffle/{DISTRIBUTION_ALIGNMENT}/{FINE}/training_row"] = (
+        sparse.shuffles.bytes[FINE] / trained - 2 * alignment.DIMENSIONS
+    )
+    return figures
+
+
+class Aligned:
+    """Stage 3 as in paper.yaml over generated rows, those with that cosine as candidates: once for its user seconds,
+    once for its shuffles."""
+
+    def __init__(self, folder: Path, rows: int, min_cosine: float, clusters: int) -> None:
+        self.samples, self.clusters = rows, clusters
+        alignment.write_tables(alignment.make_pool(rows), folder)
+        recipe = alignment.recipe(rows, "", None)
+        stage = recipe.distribution_alignment.model_copy(
+            update={"cids": None, "clusters": recipes.Clusters(count=clusters)}
+        )
+        clip = recipe.cross_modality.flipped_clip.model_copy(update={"min": min_cosine})
+        scores = recipe.cross_modality.model_copy(update={"flipped_clip": clip})
+        recipe = recipe.model_copy(update={"distribution_alignment": stage, "cross_modality": scores})
+        layout, shards = Layout(str(folder / "out")), tuple(list_shards(str(folder / "pool")))
+        write_listing(layout, shards)
+        job = build.Job(recipe, shards, layout, {})
+        self.seconds, self.shuffles = _graph(build.distribution_alignment, job), Shuffles()
+        with self.shuffles.open():
+            _graph(build.distribution_alignment, job)
+        rules = json.loads(Path(layout.funnel).read_text())["rules"]
+        self.candidates = next(rule["in"] for rule in rules if rule["name"] == "semantic_dedup")
+        self.groups = self.shuffles.elements[GROUPS]
+
+
+def table_bytes(folder: Path) -> dict[str, float]:
+    """Bytes a row of each table of the demo's run, its shards' rows in one file; scores without the embedding, which
+    does not compress."""
+    paths = {
+        "single_modality": Layout.single_modality,
+        "pool_wide": Layout.pool_wide,
+        "cross_modality": Layout.cross_modality,
+        "decisions": Layout.decisions,
+    }
+    output = str(folder / "demo")
+    demo = load_recipe(str(PAPER.with_name("demo.yaml")))
+    pool = str(Path(build.__file__).parent / "demo" / "pool")
+    stages = [SINGLE_MODALITY, CROSS_MODALITY, DISTRIBUTION_ALIGNMENT]
+    run(demo, pool, output, stages, [], Progress(Console(file=io.StringIO())))
+    schemas = {name: getattr(tables, name.upper()) for name in paths}
+    figures = {}
+    for name, path in paths.items():
+        columns = [column for column in schemas[name].names if column != "embedding"]
+        rows = [row for shard in list_shards(pool) for row in _rows(path(Layout(output), shard.name), columns)]
+        one = folder / f"{name}.parquet"
+        tables.write_table(str(one), rows, schemas[name].remove(schemas[name].get_field_index("embedding"))
+                           if "embedding" in schemas[name].names else schemas[name])  # fmt: skip
+        figures[f"bytes/{name}"] = one.stat().st_size / len(rows)
+    return figures
+
+
+def _rows(path: str, columns: list[str]) -> list[dict[str, Any]]:
+    return pq.read_table(path, columns=columns).to_pylist()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="smaller pools, no demo: shows that it runs")
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument("--only", choices=["stage_1", "stage_3", "tables"])
+    arguments = parser.parse_args()
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.only in (None, "stage_1"):
+            figures |= stage_1(folder, *((40, 120) if arguments.quick else (200, 1100)))
+        if arguments.only in (None, "stage_3"):
+            figures |= stage_3(folder, *((2000, 10_000, 800) if arguments.quick else (10_000, 40_000, 5000)))
+        if arguments.only == "tables" or not (arguments.only or arguments.quick):
+            figures |= table_bytes(folder)
+    for figure, value in figures.items():
+        print(f"{figure}: {value:.6g}")
+    if arguments.json:
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The end of a run: readers are let see its results, and what is of no use any more goes.
+
+The last step of stage 3's graph, because nothing waits for a job on a cluster. A runner may try a step again, so doing
+all of it once more changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline import files, versions
+from pipeline.layout import Layout
+from pipeline.sinks.decisions import DEAD_LETTER_STEPS, SMALLER_BATCHES
+from pipeline.sources.listing import read_listing
+
+
+@dataclasses.dataclass(frozen=True)
+class Publication:
+    """What is published with the results: the content of their manifest, as far as it is known when the graph is built.
+    `keep_versions` is how many versions stay readable, this one included."""
+
+    manifest: Mapping[str, Any]
+    keep_versions: int = versions.KEPT
+
+
+def publish(layout: Layout, publication: Publication) -> None:
+    """Make the version of `layout`, of which all else is written, whole, and let readers see it; delete older versions,
+    and what is known of shards that the pool no longer has."""
+    funnel = json.loads(files.read_bytes(layout.funnel))
+    # Scores of another batch shape differ in their last bits.
+    smaller = {SMALLER_BATCHES: funnel[SMALLER_BATCHES]} if funnel.get(SMALLER_BATCHES) else {}
+    files.write_json(layout.manifest, {**publication.manifest, **smaller})
+    versions.switch(layout)
+    versions.prune(layout.output, publication.keep_versions)
+    for name in vanished(layout):
+        for path in (
+            *(layout.dead_letters(step, name) for step in DEAD_LETTER_STEPS),
+            layout.cross_modality(name),
+            layout.pool_wide(name),
+            layout.single_modality(name),  # last: by it the others are found
+        ):
+            files.delete_if_there(path)
+    files.delete_folder(layout.in_hand_folder)
+
+
+def vanished(layout: Layout) -> set[str]:
+    """The names of shards that tables are of and that the pool no longer has."""
+    there = files.names_in(layout.single_modality("x").rpartition("/")[0])
+    return {name.removesuffix(".parquet") for name in there} - {shard.name for shard in read_listing(layout)}

@@ -1,0 +1,14 @@
+"""The entry point of the flex templates' launcher."""
+
+import logging
+import sys
+
+from pipeline.dataflow.launcher import launch
+from pipeline.run import UsageError
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    try:
+        logging.info("%s is handed over", launch(sys.argv[1:]))
+    except UsageError as error:
+        sys.exit(f"pairsift: {error}")  # status 1: to the service, every other status is one too
