@@ -13,8 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import yaml
-from apache_beam.io.filesystems import FileSystems
 from pydantic import Field
+
+from pipeline import files
 
 SINGLE_MODALITY = "single_modality"
 CROSS_MODALITY = "cross_modality"
@@ -456,8 +457,7 @@ def load_recipe(path: str) -> Recipe:
     Raises RecipeError with every fault at once: where it is, what was given, what is allowed.
     """
     try:
-        with FileSystems.open(path) as file:
-            content = yaml.load(file.read().decode("utf-8"), _UniqueKeysLoader)
+        content = yaml.load(files.read_bytes(path).decode("utf-8"), _UniqueKeysLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a scheme that Beam does not know
         raise RecipeError(path, [f"cannot be read as YAML: {' '.join(str(error).split())}"]) from error
     return parse_recipe(content, path)

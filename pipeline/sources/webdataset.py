@@ -13,7 +13,6 @@ import urllib.parse
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
 
 from pipeline import files
 from pipeline.recipe import PoolBounds
@@ -45,7 +44,10 @@ def list_shards(pool: str) -> list[Shard]:
     else:
         folder = pool.rstrip("/") or pool
         pattern = files.join(files.literal(folder), "**.tar")
-    found = FileSystems.match([pattern])[0].metadata_list
+    try:
+        found = files.matching(pattern)
+    except OSError as error:
+        raise NoShards(f"{pool}: cannot be listed: {error}; give a folder of webdataset tars that you may list") from error
     if not found:
         raise NoShards(f"{pool}: no *.tar in it; give a folder of webdataset tars, or a pattern that ends in .tar")
     return sorted(
@@ -72,7 +74,7 @@ def _shortened(name: str, max_characters: int) -> str:
 
 def _relative(path: str, folder: str) -> str:
     folder = folder.rstrip("/") + "/" if folder else ""
-    if "://" not in path and folder:
+    if not files.in_cloud_storage(path) and folder:
         path, folder = path.replace("\\", "/"), folder.removeprefix("./")
         path = path.removeprefix("./")
     return path.removeprefix(folder)
