@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,7 @@ CLOUD_ERRORS = (GoogleAPIError, GoogleAuthError, InvalidResponse, DataCorruption
 _SPOOLED_BYTES = 2**24  # in memory; beyond it on this machine's disk, until it is uploaded
 _AT_ONCE = 32  # requests; an answer of Cloud Storage takes tens of milliseconds, nearly all of them waiting
 _DELETED_AT_ONCE = 8  # requests of 100 objects each
+_clients = threading.local()
 
 
 class WriteFailed(OSError):
@@ -84,13 +86,15 @@ def each(folder: str, function: Callable[[Item], Result], items: Iterable[Item])
 
 def exists(path: str) -> bool:
     """Whether a file stands at `path`, or a local folder."""
-    with as_os_errors():
-        return FileSystems.exists(path)
+    if in_cloud_storage(path):
+        with as_os_errors(path):
+            return _gcs().exists(path)
+    return FileSystems.exists(path)
 
 
 def matching(pattern: str) -> list[FileMetadata]:
     """The files that match; none where there is no such folder. Raises OSError."""
-    with as_os_errors():
+    with as_os_errors(pattern):
         found = FileSystems.match([pattern])[0].metadata_list
     # A console's folders are empty objects whose names end with a slash.
     return [metadata for metadata in found if not metadata.path.endswith("/")]
@@ -111,8 +115,8 @@ def folders_in(folder: str) -> set[str]:
     """The names of the folders in `folder` itself; none where it is not there. What lies in them is not listed."""
     if not in_cloud_storage(folder):
         return {entry.name for entry in os.scandir(folder) if entry.is_dir()} if os.path.isdir(folder) else set()
-    bucket, prefix = gcsio.parse_gcs_path(f"{folder}/")
-    with as_os_errors():
+    bucket, prefix = gcsio.parse_gcs_path(f"{folder.rstrip('/')}/", object_optional=True)
+    with as_os_errors(folder):
         listing = _gcs().client.list_blobs(bucket, prefix=prefix, delimiter="/")
         for _ in listing.pages:
             pass  # its prefixes are known when it is through
@@ -126,18 +130,25 @@ def cloud_blob(path: str) -> Any:
 
 
 def _gcs() -> gcsio.GcsIO:
-    return gcsio.GcsIO(pipeline_options=PipelineOptions([]))  # else it would look at this program's command line
+    """This thread's client. Beam makes another one for each request, which connects anew, and which asks for the bucket
+    too."""
+    if not hasattr(_clients, "gcs"):
+        # Without options it would look at this program's command line.
+        _clients.gcs = gcsio.GcsIO(pipeline_options=PipelineOptions([]))
+    return _clients.gcs
 
 
 def open_binary(path: str) -> Any:
     """The bytes at `path`, as they are: nothing is decompressed by its name. Raises OSError."""
-    with as_os_errors():
-        return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+    if in_cloud_storage(path):
+        with as_os_errors(path):
+            return _gcs().open(path, "rb")
+    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
 
 
 def read_bytes(path: str) -> bytes:
     """All bytes at `path`. Raises OSError."""
-    with open_binary(path) as file, as_os_errors():
+    with open_binary(path) as file, as_os_errors(path):
         return file.read()
 
 
@@ -318,23 +329,29 @@ def _failing_as(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_os_errors() -> Iterator[None]:
-    """Raises OSErrors in place of those of Cloud Storage's client, so that callers need to know of one kind only."""
+def as_os_errors(path: str = "") -> Iterator[None]:
+    """Raises OSErrors in place of those of Cloud Storage's client, so that callers need to know of one kind only. Their
+    messages begin with `path`."""
     try:
         yield
     except BeamIOError as error:
         for cause in _causes(error):
             if isinstance(cause, CLOUD_ERRORS):
-                raise _as_os_error(cause) from error
+                raise _as_os_error(cause, path) from error
         raise
     except CLOUD_ERRORS as error:
-        raise _as_os_error(error) from error
+        raise _as_os_error(error, path) from error
 
 
-def _as_os_error(error: Exception) -> OSError:
-    code = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
-    kind = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}.get(code, OSError)
-    return kind(" ".join(str(error).split()))
+def _as_os_error(error: BaseException, path: str) -> OSError:
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    try:
+        said = f"HTTP status {status}: {response.json()['error']['message']}"  # type: ignore[union-attr]
+    except (AttributeError, ValueError, LookupError, TypeError):
+        said = " ".join(str(error).split())
+    kind = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}.get(status or 0, OSError)
+    return kind(f"{path}: {said}" if path else said)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -380,14 +397,14 @@ def rename(source: str, target: str) -> None:
     """Give the file at `source` the name `target`, in place of what has it. In Cloud Storage it is copied and deleted:
     for a moment both are there."""
     make_folder(target.rpartition("/")[0])
-    with as_os_errors():
+    with as_os_errors(target):
         FileSystems.rename([source], [target])
 
 
 def delete_if_there(path: str) -> None:
     """Delete `path` where it exists; where it is a local folder, with all that lies under it."""
     if in_cloud_storage(path):
-        with as_os_errors():
+        with as_os_errors(path):
             _gcs().delete(path)
     elif FileSystems.exists(path):
         _delete(path)
@@ -398,17 +415,17 @@ def delete_folder(path: str) -> None:
     if not in_cloud_storage(path):
         delete_if_there(path)
         return
-    with as_os_errors(), ThreadPoolExecutor(_DELETED_AT_ONCE) as pool:
+    with as_os_errors(path), ThreadPoolExecutor(_DELETED_AT_ONCE) as pool:
         found = list(_objects_under(path))
         batches = [found[start : start + 100] for start in range(0, len(found), 100)]
         failed = [name for names in pool.map(_delete_objects, batches) for name in names]
     if failed:
-        raise OSError(f"{path}: {len(failed)} objects cannot be deleted ({failed[0]}, …); give the right to delete there")
+        raise OSError(f"{path}: {len(failed)} objects cannot be deleted ({failed[0]}, …); give the right to, there")
 
 
 def _objects_under(folder: str) -> Iterator[str]:
     """The paths of all objects under a folder of Cloud Storage, as they are listed."""
-    with as_os_errors():
+    with as_os_errors(folder):
         for path, _ in _gcs().list_files(f"{folder}/"):
             yield path
 

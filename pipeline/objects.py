@@ -36,7 +36,7 @@ class Object(NamedTuple):
 
 def read(path: str) -> Object | None:
     """The object at `path`; None where there is none. Raises OSError."""
-    with files.as_os_errors():
+    with files.as_os_errors(path):
         while True:
             blob = files.cloud_blob(path)
             try:
@@ -53,7 +53,7 @@ def replace(path: str, content: bytes, generation: int) -> Object:
     Raises Overtaken where another lies there, OSError where the store cannot be written to.
     """
     blob = files.cloud_blob(path)
-    with files.as_os_errors():
+    with files.as_os_errors(path):
         try:
             blob.upload_from_string(content, "application/json", if_generation_match=generation, retry=_RETRY)
         except PreconditionFailed as error:
@@ -63,7 +63,7 @@ def replace(path: str, content: bytes, generation: int) -> Object:
 
 def remove(path: str, generation: int) -> None:
     """Delete the object of that generation. Raises Overtaken where another lies there, or none; OSError."""
-    with files.as_os_errors():
+    with files.as_os_errors(path):
         try:
             files.cloud_blob(path).delete(if_generation_match=generation, retry=_RETRY)
         except (NotFound, PreconditionFailed) as error:
@@ -73,7 +73,7 @@ def remove(path: str, generation: int) -> None:
 def now(path: str) -> datetime.datetime:
     """The time by the store's own clock: that of an object written to `path` for it, and deleted. Raises OSError."""
     blob = files.cloud_blob(path)
-    with files.as_os_errors():
+    with files.as_os_errors(path):
         blob.upload_from_string(b"", retry=_RETRY)
         with contextlib.suppress(NotFound):  # somebody else asked at the same time
             files.cloud_blob(path).delete(retry=_RETRY)

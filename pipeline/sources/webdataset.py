@@ -13,7 +13,6 @@ import urllib.parse
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-
 from pipeline import files
 from pipeline.recipe import PoolBounds
 from pipeline.records import Annotation, DeadLetter, Sample, Shard, dead_letter, uid_of
@@ -47,7 +46,7 @@ def list_shards(pool: str) -> list[Shard]:
     try:
         found = files.matching(pattern)
     except OSError as error:
-        raise NoShards(f"{pool}: cannot be listed: {error}; give a folder of webdataset tars that you may list") from error
+        raise NoShards(f"{pool}: cannot be listed ({error}); name a folder of tars that this user may list") from error
     if not found:
         raise NoShards(f"{pool}: no *.tar in it; give a folder of webdataset tars, or a pattern that ends in .tar")
     return sorted(

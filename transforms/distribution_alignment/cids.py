@@ -17,6 +17,7 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
+from pipeline import files
 from pipeline.recipe import Cids, DistributionAlignment
 from transforms.distribution_alignment import copies, quality_duplication
 from transforms.distribution_alignment.clusters import assign, load_centroids

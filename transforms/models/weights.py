@@ -10,7 +10,6 @@ pickles that torch confines to tensors (`weights_only`).
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.resources
 import os
 from pathlib import Path
