@@ -191,6 +191,7 @@ class CloudStorage(ThreadingHTTPServer):
     def answer(self, request: Request) -> Answer | None:
         """What a request comes to; None where its connection is to be closed."""
         with self._state:
+            request = self._named(request)
             if request.kind != "bucket":  # a thread of each client looks at it once, whenever it comes to it
                 self.asked[request.kind] += 1
             pause = _taken(self._pauses, request)
@@ -205,6 +206,16 @@ class CloudStorage(ThreadingHTTPServer):
             except Refused as refused:
                 answer = refused.answer
             return Refused(fault[1], "told to fail").answer if fault else answer
+
+    def _named(self, request: Request) -> Request:
+        """The request with the object's name also where it stands elsewhere than in the address."""
+        upload = self._uploads.get(request.query.get("upload_id", ""))
+        if upload:
+            return dataclasses.replace(request, name=upload.name)
+        if request.kind != "write" or request.name or "upload_id" in request.query:
+            return request
+        metadata = _parts(request)[0][1] if request.query["uploadType"] == "multipart" else request.body
+        return dataclasses.replace(request, name=json.loads(metadata)["name"])
 
     def _answer(self, request: Request) -> Answer:
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
@@ -286,7 +297,8 @@ class CloudStorage(ThreadingHTTPServer):
             raise Refused(501, f"range {request.headers['range']} is not known here")
         start, size = int(asked[1]), len(stored.content)
         if start >= size:
-            raise Refused(416, "The requested range cannot be satisfied.")
+            refused = Refused(416, "The requested range cannot be satisfied.").answer
+            return dataclasses.replace(refused, headers={**refused.headers, "Content-Range": f"bytes */{size}"})
         stop = min(int(asked[2]) + 1 if asked[2] else size, size)
         return Answer(
             206, {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{size}"}, stored.content[start:stop]
@@ -312,14 +324,13 @@ class CloudStorage(ThreadingHTTPServer):
         if "upload_id" in request.query:
             return self._resumed(request)
         if request.query["uploadType"] == "multipart":
-            metadata, content = _related(request)
-            _check_crc32c(metadata.get("crc32c"), content)
-            return self._store(request.bucket, request.query.get("name") or metadata["name"], content, request.query)
+            (_, metadata), (_, content) = _parts(request)
+            _check_crc32c(json.loads(metadata).get("crc32c"), content)
+            return self._store(request.bucket, request.name, content, request.query)
         if request.query["uploadType"] != "resumable":
             raise Refused(501, f"uploadType {request.query['uploadType']} is not known here")
-        name = request.query.get("name") or json.loads(request.body)["name"]
         upload = uuid.uuid4().hex
-        self._uploads[upload] = _Upload(request.bucket, name, request.query)
+        self._uploads[upload] = _Upload(request.bucket, request.name, request.query)
         place = f"{self.url}/upload{_API}{request.bucket}/o?uploadType=resumable&upload_id={upload}"
         return Answer(200, {"Location": place})
 
@@ -419,12 +430,6 @@ def _request(method: str, target: str, headers: Mapping[str, str], body: bytes) 
         return request("copy", bucket, name)
     reads = "read" if query.get("alt") == "media" else "metadata"
     return request({"GET": reads, "DELETE": "delete"}.get(method, method), bucket, name)
-
-
-def _related(request: Request) -> tuple[dict[str, Any], bytes]:
-    """The metadata and the content of an upload in one request."""
-    (_, metadata), (_, content) = _parts(request)
-    return json.loads(metadata), content
 
 
 def _parts(request: Request) -> list[tuple[dict[str, str], bytes]]:

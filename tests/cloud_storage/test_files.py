@@ -84,7 +84,7 @@ def test_who_may_not_write_is_told_what_where_and_what_to_do(store: CloudStorage
     expected = f"{path}: cannot be written: HTTP status 403: told to fail; give this user the right to write there"
     with pytest.raises(files.WriteFailed, match=re.escape(expected)):
         files.write_bytes(path, b"")
-    with pytest.raises(files.WriteFailed, match="gs://no-such/a: cannot be written: HTTP status 404: The specified buc"):
+    with pytest.raises(files.WriteFailed, match="gs://no-such/a: cannot be written: HTTP status 404: The spec"):
         files.write_bytes("gs://no-such/a", b"")
 
 
