@@ -444,8 +444,13 @@ def _delete(path: str) -> None:
 
 
 def cache_folder() -> Path:
-    """This user's folder on this machine for copies of remote files: `PAIRSIFT_CACHE`, else the user's cache folder."""
-    return Path(os.environ.get("PAIRSIFT_CACHE") or Path.home() / ".cache" / "pairsift")
+    """This user's folder on this machine for what can be had again: `PAIRSIFT_CACHE`, else the user's cache folder."""
+    if named := os.environ.get("PAIRSIFT_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "pairsift"
+    except RuntimeError:  # a container may run as a number that has no home
+        return Path(tempfile.gettempdir()) / "pairsift"
 
 
 def local_copy(path: str) -> str:
@@ -470,7 +475,7 @@ def local_copy(path: str) -> str:
                 for file in found:
                     target = aside / (file.path.removeprefix(url).lstrip("/") or url.rsplit("/", 1)[1])
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    with open_binary(file.path) as remote, target.open("wb") as local:
+                    with open_binary(file.path) as remote, target.open("wb") as local, as_os_errors(file.path):
                         shutil.copyfileobj(remote, local, 2**20)
                 aside.rename(copy)
             finally:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import google_crc32c
 
@@ -262,12 +262,13 @@ class CloudStorage(ThreadingHTTPServer):
 
     def _resource(self, bucket: str, name: str) -> dict[str, Any]:
         stored = self.buckets[bucket][name]
+        link = f"{self.url}/download{_API}{bucket}/o/{quote(name, safe='')}?generation={stored.generation}&alt=media"
         time = stored.updated.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         return {
             "kind": "storage#object", "id": f"{bucket}/{name}/{stored.generation}", "name": name, "bucket": bucket,
             "generation": str(stored.generation), "metageneration": "1", "size": str(len(stored.content)),
             "contentType": "application/octet-stream", "timeCreated": time, "updated": time, "etag": "e",
-            "crc32c": _crc32c(stored.content),
+            "crc32c": _crc32c(stored.content), "mediaLink": link,
         }  # fmt: skip
 
     def _found(self, request: Request) -> Stored:

