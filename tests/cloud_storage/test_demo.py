@@ -78,17 +78,17 @@ def outcome(store: CloudStorage, tmp_path_factory: pytest.TempPathFactory) -> Ou
     before = functools.partial(prepare, dict(os.environ))
     for uploaded in (functools.partial(is_second_table, store), is_subset, None):
         pause = store.pause(uploaded) if uploaded else None
-        killed = Command(command, log, before)
+        one = Command(command, log, before)
         if pause:
             while not pause.reached.wait(0.1):
-                assert killed.process.is_alive(), killed.said
-            killed.kill()
+                assert one.process.is_alive(), one.said
+            one.kill()
             pause.drop()
             found.names_when_killed.append(store.names(BUCKET, "out/"))
         else:
-            killed.finish(600)
-        found.statuses.append(killed.process.exitcode)
-        found.said.append(killed.said)
+            one.finish(600)
+        found.statuses.append(one.process.exitcode)
+        found.said.append(one.said)
     return found
 
 
@@ -166,6 +166,22 @@ def test_the_manifest_names_what_was_used_with_its_hashes(outcome: Outcome, stor
         assert there[section]["sha256"] == here[section]["sha256"] != {}
 
 
+def test_a_later_stage_alone_asks_for_the_tables_of_the_earlier_ones(outcome: Outcome, store: CloudStorage) -> None:
+    path = f"gs://{BUCKET}/recipe.yaml"
+
+    def stage_3(output: str) -> None:
+        run(load_recipe(path), f"gs://{BUCKET}/pool", output, [DISTRIBUTION_ALIGNMENT], [], progress())
+
+    with pytest.raises(UsageError, match="4 of 4 shards have no table of single_modality"):
+        stage_3(f"gs://{BUCKET}/new")
+    store.put(BUCKET, "other/file", b"")
+    with pytest.raises(UsageError, match="is not empty and holds no run of pairsift"):
+        stage_3(f"gs://{BUCKET}/other")
+    with only_writer(OUTPUT), pytest.raises(UsageError, match=f"process {os.getpid()} of .* is writing it"):
+        stage_3(OUTPUT)  # all tables are there
+    assert not store.names(BUCKET, "new/")
+
+
 def test_it_can_be_resharded(outcome: Outcome, store: CloudStorage, local: Path, tmp_path: Path) -> None:
     done = [reshard(OUTPUT, f"gs://{BUCKET}/pool", TARS, 50, [], progress()) for _ in range(2)]  # then nothing to do
     reshard(str(local), str(POOL), str(tmp_path / "tars"), 50, [], progress())
@@ -185,22 +201,6 @@ def test_it_can_be_decided_again(outcome: Outcome, store: CloudStorage, local: P
     assert results_in(store, "out/versions/2/") == results_under(tmp_path / "out")
     assert results_in(store, "out/versions/2/") != results_in(store, "out/versions/1/")
     assert not store.names(BUCKET, "out/.")  # no lock, no work folder
-
-
-def test_a_later_stage_alone_asks_for_the_tables_of_the_earlier_ones(outcome: Outcome, store: CloudStorage) -> None:
-    path = f"gs://{BUCKET}/recipe.yaml"
-
-    def stage_3(output: str) -> None:
-        run(load_recipe(path), f"gs://{BUCKET}/pool", output, [DISTRIBUTION_ALIGNMENT], [], progress())
-
-    with pytest.raises(UsageError, match="4 of 4 shards have no table of single_modality"):
-        stage_3(f"gs://{BUCKET}/new")
-    store.put(BUCKET, "other/file", b"")
-    with pytest.raises(UsageError, match="is not empty and holds no run of pairsift"):
-        stage_3(f"gs://{BUCKET}/other")
-    with only_writer(OUTPUT), pytest.raises(UsageError, match=f"process {os.getpid()} of .* is writing it"):
-        stage_3(OUTPUT)  # all tables are there
-    assert not store.names(BUCKET, "new/")
 
 
 def test_task_centroids_are_made_there(store: CloudStorage, bucket: str, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Where a model's files come from, and what exactly was loaded.
 
 A model is named by `bundled:clip|itm|digit` (the small demo models that this package holds, with
-`bundled:tasks`, task centroids made by that CLIP), a local folder, a folder of Cloud
-Storage (`gs://…`, copied once to this machine), or a name that the library itself resolves (an open_clip
+`bundled:tasks`, task centroids made by that CLIP), a local folder, a folder of Cloud Storage
+(`gs://…`, copied once to this machine), or a name that the library itself resolves (an open_clip
 architecture with its tag, a hub name with its revision). Only safetensors files are read, or
 pickles that torch confines to tensors (`weights_only`).
 """
