@@ -396,7 +396,7 @@ def _show(funnel: dict[str, Any], layout: Layout) -> None:
     places = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for what, where in (
         ("training subset", layout.subset),
-        ("decision of every sample", f"{layout.output}/decisions/"),
+        ("decision of every sample", layout.decisions("").rpartition("/")[0] + "/"),
         ("scores and features", f"{layout.output}/annotations/"),
         ("clusters", layout.clusters),
         ("the same, to look at", layout.clusters_figure),

@@ -1,7 +1,9 @@
 """Whole files through Beam's FileSystems, so that a local path and `gs://` are one code.
 
-A file is written aside, renamed to its final name and verified, so that whoever sees the final name sees all of it.
-What a killed process leaves aside, the next one to claim the folder clears (`clear_aside`).
+Whoever sees a file's final name sees all of it. A local file is written aside, renamed to its final name and verified;
+what a killed process leaves aside, the next one to claim the folder clears (`clear_aside`). Cloud Storage has no
+renaming, and needs none: an object is uploaded under its final name, is there once the upload is complete, and an
+upload that never is leaves nothing to be seen. Objects that several may want to write: `pipeline.objects`.
 """
 
 from __future__ import annotations
@@ -15,17 +17,36 @@ import json
 import os
 import re
 import shutil
+import tempfile
+import threading
 import uuid
-from collections.abc import Collection, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
-from apache_beam.io.filesystem import BeamIOError, CompressionTypes
+from apache_beam.io.filesystem import BeamIOError, CompressionTypes, FileMetadata
 from apache_beam.io.filesystems import FileSystems
+from apache_beam.io.gcp import gcsio
+from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.utils import retry
+from filelock import FileLock
+from google.api_core.exceptions import GoogleAPIError
+from google.auth.exceptions import GoogleAuthError
+from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _ASIDE = re.compile(r"\..+\.tmp-[0-9a-f]{32}", re.DOTALL)
 _SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+CLOUD_ERRORS = (GoogleAPIError, GoogleAuthError, InvalidResponse, DataCorruption)
+"""What the client of Cloud Storage raises beside OSError."""
+_SPOOLED_BYTES = 2**24  # in memory; beyond it on this machine's disk, until it is uploaded
+_AT_ONCE = 32  # requests; an answer of Cloud Storage takes tens of milliseconds, nearly all of them waiting
+_DELETED_AT_ONCE = 8  # requests of 100 objects each
+_clients = threading.local()
 
 
 class WriteFailed(OSError):
@@ -50,9 +71,33 @@ def literal(path: str) -> str:
     return re.sub(r"[*?[]", r"[\g<0>]", path)
 
 
+def in_cloud_storage(path: str) -> bool:
+    """Whether `path` names a place in Cloud Storage; all others are local."""
+    return path.startswith("gs://")
+
+
+def each(folder: str, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`function` of each item, in their order, where it asks something of `folder`: many at once in Cloud Storage."""
+    if not in_cloud_storage(folder):
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(function, items))
+
+
 def exists(path: str) -> bool:
-    """Whether a file or folder stands at `path`."""
+    """Whether a file stands at `path`, or a local folder."""
+    if in_cloud_storage(path):
+        with as_os_errors(path):
+            return _gcs().exists(path)
     return FileSystems.exists(path)
+
+
+def matching(pattern: str) -> list[FileMetadata]:
+    """The files that match; none where there is no such folder. Raises OSError."""
+    with as_os_errors(pattern):
+        found = FileSystems.match([pattern])[0].metadata_list
+    # A console's folders are empty objects whose names end with a slash.
+    return [metadata for metadata in found if not metadata.path.endswith("/")]
 
 
 def names_in(folder: str) -> set[str]:
@@ -62,18 +107,48 @@ def names_in(folder: str) -> set[str]:
 
 def sizes_bytes_in(folder: str) -> dict[str, int]:
     """Name -> size of the files that lie in `folder` itself; none where it is not there."""
-    found = FileSystems.match([join(literal(folder), "*")])[0].metadata_list
+    found = matching(join(literal(folder), "*"))
     return {metadata.path.rpartition("/")[2]: metadata.size_in_bytes for metadata in found}
 
 
+def folders_in(folder: str) -> set[str]:
+    """The names of the folders in `folder` itself; none where it is not there. What lies in them is not listed."""
+    if not in_cloud_storage(folder):
+        return {entry.name for entry in os.scandir(folder) if entry.is_dir()} if os.path.isdir(folder) else set()
+    bucket, prefix = gcsio.parse_gcs_path(f"{folder.rstrip('/')}/", object_optional=True)
+    with as_os_errors(folder):
+        listing = _gcs().client.list_blobs(bucket, prefix=prefix, delimiter="/")
+        for _ in listing.pages:
+            pass  # its prefixes are known when it is through
+    return {name.removeprefix(prefix).rstrip("/") for name in listing.prefixes}
+
+
+def cloud_blob(path: str) -> Any:
+    """The object at `path` as the client of Cloud Storage has it, with the credentials that Beam uses. Asks nothing."""
+    bucket, name = gcsio.parse_gcs_path(path)
+    return _gcs().client.bucket(bucket).blob(name, chunk_size=_SPOOLED_BYTES)
+
+
+def _gcs() -> gcsio.GcsIO:
+    """This thread's client. Beam makes another one for each request, which connects anew, and which asks for the bucket
+    too."""
+    if not hasattr(_clients, "gcs"):
+        # Without options it would look at this program's command line.
+        _clients.gcs = gcsio.GcsIO(pipeline_options=PipelineOptions([]))
+    return _clients.gcs
+
+
 def open_binary(path: str) -> Any:
-    """The bytes at `path`, as they are: nothing is decompressed by its name."""
+    """The bytes at `path`, as they are: nothing is decompressed by its name. Raises OSError."""
+    if in_cloud_storage(path):
+        with as_os_errors(path):
+            return _gcs().open(path, "rb")
     return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
 
 
 def read_bytes(path: str) -> bytes:
-    """All bytes at `path`."""
-    with open_binary(path) as file:
+    """All bytes at `path`. Raises OSError."""
+    with open_binary(path) as file, as_os_errors(path):
         return file.read()
 
 
@@ -139,6 +214,12 @@ def write_aside(path: str) -> Iterator[BinaryIO]:
     Raises WriteFailed where it cannot be written, IncompleteWrite where it is not there, or not whole, afterwards. An
     error of the body passes as it is.
     """
+    with _uploaded(path) if in_cloud_storage(path) else _renamed(path) as file:
+        yield file  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _renamed(path: str) -> Iterator[_CountingWriter]:
     folder, _, name = path.rpartition("/")
     aside = join(folder, f".{name}.tmp-{uuid.uuid4().hex}")  # hidden: readers of a folder of tables leave it out
     with _failing_as(path):
@@ -147,18 +228,34 @@ def write_aside(path: str) -> Iterator[BinaryIO]:
     counter = _CountingWriter(path, handle)
     try:
         with _marked_live(aside, handle):
-            with counter:
-                yield counter  # type: ignore[misc]
+            with contextlib.closing(counter):
+                yield counter
             with _failing_as(path):
                 FileSystems.rename([aside], [path])
     except BaseException:
         with contextlib.suppress(BeamIOError, OSError):
             _delete(aside)
         raise
-    found_bytes = _size_bytes(path)
-    if found_bytes != counter.written_bytes:
+    _check_size(path, counter.written_bytes, _size_bytes(path))
+
+
+@contextlib.contextmanager
+def _uploaded(path: str) -> Iterator[_CountingWriter]:
+    # Not Beam's writer: closing it completes the object, which the garbage collector does too when a write has failed.
+    with tempfile.SpooledTemporaryFile(_SPOOLED_BYTES) as spool:
+        counter = _CountingWriter(path, spool, closes=False)
+        yield counter
+        with _failing_as(path):
+            spool.seek(0)
+            blob = cloud_blob(path)
+            blob.upload_from_file(spool, size=counter.written_bytes, checksum="crc32c")
+    _check_size(path, counter.written_bytes, blob.size)
+
+
+def _check_size(path: str, written_bytes: int, found_bytes: int | None) -> None:
+    if found_bytes != written_bytes:
         raise IncompleteWrite(
-            f"{path}: wrote {counter.written_bytes} bytes, found {'nothing' if found_bytes is None else found_bytes}; "
+            f"{path}: wrote {written_bytes} bytes, found {'nothing' if found_bytes is None else found_bytes}; "
             "check the space and permissions there, then run again"
         )
 
@@ -170,19 +267,20 @@ def is_aside(path: str) -> bool:
 
 def holds_files(folder: str, besides: Collection[str] = ()) -> bool:
     """Whether a file lies anywhere under `folder`, but for those of the names `besides` and what is, or was, being
-    written aside."""
-    if "://" in folder:
-        found = (metadata.path for metadata in FileSystems.match([join(literal(folder), "**")])[0].metadata_list)
+    written aside. Looks no further than the first."""
+    if in_cloud_storage(folder):
+        found = _objects_under(folder)
     else:
         found = (name for _, _, names in os.walk(folder) for name in names)
-    return any(path.rpartition("/")[2] not in besides and not is_aside(path) for path in found)
+    ignored = ("", *besides)  # a console's folders are empty objects whose names end with a slash
+    return any(path.rpartition("/")[2] not in ignored and not is_aside(path) for path in found)
 
 
 def clear_aside(folder: str) -> None:
     """Delete, everywhere under a local `folder`, what killed processes were writing aside; what a living one is writing
-    stays. An object store needs none of it: objects are there when they are whole, aside only while they are renamed.
+    stays. In Cloud Storage nothing is written aside.
     """
-    if "://" in folder:
+    if in_cloud_storage(folder):
         return
     for path in (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names):
         if is_aside(path) and not _is_live(path):
@@ -192,9 +290,6 @@ def clear_aside(folder: str) -> None:
 @contextlib.contextmanager
 def _marked_live(path: str, handle: Any) -> Iterator[None]:
     """Holds a lock on a local file, which the system lets go of when this process dies, however it dies."""
-    if "://" in path:
-        yield
-        return
     descriptor = os.dup(handle.fileno())  # outlives the handle, until the file has its final name
     try:
         with contextlib.suppress(OSError):  # a filesystem without locks; `_is_live` then takes every file for live
@@ -217,12 +312,13 @@ def _is_live(path: str) -> bool:
 def _failing_as(path: str) -> Iterator[None]:
     """Raises WriteFailed in place of the filesystem's errors, which name neither the file nor a way out."""
     try:
-        yield
+        with as_os_errors():
+            yield
     except OSError as error:
         reason, number = _reason(error), _number(error)
         if number in _SPACE:
             advice = "make room there"
-        elif number in _PERMISSION:
+        elif number in _PERMISSION or isinstance(error, PermissionError):
             advice = "give this user the right to write there"
         else:
             advice = "mend that"
@@ -230,6 +326,32 @@ def _failing_as(path: str) -> Iterator[None]:
             f"{path}: cannot be written: {reason}; {advice}, then give the same command again: it goes on where it "
             "stopped"
         ) from error
+
+
+@contextlib.contextmanager
+def as_os_errors(path: str = "") -> Iterator[None]:
+    """Raises OSErrors in place of those of Cloud Storage's client, so that callers need to know of one kind only. Their
+    messages begin with `path`."""
+    try:
+        yield
+    except BeamIOError as error:
+        for cause in _causes(error):
+            if isinstance(cause, CLOUD_ERRORS):
+                raise _as_os_error(cause, path) from error
+        raise
+    except CLOUD_ERRORS as error:
+        raise _as_os_error(error, path) from error
+
+
+def _as_os_error(error: BaseException, path: str) -> OSError:
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    try:
+        said = f"HTTP status {status}: {response.json()['error']['message']}"  # type: ignore[union-attr]
+    except (AttributeError, ValueError, LookupError, TypeError):
+        said = " ".join(str(error).split())
+    kind = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}.get(status or 0, OSError)
+    return kind(f"{path}: {said}" if path else said)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -272,39 +394,98 @@ def write_json(path: str, content: Any) -> None:
 
 
 def rename(source: str, target: str) -> None:
-    """Give the file at `source` the name `target`, in place of what has it."""
+    """Give the file at `source` the name `target`, in place of what has it. In Cloud Storage it is copied and deleted:
+    for a moment both are there."""
     make_folder(target.rpartition("/")[0])
-    FileSystems.rename([source], [target])
+    with as_os_errors(target):
+        FileSystems.rename([source], [target])
 
 
 def delete_if_there(path: str) -> None:
-    """Delete `path` where it exists."""
-    if FileSystems.exists(path):
+    """Delete `path` where it exists; where it is a local folder, with all that lies under it."""
+    if in_cloud_storage(path):
+        with as_os_errors(path):
+            _gcs().delete(path)
+    elif FileSystems.exists(path):
         _delete(path)
 
 
 def delete_folder(path: str) -> None:
     """Delete `path` and all that lies under it, where there is something."""
-    if "://" not in path:
+    if not in_cloud_storage(path):
         delete_if_there(path)
         return
-    found = FileSystems.match([join(literal(path), "**")])[0].metadata_list
-    if found:
-        FileSystems.delete([literal(metadata.path) for metadata in found])
+    with as_os_errors(path), ThreadPoolExecutor(_DELETED_AT_ONCE) as pool:
+        found = list(_objects_under(path))
+        batches = [found[start : start + 100] for start in range(0, len(found), 100)]
+        failed = [name for names in pool.map(_delete_objects, batches) for name in names]
+    if failed:
+        raise OSError(f"{path}: {len(failed)} objects cannot be deleted ({failed[0]}, …); give the right to, there")
+
+
+def _objects_under(folder: str) -> Iterator[str]:
+    """The paths of all objects under a folder of Cloud Storage, as they are listed."""
+    with as_os_errors(folder):
+        for path, _ in _gcs().list_files(f"{folder}/"):
+            yield path
+
+
+def _delete_objects(paths: list[str]) -> list[str]:
+    """Delete them in one request; those that could not be, and why."""
+    outcomes = _gcs().delete_batch(paths)
+    return [f"{path}: HTTP status {status}" for path, status in outcomes if status]
 
 
 def _delete(path: str) -> None:
-    if "://" in path:
-        FileSystems.delete([literal(path)])
-    elif os.path.isdir(path):  # Beam would take its name for a pattern
+    if os.path.isdir(path):  # Beam would take its name for a pattern
         shutil.rmtree(path)
     else:
         os.remove(path)
 
 
+def cache_folder() -> Path:
+    """This user's folder on this machine for what can be had again: `PAIRSIFT_CACHE`, else the user's cache folder."""
+    if named := os.environ.get("PAIRSIFT_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "pairsift"
+    except RuntimeError:  # a container may run as a number that has no home
+        return Path(tempfile.gettempdir()) / "pairsift"
+
+
+def local_copy(path: str) -> str:
+    """A local copy of the remote file or folder, made once per machine and state of the remote; a local path as it is.
+
+    A copy is complete before it gets its name, and changed files give another name. Raises FileNotFoundError where
+    nothing is there.
+    """
+    if "://" not in path:
+        return path
+    url = path.rstrip("/")
+    found = sorted(matching(literal(url)) or matching(f"{literal(url)}/**"), key=lambda file: file.path)
+    if not found:
+        raise FileNotFoundError(f"{url}: nothing there")
+    state = "\n".join(f"{f.path} {f.size_in_bytes} {f.last_updated_in_seconds}" for f in found)
+    copy = cache_folder() / "models" / hashlib.sha256(state.encode()).hexdigest()[:32]
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{copy}.lock"):  # a machine's worker processes all start at once
+        if not copy.exists():
+            aside = copy.with_name(f"{copy.name}.tmp-{uuid.uuid4().hex}")
+            try:
+                for file in found:
+                    target = aside / (file.path.removeprefix(url).lstrip("/") or url.rsplit("/", 1)[1])
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with open_binary(file.path) as remote, target.open("wb") as local, as_os_errors(file.path):
+                        shutil.copyfileobj(remote, local, 2**20)
+                aside.rename(copy)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    return str(copy / url.rsplit("/", 1)[1] if found[0].path == url else copy)
+
+
 def make_folder(path: str) -> None:
-    """Make a local folder; object stores have none."""
-    if path and "://" not in path and not FileSystems.exists(path):
+    """Make a local folder; Cloud Storage has none."""
+    if path and not in_cloud_storage(path) and not FileSystems.exists(path):
         # Another worker may make it at the same moment.
         with contextlib.suppress(BeamIOError, OSError):
             FileSystems.mkdirs(path)
@@ -312,10 +493,10 @@ def make_folder(path: str) -> None:
 
 class _CountingWriter:
     """Counts what passes, because not every filesystem's handle can tell its position. Errors name `path`, the name
-    that the file is to have."""
+    that the file is to have. `closes`: whether closing it closes `handle` too."""
 
-    def __init__(self, path: str, handle: Any) -> None:
-        self._path, self._handle = path, handle
+    def __init__(self, path: str, handle: Any, closes: bool = True) -> None:
+        self._path, self._handle, self._closes = path, handle, closes
         self.written_bytes = 0
 
     def write(self, content: Any) -> int:
@@ -332,18 +513,13 @@ class _CountingWriter:
             self._handle.flush()
 
     def close(self) -> None:
-        with _failing_as(self._path):
-            self._handle.close()
+        if self._closes:
+            with _failing_as(self._path):
+                self._handle.close()
 
     @property
     def closed(self) -> bool:
         return self._handle.closed
-
-    def __enter__(self) -> _CountingWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def readable(self) -> bool:
         return False

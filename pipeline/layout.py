@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Callable
 
 from pipeline import files
 from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY
@@ -52,7 +54,10 @@ class Layout:
 
     @property
     def progress_folder(self) -> str:
-        """Goes when the run ends."""
+        """Goes when the run ends. On this machine wherever the output is: it is written for each batch, and only shown
+        by a run whose workers are here; elsewhere the runner has counters."""
+        if files.in_cloud_storage(self.output):
+            return str(files.cache_folder() / "progress" / hashlib.sha256(self.output.encode()).hexdigest()[:32])
         return files.join(self.output, ".progress")
 
     def in_hand(self, stage: str, shard: str) -> str:
@@ -123,6 +128,11 @@ class Layout:
     def run(self) -> str:
         """Times and counts of work."""
         return files.join(self.output, "run.json")
+
+    def shards_with(self, path_of: Callable[[Layout, str], str]) -> set[str]:
+        """The shards that have a file where `path_of` says: one listing of a folder, however many they are."""
+        folder, _, ending = path_of(self, "").rpartition("/")
+        return {name.removesuffix(ending) for name in files.names_in(folder) if name.endswith(ending)}
 
     @property
     def _results(self) -> str:

@@ -15,7 +15,6 @@ from rich.live import Live
 from rich.text import Text
 
 from pipeline import counts as work
-from pipeline import files
 from pipeline.layout import DONE, TABLE_OF, Layout
 from pipeline.records import Shard
 
@@ -88,8 +87,10 @@ class Progress:
 
     @staticmethod
     def _with_table(name: str, layout: Layout, shards: Sequence[Shard]) -> list[str]:
-        path_of = TABLE_OF.get(name)
-        return [shard.name for shard in shards if path_of and files.exists(path_of(layout, shard.name))]
+        if name not in TABLE_OF:
+            return []
+        there = layout.shards_with(TABLE_OF[name])
+        return [shard.name for shard in shards if shard.name in there]
 
     def _counts(
         self, name: str, layout: Layout, shards: Sequence[Shard], before: frozenset[str]
@@ -99,10 +100,12 @@ class Progress:
             return Counts(0, 0, 0), 0
         finished = set(self._with_table(name, layout, shards)) - before
         samples, finished_samples, at_rest = 0, 0, 0
+        begun = layout.shards_with(lambda layout, shard: layout.progress(name, shard))
         for shard in shards:
             told = ""
-            with contextlib.suppress(OSError):  # not begun
-                told = Path(layout.progress(name, shard.name)).read_text()
+            if shard.name in begun:
+                with contextlib.suppress(OSError):  # gone again
+                    told = Path(layout.progress(name, shard.name)).read_text()
             if shard.name in before:
                 at_rest += not told
                 if told.endswith(DONE):

@@ -137,6 +137,6 @@ def _manifest(tables: dict[str, int], layout: Layout, subset: Subset, spread: Sp
 
 def _lies_in(folder: str, path: str) -> bool:
     """Whether `path` is `folder` or under it."""
-    if "://" in folder or "://" in path:
+    if files.in_cloud_storage(folder) or files.in_cloud_storage(path):
         return f"{path}/".startswith(f"{folder.rstrip('/')}/")
     return Path(path).resolve().is_relative_to(Path(folder).resolve())

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import apache_beam as beam
 import torch
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
@@ -83,7 +82,7 @@ def run(
                 run_stage(stage, job, beam_options, progress, work)
         files.delete_folder(layout.in_hand_folder)
         files.write_json(layout.run, {**work.content, "shards": len(shards), "shards_vanished": shards_vanished})
-    return Outcome(funnel, _shown(layout))
+    return Outcome(funnel, shown(layout))
 
 
 def settled_job(
@@ -172,9 +171,9 @@ def clear_leftovers(layout: Layout) -> None:
         files.delete_folder(folder)
 
 
-def _shown(layout: Layout) -> Layout:
+def shown(layout: Layout) -> Layout:
     """Where readers find the results."""
-    return versions.newest(layout.output) if "://" in layout.output else layout
+    return versions.newest(layout.output) if files.in_cloud_storage(layout.output) else layout
 
 
 def pipeline_of(beam_options: list[str]) -> beam.Pipeline:
@@ -190,14 +189,14 @@ def _is_local(beam_options: list[str]) -> bool:
 
 
 def check_path(option: str, path: str) -> None:
-    """Raise UsageError where `path` names no place that Beam can open."""
+    """Raise UsageError where `path` names no place on this machine or in Cloud Storage."""
     if not path:
         raise UsageError(f"{option}: is empty; name a folder")
-    try:
-        FileSystems.get_filesystem(path)
-    except ValueError as error:
-        scheme = path.partition("://")[0]
-        raise UsageError(f"{option}: {path}: nothing here opens {scheme}://; name a local folder or gs://…") from error
+    scheme, separator, rest = path.partition("://")
+    if separator and scheme != "gs":
+        raise UsageError(f"{option}: {path}: nothing here opens {scheme}://; name a local folder or gs://…")
+    if separator and not rest.partition("/")[0]:
+        raise UsageError(f"{option}: {path}: names no bucket; allowed: gs://BUCKET/FOLDER")
 
 
 def _check_earlier_stages(stages: list[str], job: build.Job) -> None:
@@ -213,7 +212,10 @@ def _check_earlier_stages(stages: list[str], job: build.Job) -> None:
     for stage in TABLE_OF:
         if stage in stages or STAGES.index(stage) > last:
             continue
-        missing = [shard.name for shard in job.shards if not is_finished[stage](shard)]
+        there = job.layout.shards_with(TABLE_OF[stage])
+        with_table = [shard for shard in job.shards if shard.name in there]
+        finished = dict(zip(with_table, files.each(job.layout.output, is_finished[stage], with_table), strict=True))
+        missing = [shard.name for shard in job.shards if not finished.get(shard)]
         if missing:
             raise UsageError(
                 f"{job.layout.output}: {len(missing)} of {len(job.shards)} shards have no table of {stage} "
@@ -264,10 +266,8 @@ def _check_pool(layout: Layout, pool: str) -> None:
 
 
 def _check_empty(output: str) -> None:
-    if "://" not in output and Path(output).is_file():
+    if not files.in_cloud_storage(output) and Path(output).is_file():
         raise UsageError(f"{output}: is a file; name a folder")
-    if not files.exists(output):
-        return
     if files.holds_files(output, besides=lock.NAMES):
         raise UsageError(f"{output}: is not empty and holds no run of pairsift; name another --output")
 

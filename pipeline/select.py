@@ -21,6 +21,7 @@ from pipeline.run import (
     decide,
     only_writer,
     run_graph,
+    shown,
     with_tagger,
 )
 from pipeline.sinks.publication import Publication
@@ -54,7 +55,7 @@ def select(
     command = shlex.join(["pairsift", "run", recipe_path, "--input", pool, "--output", output])
     job = build.Job(settled, shards, layout, found)
     features = job.single_modality_work
-    unfinished = sum(not features.is_finished(shard) for shard in shards)
+    unfinished = files.each(output, features.is_finished, shards).count(False)
     if unfinished:
         raise UsageError(
             f"{output}: {unfinished} of {len(shards)} shards have no features for this recipe; compute them: {command}"
@@ -75,7 +76,7 @@ def select(
         work = WorkDone({}, {})
         funnel = decide(job, Publication(content, keep_versions), beam_options, progress, work)
         files.write_json(layout.run, {**work.content, "shards": len(shards)})
-    return Outcome(funnel, layout)
+    return Outcome(funnel, shown(layout))
 
 
 def _newest_run(layout: Layout) -> tuple[dict[str, Any], tuple[Shard, ...]]:
@@ -99,7 +100,7 @@ def _with_precision(recipe: Recipe, earlier: dict[str, Any]) -> Recipe:
 def _pool_wide_aside(job: build.Job, beam_options: list[str]) -> build.Job:
     """The job with what only the whole pool can tell, judged by its recipe: aside, unless that lies there already."""
     work = job.pool_wide_work
-    if all(work.is_finished(shard) for shard in job.shards):
+    if all(files.each(job.layout.output, work.is_finished, job.shards)):
         return job
     aside = dataclasses.replace(job, layout=dataclasses.replace(job.layout, pool_wide_folder=job.layout.select_work))
     run_graph(build.pool_wide, aside, beam_options)
@@ -114,7 +115,10 @@ def _missing(job: build.Job, beam_options: list[str]) -> int:
 
 def _move(source: Layout, target: Layout, shards: tuple[Shard, ...]) -> None:
     """Put the pool-wide tables and dead letters of `source` in the place of those of `target`."""
-    for shard in shards:
+
+    def move(shard: Shard) -> None:
         letters = tables.read_dead_letters(source.dead_letters(POOL_WIDE, shard.name))
         tables.write_dead_letters(target.dead_letters(POOL_WIDE, shard.name), letters)
         files.rename(source.pool_wide(shard.name), target.pool_wide(shard.name))
+
+    files.each(target.output, move, shards)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, TypeVar
 
 import pydantic
 import yaml
-from apache_beam.io.filesystems import FileSystems
+
+from pipeline import files
 
 _EXPONENT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")
 
@@ -57,8 +58,7 @@ def load_settings(path: str, model: type[AnySettings]) -> AnySettings:
     Raises SettingsError with every fault at once: where it is, what was given, what is allowed.
     """
     try:
-        with FileSystems.open(path) as file:
-            content = yaml.load(file.read().decode("utf-8"), _UniqueKeysLoader)
+        content = yaml.load(files.read_bytes(path).decode("utf-8"), _UniqueKeysLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a scheme that Beam does not know
         raise SettingsError(path, [f"cannot be read as YAML: {' '.join(str(error).split())}"]) from error
     return parse_settings(content, path, model)

@@ -72,7 +72,7 @@ def make_centroids(
     """
     paths = _by_name(sources)
     check_path("--output", output)
-    if "://" not in output and Path(output).is_dir():
+    if output.endswith("/") or (not files.in_cloud_storage(output) and Path(output).is_dir()):
         raise UsageError(f"--output: {output}: is a folder; name a file, for example {output.rstrip('/')}/tasks.npz")
     if tfio_python is not None and shutil.which(tfio_python) is None:
         raise UsageError(f"--tfio-python: {tfio_python}: is no program; {HOW_TO_INSTALL}")

@@ -5,18 +5,18 @@
     OUT/decisions -> current/decisions      and so on: the paths that readers know
 
 A reader of several files resolves `current` once (`newest` does) and reads one version throughout, whatever is written
-meanwhile. An object store has no links: there `current.json` names the version, and is replaced as a whole.
+meanwhile. Cloud Storage has no links: there `current.json` names the version, and whoever replaces it names the
+generation that he saw, so that a slower run never takes readers back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
 
-from apache_beam.io.filesystems import FileSystems
-
-from pipeline import files
+from pipeline import files, objects
 from pipeline.layout import Layout
 
 LINKED = (
@@ -27,15 +27,17 @@ KEPT = 3
 _CURRENT = "current"
 
 
+class Overtaken(RuntimeError):
+    """Another run has switched readers to a later version: two have written one output folder."""
+
+
 def newest(output: str) -> Layout:
     """The layout of the version that readers are to see; its `results` are empty where there is none yet."""
-    if "://" not in output:
-        link = os.path.join(output, _CURRENT)
-        return Layout(output, os.path.join(output, os.readlink(link)) if os.path.islink(link) else "")
-    pointer = files.join(output, f"{_CURRENT}.json")
-    if not files.exists(pointer):
-        return Layout(output)
-    return Layout(output, files.join(output, "versions", str(json.loads(files.read_bytes(pointer))["version"])))
+    if files.in_cloud_storage(output):
+        pointer = objects.read(_pointer(output))
+        return Layout(output, _folder(output, _version_in(pointer)) if pointer else "")
+    link = os.path.join(output, _CURRENT)
+    return Layout(output, os.path.join(output, os.readlink(link)) if os.path.islink(link) else "")
 
 
 def begin(output: str) -> Layout:
@@ -47,10 +49,10 @@ def begin(output: str) -> Layout:
 
 
 def switch(layout: Layout) -> None:
-    """Let readers see the version of `layout`, which is whole."""
+    """Let readers see the version of `layout`, which is whole. May be done again. Raises Overtaken."""
     number = layout.results.rpartition("/")[2]
-    if "://" in layout.output:
-        files.write_json(files.join(layout.output, f"{_CURRENT}.json"), {"version": int(number)})
+    if files.in_cloud_storage(layout.output):
+        _switch_pointer(layout.output, int(number))
         return
     for name in LINKED:
         path = os.path.join(layout.output, name)
@@ -64,22 +66,41 @@ def switch(layout: Layout) -> None:
 
 def prune(output: str, keep: int) -> None:
     """Delete all versions but the newest `keep` that are whole."""
-    for number in sorted(_numbers(output, "**") - set(sorted(_whole(output))[-keep:])):
+    for number in sorted(_numbers(output) - set(sorted(_whole(output))[-keep:])):
         layout = Layout(output, _folder(output, number))
         files.delete_if_there(layout.manifest)  # first: without it the rest is no version
         files.delete_folder(layout.results)
 
 
+def _switch_pointer(output: str, number: int) -> None:
+    path = _pointer(output)
+    while (there := objects.read(path)) is None or (shown := _version_in(there)) != number:
+        if there and shown > number:
+            raise Overtaken(
+                f"{output}: version {number} is whole, but another run has switched readers to version {shown} "
+                "meanwhile, and they stay with that; let one run at a time write there, then run again"
+            )
+        with contextlib.suppress(objects.Overtaken):  # then what lies there now decides
+            content = json.dumps({"version": number}).encode() + b"\n"
+            objects.replace(path, content, there.generation if there else objects.NOTHING)
+
+
+def _pointer(output: str) -> str:
+    return files.join(output, f"{_CURRENT}.json")
+
+
+def _version_in(pointer: objects.Object) -> int:
+    return int(json.loads(pointer.content)["version"])
+
+
 def _whole(output: str) -> set[int]:
     """The numbers of the versions that are whole."""
-    return _numbers(output, "*/manifest.json")
+    return {number for number in _numbers(output) if files.exists(Layout(output, _folder(output, number)).manifest)}
 
 
-def _numbers(output: str, pattern: str) -> set[int]:
-    """The numbers of the versions in which something matches."""
-    folder = files.join(output, "versions")
-    found = FileSystems.match([files.join(files.literal(folder), pattern)])[0].metadata_list
-    return {int(metadata.path.removeprefix(folder).lstrip("/").partition("/")[0]) for metadata in found}
+def _numbers(output: str) -> set[int]:
+    """The numbers of the versions of which anything lies there."""
+    return {int(name) for name in files.folders_in(files.join(output, "versions")) if name.isdigit()}
 
 
 def _folder(output: str, number: int) -> str:

@@ -11,16 +11,17 @@ from typing import Any
 
 from pipeline import files
 from pipeline.dataflow.api import CONSOLE, STORAGE, Api, ApiError, Request
+from pipeline.dataflow.jobs import OVER, named
 from pipeline.dataflow.names import job_name
 from pipeline.dataflow.settings import ALL_STAGES, ALL_WORKERS, RIGHT_FITTING, TEMPLATES, DataflowSettings
 from pipeline.errors import UsageError
+from pipeline.lock import DataflowJob
 from pipeline.recipe import Recipe, load_recipe
 
 DATAFLOW = "dataflow"
 REQUEST, BY = "pairsift_request", "pairsift_by"
 """Labels of what is started: a hash of all that was asked for, and who asked."""
 
-SETTLED_STATES = ("JOB_STATE_DONE", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_UPDATED", "JOB_STATE_DRAINED")
 _NOT_YET_SUBMITTED = "JOB_STATE_QUEUED"  # the launcher is building the graph
 
 
@@ -118,7 +119,7 @@ class Job:
     @property
     def is_settled(self) -> bool:
         """Whether it has ended, well or not."""
-        return self.state in SETTLED_STATES
+        return self.state in OVER
 
     @property
     def address(self) -> str:
@@ -216,9 +217,8 @@ def launch(api: Api, asked: Launch, template: str) -> tuple[Job, bool]:
 
 def active_job(api: Api, settings: DataflowSettings, name: str) -> Job | None:
     """The job of this name that has not ended; Dataflow lets there be but one."""
-    request = _reading(settings, "jobs", "dataflow.jobs.list", {"filter": "ACTIVE", "name": name})
-    for found in api.pages(request, "jobs"):
-        if found.get("name") == name and not Job(settings, found).is_settled:
+    for found in named(api, DataflowJob(settings.project, settings.region, name), "ACTIVE"):
+        if not Job(settings, found).is_settled:
             return job_of(api, settings, found["id"])
     return None
 

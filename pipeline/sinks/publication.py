@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline import files, versions
 from pipeline.layout import Layout
+from pipeline.lock import DataflowJob, release_for_job
 from pipeline.sinks.decisions import DEAD_LETTER_STEPS, SMALLER_BATCHES
 from pipeline.sources.listing import read_listing
 
@@ -20,10 +21,12 @@ from pipeline.sources.listing import read_listing
 @dataclasses.dataclass(frozen=True)
 class Publication:
     """What is published with the results: the content of their manifest, as far as it is known when the graph is built.
-    `keep_versions` is how many versions stay readable, this one included."""
+    `keep_versions` is how many versions stay readable, this one included; `holder` the job that the output folder is
+    held for, which lets go of it last. A process lets go of it itself."""
 
     manifest: Mapping[str, Any]
     keep_versions: int = versions.KEPT
+    holder: DataflowJob | None = None
 
 
 def publish(layout: Layout, publication: Publication) -> None:
@@ -44,6 +47,8 @@ def publish(layout: Layout, publication: Publication) -> None:
         ):
             files.delete_if_there(path)
     files.delete_folder(layout.in_hand_folder)
+    if publication.holder:
+        release_for_job(layout.output, publication.holder)
 
 
 def vanished(layout: Layout) -> set[str]:

@@ -97,8 +97,7 @@ class WriteShardTable(beam.DoFn):
     def _report_progress(self, done: str = "") -> None:
         assert self._shard is not None
         path = self._layout.progress(self._work.stage, self._shard.name)
-        if "://" not in path:  # progress is shown by a local run only; elsewhere the runner has counters
-            files.make_folder(path.rsplit("/", 1)[0])
-            # What is only shown fails nothing: that the disk is full is told by the table that cannot be written.
-            with contextlib.suppress(OSError), open(path, "w") as file:
-                file.write(f"{len(self._rows) + len(self._letters)}{done}")
+        files.make_folder(path.rsplit("/", 1)[0])
+        # What is only shown fails nothing: that the disk is full is told by the table that cannot be written.
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            file.write(f"{len(self._rows) + len(self._letters)}{done}")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from apache_beam.io.filesystem import FileMetadata
-from apache_beam.io.filesystems import FileSystems
 from PIL import Image
 
 from pipeline import files
@@ -66,9 +65,9 @@ class Unreadable:
 def list_images(path: str) -> list[FileMetadata]:
     """The files under the folder `path`, hidden ones left out, or the tar `path`; sorted by path. Raises NoImages."""
     folder = path.rstrip("/") or path
-    found = FileSystems.match([files.join(files.literal(folder), "**")])[0].metadata_list
+    found = files.matching(files.join(files.literal(folder), "**"))
     if not found and path.endswith(".tar"):
-        found = FileSystems.match([files.literal(path)])[0].metadata_list
+        found = files.matching(files.literal(path))
     shown = [file for file in found if not os.path.basename(file.path).startswith(".")]
     if not shown:
         raise NoImages(f"{path}: no files there; name a folder of images or of webdataset tars, or a .tar")

@@ -48,7 +48,10 @@ def list_shards(pool: str) -> list[Shard]:
     else:
         folder = pool.rstrip("/") or pool
         pattern = files.join(files.literal(folder), "**.tar")
-    found = FileSystems.match([pattern])[0].metadata_list
+    try:
+        found = files.matching(pattern)
+    except OSError as error:
+        raise NoShards(f"{pool}: cannot be listed ({error}); name a folder of tars that this user may list") from error
     if not found:
         raise NoShards(f"{pool}: no *.tar in it; give a folder of webdataset tars, or a pattern that ends in .tar")
     return sorted(
@@ -91,7 +94,7 @@ def _shortened(name: str, max_characters: int) -> str:
 
 def _relative(path: str, folder: str) -> str:
     folder = folder.rstrip("/") + "/" if folder else ""
-    if "://" not in path and folder:
+    if not files.in_cloud_storage(path) and folder:
         path, folder = path.replace("\\", "/"), folder.removeprefix("./")
         path = path.removeprefix("./")
     return path.removeprefix(folder)

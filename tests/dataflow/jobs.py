@@ -21,6 +21,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability.api import beam_runner_api_pb2
 
 import pipeline.run as run_module
+from pipeline import files
 from pipeline.dataflow import launcher
 from pipeline.dataflow.names import job_name
 from pipeline.dataflow.settings import ALL_STAGES, RIGHT_FITTING, TEMPLATES, GpuWorker
@@ -42,7 +43,7 @@ class Job(NamedTuple):
 
     content: dict[str, Any]
     graph: beam_runner_api_pb2.Pipeline
-    output: Path
+    output: str
 
     @property
     def pool(self) -> dict[str, Any]:
@@ -79,26 +80,30 @@ def handed_over(
     gpu: GpuWorker = L4,
     shards: int = 2,
     machine_type: str = "n2-standard-8",
+    output: str | None = None,
 ) -> Job:
-    """The job of a template over a pool of small tars."""
+    """The job of a template over a pool of small tars; into a local folder, which no job can hold, by default."""
     monkeypatch.setattr(run_module, "identities", lambda recipe: KNOWN)
     monkeypatch.setattr(run_module, "pinned", lambda settings, fetch: settings)
-    output = folder / "out"
+    if output is None:
+        output = str(folder / "out")
+        for hold in ("hold_for_job", "release_for_job"):
+            monkeypatch.setattr(launcher, hold, lambda *_: None)
     write_pool(folder / "pool", {f"{n:05d}.tar": sample_members(f"k{n}") for n in range(shards)})
     if template not in (SINGLE_MODALITY, ALL_STAGES):
-        write_listing(Layout(str(output)), list_shards(str(folder / "pool")))
-        (output / "annotations" / "manifest.json").write_text(json.dumps({"pool": str(folder / "pool")}))
+        write_listing(Layout(output), list_shards(str(folder / "pool")))
+        files.write_json(Layout(output).newest_manifest, {"pool": str(folder / "pool")})
     for name in ("temp", "staging"):
         (folder / name).mkdir()
     loaded = load_recipe(str(RECIPES / f"{recipe}.yaml"))
     cuda = loaded.cross_modality.device == "cuda"
     parameters = launcher.Parameters(
-        template, loaded, str(folder / "pool"), str(output), 3, gpu if cuda else None,
+        template, loaded, str(folder / "pool"), output, 3, gpu if cuda else None,
         RIGHT_FITTING if template == ALL_STAGES else gpus,
     )  # fmt: skip
     options = PipelineOptions(
         [
-            "--project=my-project", "--region=us-central1", f"--job_name={job_name(str(output), template)}",
+            "--project=my-project", "--region=us-central1", f"--job_name={job_name(output, template)}",
             f"--temp_location={folder}/temp", f"--staging_location={folder}/staging",
             f"--template_location={folder}/job.json", f"--sdk_container_image={IMAGE}",
             f"--machine_type={machine_type}", "--max_num_workers=50", "--disk_size_gb=100",

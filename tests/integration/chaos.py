@@ -96,14 +96,13 @@ def make_case(folder: Path) -> Case:
     return Case(write_pool(folder / "pool"), write_recipe(folder / "models"))
 
 
-class Run:
-    """One run in a process group of its own. `log` holds what it says."""
+class Command:
+    """`pairsift` with these arguments, in a process group of its own. `log` holds what it says."""
 
-    def __init__(self, case: Case, output: Path, *more: str, before: Callable[[], None] | None = None) -> None:
-        self.output, self.log = output, output.with_name(f"{output.name}.log")
+    def __init__(self, arguments: list[str], log: Path, before: Callable[[], None] | None = None) -> None:
+        self.log = log
         self.log.unlink(missing_ok=True)
-        arguments = (case.command(output, *more), str(self.log), before)
-        self.process: ForkServerProcess = _FORKS.Process(target=_child, args=arguments)
+        self.process: ForkServerProcess = _FORKS.Process(target=_child, args=(arguments, str(log), before))
         self.process.start()
         while self.process.is_alive() and not self.log.exists():
             time.sleep(0.001)
@@ -132,6 +131,14 @@ class Run:
     def stage(self) -> int:
         """How many stages it has finished."""
         return self.said.count('"stage_done"')
+
+
+class Run(Command):
+    """A run over local folders."""
+
+    def __init__(self, case: Case, output: Path, *more: str, before: Callable[[], None] | None = None) -> None:
+        self.output = output
+        super().__init__(case.command(output, *more), output.with_name(f"{output.name}.log"), before)
 
 
 def _child(arguments: list[str], log: str, before: Callable[[], None] | None) -> None:

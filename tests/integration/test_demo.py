@@ -28,32 +28,23 @@ from pipeline.reshard import reshard
 from pipeline.sources import listing
 from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards, read_samples
+from tests.demo_run import POOL, RECIPE, demo_output, run_demo
 from tests.helpers import least_apart
 from transforms.distribution_alignment.cids import load_tasks_model
 from transforms.models.weights import model_identity
 
 TABLE = "table"  # what tests record under this name, conftest.py prints at the end
-POOL = importlib.resources.files("pipeline") / "demo" / "pool"
 LABELS = importlib.resources.files("pipeline") / "demo" / "labels.csv"
-RECIPE = importlib.resources.files("recipes") / "demo.yaml"
 COMPARED = (
     "annotations", "decisions", "subset.npy", "funnel.json", "clusters.parquet", "clusters.svg", "centroids.npy",
     "dead_letters",
 )  # fmt: skip
 
 
-def run_demo(output: Path, *beam_options: str) -> dict:
-    progress = Progress(Console(stderr=True))
-    recipe = load_recipe(str(RECIPE))
-    outcome = run_module.run(recipe, str(POOL), str(output), list(STAGES), list(beam_options), progress)
-    assert outcome.funnel is not None
-    return outcome.funnel
-
-
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "out"
-    run_demo(folder)
+    shutil.copytree(demo_output(tmp_path_factory), folder, symlinks=True)
     return folder
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 
+from pipeline import files
 from pipeline.recipe import Cids, DistributionAlignment
 from transforms.distribution_alignment import copies, quality_duplication
 from transforms.distribution_alignment.clusters import assign, load_centroids
@@ -84,9 +84,7 @@ def _opened(path: str) -> Iterator[np.lib.npyio.NpzFile]:
 def _read(path: str) -> bytes:
     if path == "bundled:tasks":
         return resources.files("pipeline").joinpath("demo", "tasks.npz").read_bytes()
-    with FileSystems.open(path) as file:
-        content: bytes = file.read()
-        return content
+    return files.read_bytes(path)
 
 
 def _task_array(file: np.lib.npyio.NpzFile, key: str, path: str) -> np.ndarray:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import apache_beam as beam
 import faiss
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.pvalue import AsSingleton
 from apache_beam.utils.shared import Shared
 
@@ -115,11 +114,10 @@ def load_centroids(path: str) -> np.ndarray:
     """
     allowed = "allowed: a .npy of float32 (k, d) with rows of length 1"
     try:
-        if FileSystems.get_scheme(path) is None:
-            centroids = np.load(path, mmap_mode="r")
+        if files.in_cloud_storage(path):
+            centroids = np.load(io.BytesIO(files.read_bytes(path)))
         else:
-            with FileSystems.open(path) as file:
-                centroids = np.load(io.BytesIO(file.read()))
+            centroids = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); {allowed}") from error
     if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or centroids.dtype != np.float32:

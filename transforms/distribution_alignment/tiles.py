@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.pvalue import AsSingleton
 from apache_beam.utils.shared import Shared
 
@@ -119,7 +118,7 @@ class ToTiles(beam.PTransform):
 
     Where the work folder is a local one, only slim rows pass the shuffle, and the embeddings are read from disk: the
     local runner's shuffle holds everything in memory, several times over. Elsewhere they pass it too: a shuffle service
-    keeps them on disk, and an object store is slow at small reads.
+    keeps them on disk, and Cloud Storage is slow at small reads.
     """
 
     def __init__(self, work: WorkFolder, ranges_path: beam.PCollection[str]) -> None:
@@ -160,15 +159,11 @@ def _runs(ascending: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(ascending)], strict=True))
 
 
-def _is_local(path: str) -> bool:
-    return FileSystems.get_scheme(path) is None
-
-
 class _Embeddings:
     """The embeddings of a shard's members: read here, or left on the local disk."""
 
     def __init__(self, path: str, rows: int) -> None:
-        self._path, self._local = path, _is_local(path)
+        self._path, self._local = path, not files.in_cloud_storage(path)
         content = b"" if self._local else files.read_bytes(path)
         size_bytes = os.path.getsize(path) if self._local else len(content)
         self._dimensions = size_bytes // 2 // rows

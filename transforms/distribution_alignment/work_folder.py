@@ -83,7 +83,7 @@ def read_candidates(path: str) -> Candidates:
 
 
 class EmbeddingSlice(NamedTuple):
-    """Rows `start` to `stop` of a file of embeddings of so many dimensions."""
+    """Rows `start` to `stop` of a local file of embeddings of so many dimensions."""
 
     path: str
     start: int

@@ -1,7 +1,7 @@
 """Where a model's files come from, and what exactly was loaded.
 
 A model is named by `bundled:clip|itm|digit` (the small demo models that this package holds, with
-`bundled:tasks`, task centroids made by that CLIP), a local folder, a folder of an object store
+`bundled:tasks`, task centroids made by that CLIP), a local folder, a folder of Cloud Storage
 (`gs://…`, copied once to this machine), or a name that the library itself resolves (an open_clip
 architecture with its tag, a hub name with its revision). Only safetensors files are read, or
 pickles that torch confines to tensors (`weights_only`).
@@ -10,11 +10,8 @@ pickles that torch confines to tensors (`weights_only`).
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.resources
 import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +19,9 @@ import huggingface_hub
 import open_clip
 import torch
 import transformers
-from apache_beam.io.filesystem import CompressionTypes, FileMetadata
-from apache_beam.io.filesystems import FileSystems
-from filelock import FileLock
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from pipeline import recipe
+from pipeline import files, recipe
 
 _BUNDLED = "bundled:"
 LOCAL = "local-dir:"  # open_clip's own prefixes
@@ -139,11 +133,11 @@ def model_identity(
     given = settings.revision
     if isinstance(settings, recipe.FlippedClip) and settings.weights is not None:
         given = settings.weights
-    files, commit = _weight_files(settings)
+    weights, commit = _weight_files(settings)
     return {
         "name": settings.model,
         "revision": commit or given,
-        "sha256": {file.name: _sha256(file) for file in files},
+        "sha256": {file.name: files.sha256(str(file)) for file in weights},
     }
 
 
@@ -155,53 +149,7 @@ def local_path(name: str) -> str:
             if path.is_dir() or path.is_file():
                 return str(path)
         raise FileNotFoundError(f"{name}: this installation holds no such file")
-    return _fetched(name) if "://" in name else name
-
-
-def cache_folder() -> Path:
-    """Where copies of remote models lie: `PAIRSIFT_CACHE`, else the user's cache folder."""
-    return Path(os.environ.get("PAIRSIFT_CACHE") or Path.home() / ".cache" / "pairsift")
-
-
-def _fetched(url: str) -> str:
-    """A local copy of the remote folder or file, made once per machine and state of the remote.
-
-    A copy is complete before it gets its name, and changed files give another name.
-    """
-    url = url.rstrip("/")
-    found = _remote_files(url)
-    if not found:
-        raise FileNotFoundError(f"{url}: nothing there")
-    state = "\n".join(f"{f.path} {f.size_in_bytes} {f.last_updated_in_seconds}" for f in found)
-    copy = cache_folder() / "models" / hashlib.sha256(state.encode()).hexdigest()[:32]
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{copy}.lock"):  # a machine's worker processes all start at once
-        if not copy.exists():
-            aside = copy.with_name(f"{copy.name}.tmp-{uuid.uuid4().hex}")
-            try:
-                for file in found:
-                    relative = file.path.removeprefix(url).lstrip("/") or url.rsplit("/", 1)[1]
-                    target = aside / relative
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with (
-                        FileSystems.open(file.path, compression_type=CompressionTypes.UNCOMPRESSED) as remote,
-                        target.open("wb") as local,
-                    ):
-                        shutil.copyfileobj(remote, local, 2**20)
-                aside.rename(copy)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-    return str(copy / url.rsplit("/", 1)[1] if found[0].path == url else copy)
-
-
-def _remote_files(url: str) -> list[FileMetadata]:
-    """The one file at `url`, or the files under it, by name, without object stores' folder
-    marks."""
-    for pattern in (url, f"{url}/**"):
-        files = [f for f in FileSystems.match([pattern])[0].metadata_list if not f.path.endswith("/")]
-        if files:
-            return sorted(files, key=lambda file: file.path)
-    return []
+    return files.local_copy(name)
 
 
 def _clip_snapshot(repository: str, revision: str | None) -> str:
@@ -246,9 +194,9 @@ def _weight_files(
 def _in_folder(folder: Path) -> tuple[list[Path], None]:
     """Every safetensors file, or where there is none every pickled one, as the libraries look."""
     for patterns in (("*.safetensors",), ("*.bin", "*.pt", "*.pth")):
-        files = sorted(file for pattern in patterns for file in folder.glob(pattern))
-        if files:
-            return files, None
+        found = sorted(file for pattern in patterns for file in folder.glob(pattern))
+        if found:
+            return found, None
     return [], None
 
 
@@ -258,8 +206,3 @@ def _in_hub_cache(repository: str, revision: str | None) -> tuple[list[Path], st
     except LocalEntryNotFoundError:
         return [], None
     return _in_folder(snapshot)[0], snapshot.name
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

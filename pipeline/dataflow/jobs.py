@@ -1,0 +1,45 @@
+"""What Dataflow knows of jobs by their names."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+from pipeline.dataflow.api import Api, Request
+from pipeline.lock import DataflowJob
+
+OVER = ("JOB_STATE_DONE", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_UPDATED", "JOB_STATE_DRAINED")
+"""A job in one of these states does nothing more."""
+
+_SLACK = datetime.timedelta(minutes=1)  # two services, two clocks
+
+
+def named(api: Api, job: DataflowJob, only: str = "ALL") -> list[dict[str, Any]]:
+    """The jobs of that name as the API lists them, without their labels, the newest first: at most one of them is not
+    over. `only` is the API's filter. Raises ApiError."""
+    request = Request(
+        "dataflow",
+        "GET",
+        f"v1b3/projects/{job.project}/locations/{job.region}/jobs",
+        job.project,
+        "dataflow.jobs.list",
+        query={"filter": only, "name": job.name},
+    )
+    found = [one for one in api.pages(request, "jobs") if one.get("name") == job.name]
+    return sorted(found, key=_created, reverse=True)
+
+
+def is_over(job: DataflowJob, since: datetime.datetime) -> bool | None:
+    """Whether the job of that name that was begun after `since` is over; None where there is none (yet).
+
+    Names come again, week by week: a job that was over before does not count. One that still works does, whenever it
+    was begun. Raises ApiError.
+    """
+    found = named(Api(), job)
+    if any(one.get("currentState") not in OVER for one in found):
+        return False
+    return True if found and _created(found[0]) >= since - _SLACK else None
+
+
+def _created(job: dict[str, Any]) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(job["createTime"])

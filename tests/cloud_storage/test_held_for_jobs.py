@@ -1,0 +1,84 @@
+"""An output folder in Cloud Storage is held for a job from its launcher to its last step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import files, lock, objects
+from pipeline.dataflow import launcher, limits
+from pipeline.dataflow.names import job_name
+from pipeline.layout import Layout
+from pipeline.lock import DataflowJob, hold_for_job
+from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY
+from pipeline.run import UsageError
+from pipeline.sinks.publication import Publication, publish
+from pipeline.sources.listing import write_listing
+from tests.dataflow.jobs import handed_over
+
+
+@pytest.fixture
+def output(bucket: str) -> str:
+    return f"gs://{bucket}/out"
+
+
+def holder(output: str) -> str | None:
+    found = objects.read(f"{output}/.lock.json")
+    return json.loads(found.content)["name"] if found else None
+
+
+def test_a_job_that_is_handed_over_holds_the_folder(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = f"{output}/.distribution_alignment/tiles/0-0.npz"  # by a run that was killed
+    files.write_bytes(left, b"left")
+    handed_over(tmp_path, monkeypatch, "demo", DISTRIBUTION_ALIGNMENT, output=output)
+    assert holder(output) == job_name(output, DISTRIBUTION_ALIGNMENT)
+    assert not files.exists(left)
+
+
+def test_a_job_that_is_refused_leaves_the_folder_free(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_GRAPH_BYTES", 1000)
+    with pytest.raises(UsageError, match="the job's graph has"):
+        handed_over(tmp_path, monkeypatch, "demo", CROSS_MODALITY, output=output)
+    assert holder(output) is None
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_the_next_job_holds_it_once_the_one_before_is_over(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: bool
+) -> None:
+    before = DataflowJob("my-project", "us-central1", job_name(output, SINGLE_MODALITY))
+    hold_for_job(output, before)
+    monkeypatch.setattr(lock, "_ask_dataflow", lambda job, since: over)
+    if over:
+        handed_over(tmp_path, monkeypatch, "demo", CROSS_MODALITY, output=output)
+        assert holder(output) == job_name(output, CROSS_MODALITY)
+    else:
+        with pytest.raises(UsageError, match=f"Dataflow job {before.name} of my-project in us-central1, since .* is w"):
+            handed_over(tmp_path, monkeypatch, "demo", CROSS_MODALITY, output=output)
+        assert holder(output) == before.name
+
+
+def test_what_is_published_is_let_go_of_also_when_the_step_is_tried_again(output: str) -> None:
+    job = DataflowJob("my-project", "us-central1", job_name(output, DISTRIBUTION_ALIGNMENT))
+    hold_for_job(output, job)
+    layout = Layout(output, f"{output}/versions/1")
+    files.write_json(layout.funnel, {})
+    write_listing(layout, [])
+    for _ in range(2):
+        publish(layout, Publication({"seed": 0}, 3, job))
+        assert holder(output) is None
+        assert json.loads(files.read_bytes(f"{output}/current.json")) == {"version": 1}
+
+
+def test_a_launcher_holds_nothing_of_what_it_does_not_know(output: str) -> None:
+    with pytest.raises(UsageError, match="holds no listing"), launcher._held_for(
+        DataflowJob("p", "r", "n"), Layout(output)
+    ):
+        launcher._listed(Layout(output))
+    assert holder(output) is None

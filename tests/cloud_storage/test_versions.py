@@ -1,0 +1,152 @@
+"""Readers in Cloud Storage see one version or the next, and never go back."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+
+import pytest
+
+from pipeline import files, objects, versions
+from pipeline.layout import Layout
+from tests.cloud_storage.server import CloudStorage, Request
+
+
+@pytest.fixture
+def output(bucket: str) -> str:
+    return f"gs://{bucket}/out"
+
+
+def is_switch(request: Request) -> bool:
+    return request.kind == "write" and request.name == "out/current.json"
+
+
+def publish(output: str) -> Layout:
+    """A new version, as stage 3 makes one."""
+    layout = versions.begin(output)
+    write_version(layout)
+    versions.switch(layout)
+    return layout
+
+
+def write_version(layout: Layout) -> None:
+    for path in (layout.subset, layout.decisions("a"), layout.decisions("b"), layout.manifest):
+        files.write_bytes(path, layout.results.encode())
+
+
+def test_there_is_none_before_the_first(output: str) -> None:
+    assert versions.newest(output).results == ""
+    layout = versions.begin(output)
+    write_version(layout)
+    assert versions.newest(output).results == ""
+    versions.switch(layout)
+    assert versions.newest(output) == layout
+    assert files.read_bytes(versions.newest(output).subset) == layout.results.encode()
+
+
+def test_the_oldest_go(store: CloudStorage, bucket: str, output: str) -> None:
+    for _ in range(4):
+        publish(output)
+    for name in ("9/decisions/part-a.parquet", "old"):  # of a run that was killed; nobody's
+        store.put(bucket, f"out/versions/{name}", b"")
+    versions.prune(output, 2)
+    found = {name.split("/")[2] for name in store.names(bucket, "out/versions/")}
+    assert found == {"3", "4", "old"}
+    assert versions.newest(output).results == f"{output}/versions/4"
+
+
+def test_what_a_killed_run_left_goes_and_its_number_is_free(store: CloudStorage, bucket: str, output: str) -> None:
+    publish(output)
+    store.put(bucket, "out/versions/2/decisions/part-a.parquet", b"half")
+    assert versions.begin(output).results == f"{output}/versions/2"
+    assert store.names(bucket, "out/versions/2") == []
+
+
+def test_versions_of_any_size_are_known_by_few_requests(store: CloudStorage, bucket: str, output: str) -> None:
+    publish(output)
+    for n in range(2500):
+        store.put(bucket, f"out/versions/1/decisions/part-{n}.parquet", b"")
+    store.asked.clear()
+    versions.begin(output)
+    assert store.asked.total() <= 4
+
+
+def test_a_switch_may_be_made_again(store: CloudStorage, output: str) -> None:
+    layout = publish(output)
+    before = objects.read(f"{output}/current.json")
+    versions.switch(layout)
+    assert objects.read(f"{output}/current.json") == before
+
+
+@pytest.mark.parametrize("status", [503, 500])
+def test_a_switch_whose_answer_was_lost_is_made_once(store: CloudStorage, output: str, status: int) -> None:
+    publish(output)
+    store.fail(is_switch, status, done=True)
+    layout = publish(output)
+    assert versions.newest(output) == layout
+
+
+def test_a_switch_that_lost_is_an_error_and_readers_stay(store: CloudStorage, output: str) -> None:
+    slow = versions.begin(output)
+    write_version(slow)
+    quick = publish(output)
+    assert quick.results == f"{output}/versions/2"
+    expected = f"{output}: version 1 is whole, but another run has switched readers to version 2"
+    with pytest.raises(versions.Overtaken, match=re.escape(expected)):
+        versions.switch(slow)
+    assert versions.newest(output) == quick
+
+
+def test_a_switch_that_is_overtaken_on_its_way_lost_too(store: CloudStorage, bucket: str, output: str) -> None:
+    slow = publish(output)
+    slow = versions.begin(output)
+    write_version(slow)
+    on_its_way = store.pause(is_switch)  # it has seen version 1, and writes
+    lost: list[versions.Overtaken] = []
+
+    def switch() -> None:
+        try:
+            versions.switch(slow)
+        except versions.Overtaken as error:
+            lost.append(error)
+
+    thread = threading.Thread(target=switch)
+    thread.start()
+    assert on_its_way.reached.wait(10)
+    store.put(bucket, "out/current.json", json.dumps({"version": 3}).encode())
+    on_its_way.go_on()
+    thread.join()
+    assert "switched readers to version 3" in str(lost[0])
+    assert versions.newest(output).results == f"{output}/versions/3"
+
+
+def test_an_older_pointer_that_changed_on_the_way_is_replaced_all_the_same(
+    store: CloudStorage, bucket: str, output: str
+) -> None:
+    publish(output)
+    layout = versions.begin(output)
+    write_version(layout)
+    on_its_way = store.pause(is_switch)
+    thread = threading.Thread(target=versions.switch, args=(layout,))
+    thread.start()
+    assert on_its_way.reached.wait(10)
+    store.put(bucket, "out/current.json", json.dumps({"version": 1}).encode())
+    on_its_way.go_on()
+    thread.join()
+    assert versions.newest(output) == layout
+
+
+def test_a_reader_who_asks_while_the_pointer_is_replaced_gets_one_of_both(
+    store: CloudStorage, bucket: str, output: str
+) -> None:
+    publish(output)
+    reading = store.pause(lambda request: request.kind == "read" and request.name == "out/current.json")
+    found: list[Layout] = []
+    thread = threading.Thread(target=lambda: found.append(versions.newest(output)))
+    thread.start()
+    assert reading.reached.wait(10)  # it has seen a generation that is no longer there when it is read
+    layout = publish(output)
+    reading.go_on()
+    thread.join()
+    assert found == [layout]

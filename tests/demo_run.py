@@ -1,0 +1,39 @@
+"""The demo, run once for all tests that look at what it leaves."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+from pipeline.progress import Progress
+from pipeline.recipe import STAGES, load_recipe
+from pipeline.run import run
+
+POOL = importlib.resources.files("pipeline") / "demo" / "pool"
+RECIPE = importlib.resources.files("recipes") / "demo.yaml"
+
+
+def run_demo(output: Path, *beam_options: str) -> dict:
+    """Run the demo into `output`; its funnel."""
+    progress = Progress(Console(stderr=True))
+    outcome = run(load_recipe(str(RECIPE)), str(POOL), str(output), list(STAGES), list(beam_options), progress)
+    assert outcome.funnel is not None
+    return outcome.funnel
+
+
+def demo_output(folders: pytest.TempPathFactory) -> Path:
+    """The output folder of a demo that has run, to be copied rather than changed: every process of these tests has the
+    same."""
+    shared = folders.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    output = shared / "demo-of-all" / "out"
+    with FileLock(shared / "demo-of-all.lock"):
+        if not (output / "run.json").exists():  # written last
+            run_demo(output)
+    return output
