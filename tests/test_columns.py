@@ -55,7 +55,8 @@ def test_joined_parts_of_a_split_are_the_whole() -> None:
     "column",
     [
         np.arange(4000, dtype=np.uint64), np.arange(4000, dtype=np.uint64) << np.uint64(52),
-        *(np.array([text.format(n) for n in range(4000)], "S32") for text in ("{:032d}", "{:04d}" + "0" * 28, "{:032x}")),
+        np.array([f"{n:032d}" for n in range(4000)], "S32"),
+        np.array([f"{n:04d}" + "0" * 28 for n in range(4000)], "S32"),
     ],
 )
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
