@@ -30,6 +30,7 @@ from pipeline.sinks.subset import WriteSubset
 from pipeline.sources.annotations import ReadCandidates, ReadPoolRows, ReadThresholds, count_samples
 from pipeline.sources.listing import ListShards
 from pipeline.sources.shards import ReadShards
+from transforms.columns import bucket_count
 from transforms.cross_modality.digit import Digit
 from transforms.cross_modality.flipped_clip import FlippedClip
 from transforms.cross_modality.image_text_matching import ImageTextMatching
@@ -123,13 +124,15 @@ def pool_wide(start: beam.PCollection, job: Job) -> beam.PCollection:
 
 def _pool_wide(shards: beam.PCollection, job: Job) -> beam.PCollection:
     rules = job.recipe.single_modality
+    buckets = bucket_count(len(job.shards))
     features = shards | "Read features" >> ReadPoolRows(job.layout, job.recipe)
-    named = features | "Unique uids" >> UniqueUids()
-    rows, pool_samples = named[UniqueUids.UNIQUE], features | "Count samples" >> beam.combiners.Count.Globally()
+    pool_samples = features | "Samples of shard" >> beam.Map(len) | "Count samples" >> beam.CombineGlobally(sum)
+    named = features | "Unique uids" >> UniqueUids(buckets)
+    rows = named[UniqueUids.UNIQUE]
     if rules.caption_frequency:
-        rows |= "Caption frequency" >> CaptionFrequency(rules.caption_frequency, pool_samples)
+        rows |= "Caption frequency" >> CaptionFrequency(rules.caption_frequency, pool_samples, buckets)
     if rules.near_duplicate:
-        rows |= "Near duplicate" >> NearDuplicate(rules.near_duplicate)
+        rows |= "Near duplicate" >> NearDuplicate(rules.near_duplicate, buckets)
     return {
         WritePoolWide.SHARDS: shards,
         WritePoolWide.ROWS: rows,

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import apache_beam as beam
+import numpy as np
 
 from pipeline import tables
 from pipeline.layout import POOL_WIDE, Layout
-from pipeline.records import Shard
+from pipeline.records import DeadLetter, Shard
+from transforms.columns import Part
+from transforms.single_modality.pool_wide import PoolRows
 
 
 class WritePoolWide(beam.PTransform):
@@ -25,7 +28,7 @@ class WritePoolWide(beam.PTransform):
         return (
             {
                 self.SHARDS: inputs[self.SHARDS] | "Shard names" >> beam.Map(_by_name),
-                self.ROWS: inputs[self.ROWS] | "Rows by shard" >> beam.Map(_by_shard),
+                self.ROWS: inputs[self.ROWS] | "Rows by shard" >> beam.ParDo(Part(_shards_of)),
                 self.DEAD_LETTERS: inputs[self.DEAD_LETTERS] | "Letters by shard" >> beam.Map(_by_shard),
             }
             | "Gather shard" >> beam.CoGroupByKey()
@@ -38,8 +41,12 @@ def _by_name(shard: Shard) -> tuple[str, None]:
     return Shard(*shard).name, None
 
 
-def _by_shard(row: Any) -> tuple[str, Any]:
-    return row.shard, row
+def _shards_of(rows: PoolRows) -> np.ndarray:
+    return rows.shards
+
+
+def _by_shard(letter: DeadLetter) -> tuple[str, DeadLetter]:
+    return letter.shard, letter
 
 
 class _Write(beam.DoFn):
@@ -48,10 +55,10 @@ class _Write(beam.DoFn):
 
     def process(self, group: tuple[str, dict[str, Any]], pool_samples: int) -> Iterator[str]:
         shard, groups = group
-        by_key = {row.key: row for row in groups[WritePoolWide.ROWS]}
+        by_key = {row["key"]: row for part in groups[WritePoolWide.ROWS] for row in _table_rows(part)}
         features = tables.read_table(self._layout.single_modality(shard), ["key"])
         rows = [
-            {**by_key[feature["key"]]._asdict(), "pool_samples": pool_samples}
+            {**by_key[feature["key"]], "pool_samples": pool_samples}
             for feature in features
             if feature["key"] in by_key
         ]
@@ -59,3 +66,14 @@ class _Write(beam.DoFn):
         tables.write_dead_letters(self._layout.dead_letters(POOL_WIDE, shard), letters)
         tables.write_table(self._layout.pool_wide(shard), rows, tables.POOL_WIDE, self._made_from)
         yield shard
+
+
+def _table_rows(part: PoolRows) -> Iterator[dict[str, Any]]:
+    columns = part.uids, part.keys, part.caption_image_counts, part.duplicate_of
+    for uid, key, count, keeper in zip(*(column.tolist() for column in columns), strict=True):
+        yield {
+            "uid": uid.decode(),
+            "key": key,
+            "caption_image_count": count,
+            "duplicate_of": keeper.decode() or None,
+        }

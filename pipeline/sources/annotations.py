@@ -20,7 +20,7 @@ from transforms.distribution_alignment.records import Candidates, CandidateShard
 from transforms.distribution_alignment.work_folder import WorkFolder, write_candidates
 from transforms.rules import Thresholds, first_failing, rules_of
 from transforms.single_modality.captions import caption_key
-from transforms.single_modality.pool_wide import PoolRow
+from transforms.single_modality.pool_wide import PoolRows
 
 POOL_WIDE_RULES = ("near_duplicate", "caption_frequency")
 
@@ -37,14 +37,14 @@ def count_samples(shard: Shard, layout: Layout) -> int:
 
 
 class ReadPoolRows(beam.PTransform):
-    """PCollection[Shard] -> PCollection[PoolRow]."""
+    """PCollection[Shard] -> PCollection[PoolRows], those of a shard at a time."""
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__()
         self._layout, self._recipe = layout, recipe
 
     def expand(self, shards: beam.PCollection) -> beam.PCollection:
-        return shards | "Read rows" >> beam.ParDo(_ReadPoolRows(self._layout, self._recipe)).with_output_types(PoolRow)
+        return shards | "Read rows" >> beam.ParDo(_ReadPoolRows(self._layout, self._recipe))
 
 
 class _ReadPoolRows(beam.DoFn):
@@ -54,18 +54,21 @@ class _ReadPoolRows(beam.DoFn):
     def setup(self) -> None:
         self._rules = [r for r in rules_of(self._recipe, SINGLE_MODALITY) if r.name not in POOL_WIDE_RULES]
 
-    def process(self, shard: Shard) -> Iterator[PoolRow]:
-        for row in tables.read_table(self._layout.single_modality(Shard(*shard).name)):
-            annotation = Annotation(**row)
-            yield PoolRow(
-                uid=annotation.uid,
-                shard=annotation.shard,
-                key=annotation.key,
-                caption_key=caption_key(annotation.caption),
-                perceptual_hash=row["perceptual_hash"],
-                pixels=row["width_px"] * row["height_px"],
-                fails_other_rule=first_failing(annotation, self._rules) is not None,
-            )
+    def process(self, shard: Shard) -> Iterator[PoolRows]:
+        known = [Annotation(**row) for row in tables.read_table(self._layout.single_modality(Shard(*shard).name))]
+        if not known:
+            return
+        yield PoolRows(
+            uids=np.array([a.uid for a in known], "S32"),
+            shards=np.array([a.shard for a in known], "S"),
+            keys=np.array([a.key for a in known], object),
+            caption_keys=np.array([caption_key(a.caption) for a in known], "S32"),
+            hashes=np.array([int(a.perceptual_hash or "", 16) for a in known], np.uint64),
+            pixels=np.array([(a.width_px or 0) * (a.height_px or 0) for a in known], np.int64),
+            fails=np.array([first_failing(a, self._rules) is not None for a in known], bool),
+            caption_image_counts=np.zeros(len(known), np.int64),
+            duplicate_of=np.zeros(len(known), "S32"),
+        )
 
 
 class ReadThresholds(beam.PTransform):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import random
-
 import apache_beam as beam
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
@@ -13,9 +10,7 @@ from pipeline import recipe
 from pipeline.records import SampleBatch, Shard
 from tests.helpers import whole_sample
 from transforms.single_modality.captions import (
-    CaptionImage,
     CaptionLength,
-    CountImagesPerCaption,
     caption_key,
     caption_length,
     keeps_frequency,
@@ -111,12 +106,3 @@ def test_a_share_of_zero_leaves_the_count() -> None:
     settings = recipe.CaptionFrequency(min_images=1, max_pool_share=0.0)
     assert keeps_frequency(1, 10**9, settings)
     assert not keeps_frequency(2, 10**9, settings)
-
-
-def test_images_are_counted_once_per_caption() -> None:
-    rng = random.Random(0)
-    pairs = [CaptionImage(f"c{rng.randrange(8)}", f"h{rng.randrange(6)}") for _ in range(400)]
-    expected = collections.Counter(pair.caption_key for pair in set(pairs))
-    for order in (pairs, pairs[::-1]):
-        with beam.Pipeline("FnApiRunner") as p:
-            assert_that(p | beam.Create(order) | CountImagesPerCaption(), equal_to(list(expected.items())))

@@ -9,38 +9,55 @@ import random
 import apache_beam as beam
 import numpy as np
 import pytest
-from apache_beam.testing.util import assert_that, equal_to
+from apache_beam.testing.util import assert_that
 from PIL import Image
 
 from tests.helpers import encode, picture, uid
 from transforms.single_modality.near_duplicate import (
     NearDuplicates,
-    Rank,
+    Ranked,
     bands,
+    best_of_hashes,
     better_neighbours,
-    duplicate_of,
     keeps,
     perceptual_hash,
-    rank,
 )
 
-Item = tuple[str, Rank]
+Rank = tuple[bool, int, str]
+"""The order among duplicates, best first."""
+Item = tuple[int, Rank]
+
+
+def rank(fails: bool, pixels: int, uid_: str) -> Rank:
+    return fails, -pixels, uid_
+
+
+def columns(items: list[Item]) -> Ranked:
+    return Ranked(
+        np.array([hash_ for hash_, _ in items], np.uint64),
+        np.array([fails for _, (fails, _, _) in items], bool),
+        np.array([-pixels for _, (_, pixels, _) in items], np.int64),
+        np.array([own for _, (_, _, own) in items], "S32"),
+    )
+
+
+def items_of(ranked: Ranked) -> list[Item]:
+    values = zip(*(column.tolist() for _, column in ranked.columns()), strict=True)
+    return [(hash_, rank(fails, pixels, own.decode())) for hash_, fails, pixels, own in values]
 
 
 def distance(one: str, other: str) -> int:
     return (int(one, 16) ^ int(other, 16)).bit_count()
 
 
-def oracle(items: list[Item], max_hamming: int) -> list[tuple[str, tuple[Rank, Rank | None]]]:
-    """Every pair of distinct hashes, compared."""
-    best: dict[str, Rank] = {}
+def oracle(items: list[Item], max_hamming: int) -> dict[int, Rank]:
+    """For each distinct hash the best image within reach, every pair compared."""
+    best: dict[int, Rank] = {}
     for hash_, own in items:
         best[hash_] = min(own, best.get(hash_, own))
-    found = []
-    for hash_, own in best.items():
-        better = [r for other, r in best.items() if distance(hash_, other) <= max_hamming and r < own]
-        found.append((hash_, (own, min(better, default=None))))
-    return found
+    return {
+        hash_: min(r for other, r in best.items() if (hash_ ^ other).bit_count() <= max_hamming) for hash_ in best
+    }
 
 
 def scattered(rng: random.Random, count: int) -> list[int]:
@@ -65,13 +82,19 @@ def one_band_full(rng: random.Random, count: int) -> list[int]:
 
 
 def ranked(rng: random.Random, hashes: list[int]) -> list[Item]:
-    return [(f"{h:016x}", rank(rng.random() < 0.3, rng.randrange(3), uid(n))) for n, h in enumerate(hashes)]
+    return [(h, rank(rng.random() < 0.3, rng.randrange(3), uid(n))) for n, h in enumerate(hashes)]
 
 
-def check(items: list[Item], max_hamming: int, tile_hashes: int) -> None:
+def check(items: list[Item], max_hamming: int, tile_hashes: int, buckets: int = 2) -> None:
+    expected = oracle(items, max_hamming)
+
+    def as_expected(parts: list[Ranked]) -> None:
+        told = columns([item for part in parts for item in items_of(part)])
+        assert dict(items_of(best_of_hashes(told))) == expected
+
     with beam.Pipeline("FnApiRunner") as p:
-        found = p | beam.Create(items) | NearDuplicates(max_hamming, tile_hashes)
-        assert_that(found, equal_to(oracle(items, max_hamming)))
+        parts = [columns(items[start : start + 7]) for start in range(0, len(items), 7)]
+        assert_that(p | beam.Create(parts) | NearDuplicates(max_hamming, buckets, tile_hashes), as_expected)
 
 
 @pytest.mark.parametrize("max_hamming", range(8))
@@ -79,14 +102,15 @@ def test_against_every_pair(max_hamming: int) -> None:
     rng = random.Random(max_hamming)
     hashes = scattered(rng, 20) + clustered(rng, 70, max_hamming + 2) + one_band_full(rng, 40)
     items = ranked(rng, hashes + [0] * 8 + [2**64 - 1] * 3)
-    assert any(neighbour for _, (_, neighbour) in oracle(items, max_hamming)) or max_hamming == 0
+    assert oracle(items, max_hamming) != oracle(items, 0) or max_hamming == 0
     check(items, max_hamming, tile_hashes=5)
 
 
 @pytest.mark.parametrize("tile_hashes", [1, 3, 8192])
-def test_tiles_change_nothing(tile_hashes: int) -> None:
+@pytest.mark.parametrize("buckets", [1, 5])
+def test_tiles_and_buckets_change_nothing(tile_hashes: int, buckets: int) -> None:
     rng = random.Random(9)
-    check(ranked(rng, one_band_full(rng, 40) + clustered(rng, 40, 4)), 3, tile_hashes)
+    check(ranked(rng, one_band_full(rng, 40) + clustered(rng, 40, 4)), 3, tile_hashes, buckets)
 
 
 def test_order_changes_nothing() -> None:
@@ -96,14 +120,45 @@ def test_order_changes_nothing() -> None:
     check(items, 3, 4)
 
 
-@pytest.mark.parametrize("items", [[], [("00000000000000ff", rank(False, 5, uid(1)))]])
+@pytest.mark.parametrize("items", [[], [(0xFF, rank(False, 5, uid(1)))]])
 def test_few(items: list[Item]) -> None:
     check(items, 3, 2)
 
 
-def test_a_tile_may_be_empty() -> None:
-    assert better_neighbours([("00", rank(False, 5, uid(1)))], [], 3) == {}
-    assert better_neighbours([], [("00", rank(False, 5, uid(1)))], 3) == {}
+def neighbours(items: list[Item], max_hamming: int, groups: list[int] | None = None) -> list[int]:
+    of = np.array(groups if groups is not None else [0] * len(items), np.uint64)
+    return better_neighbours(columns(items), of, max_hamming).tolist()
+
+
+def test_a_bucket_may_be_empty() -> None:
+    assert neighbours([], 3) == []
+
+
+def test_only_rows_of_one_group_are_compared_and_the_best_is_found() -> None:
+    items = [(number, rank(False, pixels, uid(number))) for number, pixels in enumerate((1, 5, 4, 9, 8, 2))]
+    assert neighbours(items, 64, groups=[7, 7, 7, 2, 2, 2]) == [1, -1, 1, -1, 3, 3]
+    assert neighbours(items, 64) == [3, 3, 3, -1, 3, 3]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_neighbours_against_every_pair(seed: int) -> None:
+    rng = random.Random(seed)
+    items = ranked(rng, list(dict.fromkeys(clustered(rng, 120, 4))))
+    groups = [rng.randrange(4) for _ in items]
+    expected = []
+    for (hash_, own), group in zip(items, groups, strict=True):
+        better = [
+            (r, row) for row, ((other, r), its) in enumerate(zip(items, groups, strict=True))
+            if its == group and r < own and (hash_ ^ other).bit_count() <= 3
+        ]  # fmt: skip
+        expected.append(min(better)[1] if better else -1)
+    assert neighbours(items, 3, groups) == expected
+    assert any(row >= 0 for row in expected)
+
+
+def values(hash_: int, max_hamming: int) -> list[tuple[int, int]]:
+    """Each band with its value."""
+    return list(enumerate(int(value[0]) for value in bands(np.array([hash_], np.uint64), max_hamming)))
 
 
 def test_both_sides_of_the_distance() -> None:
@@ -112,11 +167,9 @@ def test_both_sides_of_the_distance() -> None:
         for flips in (max_hamming, max_hamming + 1):
             # Bits far apart and bits side by side: every band must do its part.
             for mask in (sum(1 << (63 * i // 8) for i in range(flips)), (1 << flips) - 1):
-                other = base ^ mask
-                worse = (f"{other:016x}", rank(False, 5, uid(1)))
-                found = better_neighbours([worse], [(f"{base:016x}", better)], max_hamming)
-                assert bool(found) == (flips <= max_hamming)
-                meet = set(bands(f"{other:016x}", max_hamming)) & set(bands(f"{base:016x}", max_hamming))
+                found = neighbours([(base ^ mask, rank(False, 5, uid(1))), (base, better)], max_hamming)
+                assert found == [1 if flips <= max_hamming else -1, -1]
+                meet = set(values(base ^ mask, max_hamming)) & set(values(base, max_hamming))
                 assert meet or flips > max_hamming
 
 
@@ -128,20 +181,18 @@ def test_bands_miss_no_pair_within_reach(max_hamming: int) -> None:
         other = one
         for bit in rng.sample(range(64), max_hamming):
             other ^= 1 << bit
-        keys = bands(f"{one:016x}", max_hamming)
-        assert len(keys) == len(set(keys)) == max_hamming + 1
-        assert set(keys) & set(bands(f"{other:016x}", max_hamming))
+        own = values(one, max_hamming)
+        assert len(own) == max_hamming + 1
+        assert set(own) & set(values(other, max_hamming))
 
 
-def test_bands_of_different_places_never_meet() -> None:
-    assert len(set(bands("0" * 16, 3)) | set(bands("1000200030004", 3))) >= 4
-    assert not set(bands("0000ffff0000ffff", 3)) & set(bands("ffff0000ffff0000", 3))
+def test_a_hash_is_its_bands() -> None:
+    for max_hamming in range(8):
+        assert sum(value.bit_count() for _, value in values(0x0123456789ABCDEF, max_hamming)) == 32
 
 
-def test_the_smallest_bucket_of_a_hash_is_its_own() -> None:
-    """A neighbour that is no better does not count, and neither does the image itself."""
-    own = rank(False, 5, uid(1))
-    assert better_neighbours([("00", own)], [("00", own), ("01", rank(False, 4, uid(2)))], 3) == {}
+def test_what_is_no_better_does_not_count() -> None:
+    assert neighbours([(0, rank(False, 5, uid(1))), (1, rank(False, 4, uid(2)))], 3) == [-1, 0]
 
 
 def test_rank_prefers_what_passes_the_other_rules_then_pixels_then_the_smaller_uid() -> None:
@@ -150,22 +201,16 @@ def test_rank_prefers_what_passes_the_other_rules_then_pixels_then_the_smaller_u
         rank(True, 10_000, uid(3)), rank(True, 5, uid(0)),
     ]  # fmt: skip
     assert all(better < worse for better, worse in itertools.pairwise(ordered))
+    for order in itertools.permutations(range(len(ordered))):
+        of_one_hash = columns([(7, ordered[place]) for place in order])
+        assert items_of(best_of_hashes(of_one_hash)) == [(7, ordered[0])]
+        assert [order[row] for row in of_one_hash.order(of_one_hash.hashes)] == list(range(len(ordered)))
 
 
 def test_a_better_picture_that_fails_another_rule_loses() -> None:
-    big, small = rank(True, 4000 * 3000, uid(1)), rank(False, 300 * 200, uid(2))
-    with beam.Pipeline("FnApiRunner") as p:
-        found = p | beam.Create([("0f", big), ("0e", small)]) | NearDuplicates(3)
-        assert_that(found, equal_to([("0f", (big, small)), ("0e", (small, None))]))
-
-
-def test_of_identical_hashes_all_but_the_best_go() -> None:
-    best, other = rank(False, 9, uid(1)), rank(False, 9, uid(2))
-    assert duplicate_of(uid(1), best, None) is None
-    assert duplicate_of(uid(2), best, None) == uid(1)
-    assert duplicate_of(uid(1), best, other) is None  # a neighbour that is worse
-    better = rank(False, 10, uid(3))
-    assert duplicate_of(uid(1), best, better) == duplicate_of(uid(2), best, better) == uid(3)
+    items = [(0x0F, rank(True, 4000 * 3000, uid(1))), (0x0E, rank(False, 300 * 200, uid(2)))]
+    assert oracle(items, 3) == {0x0F: items[1][1], 0x0E: items[1][1]}
+    check(items, 3, tile_hashes=2)
 
 
 def test_verdict() -> None:

@@ -4,10 +4,12 @@ candidates or one tile."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterator
+from typing import NamedTuple, Self
 
 import numpy as np
+
+from transforms.columns import Columns
 
 
 class CandidateShard(NamedTuple):
@@ -17,42 +19,13 @@ class CandidateShard(NamedTuple):
     samples: int
 
 
-class _Columns:
-    """Equally long arrays, the fields of a dataclass; element i of each belongs to sample i."""
-
-    def columns(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Each array with its name."""
-        return ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return len(next(self.columns())[1])
-
-    def take(self, rows: Any) -> Self:
-        """The samples at `rows`: a slice, a mask or indices."""
-        return type(self)(**{name: column[rows] for name, column in self.columns()})
-
-    def groups(self, keys: np.ndarray) -> Iterator[tuple[Any, Self]]:
-        """The samples of each key in turn, keys ascending; samples of one key keep their order."""
-        order = np.argsort(keys, kind="stable")
-        ordered = keys[order]
-        starts = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
-        for rows in np.split(order, starts) if len(order) else ():
-            yield keys[rows[0]], self.take(rows)
-
-    @classmethod
-    def joined(cls, parts: Iterable[Self]) -> Self:
-        """All samples of `parts`, at least one part, one after another."""
-        columns = zip(*(part.columns() for part in parts), strict=True)
-        return cls(**{column[0][0]: np.concatenate([array for _, array in column]) for column in columns})
-
-
 def best_first(cosines: np.ndarray, uids: np.ndarray) -> np.ndarray:
     """The order of the rank: higher flipped-CLIP cosine, then smaller uid. int64 (n,)."""
     return np.lexsort((uids, -cosines))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Candidates(_Columns):
+class Candidates(Columns):
     """Samples that no earlier rule dropped.
 
     uids bytes (n,) of 32; shards bytes (n,); cosines float32 (n,): flipped-CLIP; digits float32 (n,): digit
@@ -71,7 +44,7 @@ class Candidates(_Columns):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RankKeys(_Columns):
+class RankKeys(Columns):
     """What the rank of samples hangs on: cosines float32 (n,), uids bytes (n,)."""
 
     cosines: np.ndarray
@@ -79,7 +52,7 @@ class RankKeys(_Columns):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Judged(_Columns):
+class Judged(Columns):
     """Members of one cluster after semantic dedup, best first. keepers bytes (n,): the uid of the best-ranked better
     member that each is a duplicate of, b"" where there is none."""
 
@@ -104,7 +77,7 @@ class RankedTile:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Placements(_Columns):
+class Placements(Columns):
     """What stage 3 decided: clusters int32 (n,), keepers bytes (n,) (b"" = nobody's duplicate), expected_copies float64
     (n,), copies int64 (n,)."""
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import apache_beam as beam
 
@@ -58,43 +57,14 @@ def caption_key(caption: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def keeps_frequency(image_count: int, pool_samples: int, settings: recipe.CaptionFrequency) -> bool:
-    """Whether a caption stands with few enough distinct images:
-    image_count <= max(min_images, max_pool_share * pool_samples).
+def max_images(pool_samples: int, settings: recipe.CaptionFrequency) -> float:
+    """With how many distinct images a caption may stand: max(min_images, max_pool_share * pool_samples).
 
     Source: paper (high-frequency text is removed); the bound is our choice.
     """
-    return image_count <= max(settings.min_images, settings.max_pool_share * pool_samples)
+    return max(settings.min_images, settings.max_pool_share * pool_samples)
 
 
-class CaptionImage(NamedTuple):
-    """A caption that stands with an image: the unit that is counted, once."""
-
-    caption_key: str
-    perceptual_hash: str
-
-
-class CountImagesPerCaption(beam.PTransform):
-    """PCollection[CaptionImage] -> PCollection[(caption_key, int)]: DISTINCT images by perceptual hash, so that one
-    good pair reposted often is left to `near_duplicate` (our choice)."""
-
-    def expand(self, pairs: beam.PCollection) -> beam.PCollection:
-        return (
-            pairs
-            | "Pair as key" >> beam.Map(_as_key).with_output_types(tuple[tuple[str, str], None])
-            | "Distinct images" >> beam.CombinePerKey(_first)
-            | "Caption of pair" >> beam.Map(_one_image).with_output_types(tuple[str, int])
-            | "Count images" >> beam.CombinePerKey(sum)
-        )
-
-
-def _as_key(pair: CaptionImage) -> tuple[tuple[str, str], None]:
-    return (pair.caption_key, pair.perceptual_hash), None
-
-
-def _first(values: Iterable[None]) -> None:
-    return None
-
-
-def _one_image(keyed: tuple[tuple[str, str], None]) -> tuple[str, int]:
-    return keyed[0][0], 1
+def keeps_frequency(image_count: int, pool_samples: int, settings: recipe.CaptionFrequency) -> bool:
+    """Whether a caption stands with few enough distinct images: image_count <= `max_images`."""
+    return image_count <= max_images(pool_samples, settings)

@@ -1,7 +1,7 @@
 """Near-duplicate images: within Hamming distance `max_hamming` of a better-ranked image's perceptual hash.
 
-Exact at any size: identical hashes collapse through a combiner, bands find the neighbours, and a band's bucket that is
-too large for one worker is split into tiles that together still compare every pair.
+Exact at any size: identical hashes collapse first, bands find the neighbours, and a band's bucket that is too large for
+one worker is split into tiles that together still compare every pair.
 
     64-bit hash, max_hamming 3:   | band 0 | band 1 | band 2 | band 3 |
     two hashes that differ in at most 3 bits agree in at least one of 4 bands (pigeonhole)
@@ -9,6 +9,7 @@ too large for one worker is split into tiles that together still compare every p
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 
@@ -16,8 +17,10 @@ import apache_beam as beam
 import numpy as np
 from PIL import Image
 
+from transforms.columns import Columns, Part, buckets_of
+
 HASH_BITS = 64
-TILE_HASHES = 8192  # a tile compares this many hashes with as many others: 64 MiB at a time at most
+TILE_HASHES = 2**16  # seconds, where all of two tiles share a band
 _SIDE = 32
 _LOW = 8
 _ROWS = np.arange(_LOW)[:, None]
@@ -36,50 +39,58 @@ def perceptual_hash(pixels: np.ndarray) -> str:
     return bits.tobytes().hex()
 
 
-# Order among duplicates, best first; a plain tuple, because those encode fast.
-Rank = tuple[bool, int, str]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ranked(Columns):
+    """Hashes and the rank of an image of each: hashes uint64 (n,), fails bool (n,), pixels int64 (n,), uids bytes (n,)
+    of 32.
+
+    Better is what passes every other stage-1 rule, then what has more pixels, then the smaller uid, so that no pair is
+    lost because its keeper failed another rule (our choice).
+    """
+
+    hashes: np.ndarray
+    fails: np.ndarray
+    pixels: np.ndarray
+    uids: np.ndarray
+
+    def order(self, groups: np.ndarray) -> np.ndarray:
+        """int64 (n,): the rows by group, and best first within each."""
+        return np.lexsort((self.uids, -self.pixels, self.fails, groups))
 
 
-def rank(fails_other_rule: bool, pixels: int, uid: str) -> Rank:
-    """Passes every other stage-1 rule, then more pixels, then smaller uid, so that no pair is lost because its keeper
-    failed another rule (our choice)."""
-    return fails_other_rule, -pixels, uid
+def best_of_hashes(ranked: Ranked) -> Ranked:
+    """The best of each distinct hash, hashes ascending."""
+    ranked = ranked.take(ranked.order(ranked.hashes))
+    return ranked.take(np.concatenate([[True], ranked.hashes[1:] != ranked.hashes[:-1]])[: len(ranked)])
 
 
-def better_neighbours(
-    left: list[tuple[str, Rank]], right: list[tuple[str, Rank]], max_hamming: int
-) -> dict[str, Rank]:
-    """For each hash of `left`, the best rank better than its own among the hashes of `right` within `max_hamming`;
-    hashes without one are left out."""
-    if not right:  # a tile may be empty
-        return {}
-    right = sorted(right, key=_rank_of)
-    right_bits = _bits([hash_ for hash_, _ in right])
-    best: dict[str, Rank] = {}
-    for start in range(0, len(left), 512):
-        rows = left[start : start + 512]
-        close = np.bitwise_count(_bits([h for h, _ in rows])[:, None] ^ right_bits[None, :]) <= max_hamming
-        # `right` is sorted best first, so the first close one is the best one.
-        for (hash_, own), first, any_ in zip(rows, close.argmax(axis=1), close.any(axis=1), strict=True):
-            if any_ and right[first][1] < own:
-                best[hash_] = right[first][1]
-    return best
+def better_neighbours(ranked: Ranked, groups: np.ndarray, max_hamming: int) -> np.ndarray:
+    """int64 (n,): for each row the best row that is better than it, of the same group (whole numbers (n,)) and within
+    `max_hamming`; -1 where there is none."""
+    order = ranked.order(groups)
+    hashes, groups = ranked.hashes[order], groups[order]
+    starts = np.concatenate([[True], groups[1:] != groups[:-1]])[: len(order)]
+    rows = np.arange(len(order))
+    places = rows - np.maximum.accumulate(np.where(starts, rows, 0))
+    best = np.full(len(order), -1)
+    # Each with the one so many places before it: of all that are close, the last one found is the best.
+    active, distance = rows[places >= 1], 1
+    while len(active):
+        close = active[np.bitwise_count(hashes[active] ^ hashes[active - distance]) <= max_hamming]
+        best[close] = close - distance
+        distance += 1
+        active = active[places[active] >= distance]
+    found = np.full(len(order), -1)
+    found[order] = np.where(best >= 0, order[best], -1)
+    return found
 
 
-def _rank_of(item: tuple[str, Rank]) -> Rank:
-    return item[1]
-
-
-def _bits(hashes: list[str]) -> np.ndarray:
-    return np.array([int(h, 16) for h in hashes], dtype=np.uint64)
-
-
-def bands(hash_: str, max_hamming: int) -> list[str]:
-    """The keys under which a hash meets every hash within `max_hamming`: its max_hamming + 1 bands."""
-    bits, count = int(hash_, 16), max_hamming + 1
+def bands(hashes: np.ndarray, max_hamming: int) -> list[np.ndarray]:
+    """uint64 (n,) of each of max_hamming + 1 bands: two hashes within `max_hamming` agree in one of them at least."""
+    count = max_hamming + 1
     edges = [HASH_BITS * i // count for i in range(count + 1)]
     return [
-        f"{i}:{bits >> low & ((1 << (high - low)) - 1):x}" for i, (low, high) in enumerate(itertools.pairwise(edges))
+        hashes >> np.uint64(low) & np.uint64((1 << (high - low)) - 1) for low, high in itertools.pairwise(edges)
     ]
 
 
@@ -89,35 +100,52 @@ def keeps(duplicate_of: str | None) -> bool:
 
 
 class NearDuplicates(beam.PTransform):
-    """PCollection[(hash, Rank)] -> PCollection[(hash, (Rank, Rank | None))]: per distinct hash the rank of its best
-    image, and of the best image better than it within `max_hamming`. A pure function of the set of inputs."""
+    """PCollection[Ranked] -> PCollection[Ranked]: for each distinct hash, in parts, its best image and images better
+    than that within `max_hamming`, the best one among them. So the best that is told of a hash (`best_of_hashes`) is
+    the one that its images give way to. A pure function of the set of inputs."""
 
-    def __init__(self, max_hamming: int, tile_hashes: int = TILE_HASHES) -> None:
+    def __init__(self, max_hamming: int, buckets: int, tile_hashes: int = TILE_HASHES) -> None:
         super().__init__()
-        self._max_hamming = max_hamming
+        self._max_hamming, self._buckets = max_hamming, buckets
         self._tile_hashes = tile_hashes
 
     def expand(self, ranked: beam.PCollection) -> beam.PCollection:
-        best = ranked | "Best of identical hashes" >> beam.CombinePerKey(min)
-        bucketed = best | "Bands" >> beam.ParDo(_Bands(self._max_hamming))
+        best = (
+            ranked
+            | "By own hash" >> beam.ParDo(Part(_HashBuckets(self._buckets)))
+            | "Group by hash" >> beam.GroupByKey()
+            | "Best of identical hashes" >> beam.MapTuple(_best_of_bucket)
+        )
+        banded = best | "Bands" >> beam.ParDo(_Bands(self._max_hamming, self._buckets))
         large = (
-            bucketed
-            | "Band of hash" >> beam.Keys()
-            | "Count bucket" >> beam.combiners.Count.PerElement()
+            banded
+            | "Hashes of part" >> beam.MapTuple(_count)
+            | "Count bucket" >> beam.CombinePerKey(sum)
             | "Large buckets" >> beam.Filter(_exceeds, self._tile_hashes)
         )
         neighbours = (
-            bucketed
+            banded
             | "Split large buckets" >> beam.ParDo(_Tiles(self._tile_hashes), beam.pvalue.AsDict(large))
             | "Bucket" >> beam.GroupByKey()
             | "Compare" >> beam.ParDo(_Compare(self._max_hamming))
-            | "Best neighbour" >> beam.CombinePerKey(min)
         )
-        return (
-            {"best": best, "neighbour": neighbours}
-            | "Join neighbours" >> beam.CoGroupByKey()
-            | "One row per hash" >> beam.Map(_best_and_neighbour)
-        )
+        return (best, neighbours) | "Best and neighbours" >> beam.Flatten()
+
+
+@dataclasses.dataclass(frozen=True)
+class _HashBuckets:
+    buckets: int
+
+    def __call__(self, ranked: Ranked) -> np.ndarray:
+        return buckets_of(ranked.hashes, self.buckets)
+
+
+def _best_of_bucket(bucket: int, parts: Iterable[Ranked]) -> Ranked:
+    return best_of_hashes(Ranked.joined(parts))
+
+
+def _count(bucket: str, part: Ranked) -> tuple[str, int]:
+    return bucket, len(part)
 
 
 def _exceeds(counted: tuple[str, int], limit: int) -> bool:
@@ -125,12 +153,15 @@ def _exceeds(counted: tuple[str, int], limit: int) -> bool:
 
 
 class _Bands(beam.DoFn):
-    def __init__(self, max_hamming: int) -> None:
-        self._max_hamming = max_hamming
+    """Sends a hash, once for each band, to the bucket of the band's value."""
 
-    def process(self, item: tuple[str, Rank]) -> Iterator[tuple[str, tuple[str, Rank]]]:
-        for band in bands(item[0], self._max_hamming):
-            yield band, item
+    def __init__(self, max_hamming: int, buckets: int) -> None:
+        self._max_hamming, self._buckets = max_hamming, buckets
+
+    def process(self, ranked: Ranked) -> Iterator[tuple[str, Ranked]]:
+        for band, values in enumerate(bands(ranked.hashes, self._max_hamming)):
+            for bucket, part in ranked.groups(buckets_of(values, self._buckets)):
+                yield f"{band}:{bucket}", part
 
 
 class _Tiles(beam.DoFn):
@@ -139,43 +170,28 @@ class _Tiles(beam.DoFn):
     def __init__(self, tile_hashes: int) -> None:
         self._tile_hashes = tile_hashes
 
-    def process(
-        self, element: tuple[str, tuple[str, Rank]], large: dict[str, int]
-    ) -> Iterator[tuple[str, tuple[int, str, Rank]]]:
-        band, (hash_, own_rank) = element
-        count = -(-large.get(band, 1) // self._tile_hashes)
-        # Bits of the hash would be shared within a band; a multiplicative mix spreads them over the tiles.
-        own = (int(hash_, 16) * 0x9E3779B97F4A7C15 % 2**64 >> 32) % count
-        for other in range(count):
-            low, high = sorted((own, other))
-            yield f"{band}/{low}-{high}", (own, hash_, own_rank)
+    def process(self, element: tuple[str, Ranked], large: dict[str, int]) -> Iterator[tuple[str, Ranked]]:
+        bucket, part = element
+        if bucket not in large:
+            yield element
+            return
+        count = -(-large[bucket] // self._tile_hashes)
+        own = buckets_of(part.hashes, count)
+        for low, high in itertools.combinations(range(count), 2):
+            rows = (own == low) | (own == high)
+            if rows.any():
+                yield f"{bucket}:{low}-{high}", part.take(rows)
 
 
 class _Compare(beam.DoFn):
     def __init__(self, max_hamming: int) -> None:
         self._max_hamming = max_hamming
 
-    def process(
-        self, bucket: tuple[str, Iterable[tuple[int, str, Rank]]]
-    ) -> Iterator[tuple[str, Rank]]:
-        name, items = bucket
-        low, high = (int(tile) for tile in name.rpartition("/")[2].split("-"))
-        sides: dict[int, list[tuple[str, Rank]]] = {low: [], high: []}
-        for tile, hash_, own_rank in items:
-            sides[tile].append((hash_, own_rank))
-        for one, other in {(low, high), (high, low)}:
-            yield from better_neighbours(sides[one], sides[other], self._max_hamming).items()
-
-
-def _best_and_neighbour(
-    joined: tuple[str, dict[str, list[Rank]]],
-) -> tuple[str, tuple[Rank, Rank | None]]:
-    hash_, groups = joined
-    (best,) = groups["best"]
-    return hash_, (best, next(iter(groups["neighbour"]), None))
-
-
-def duplicate_of(uid: str, best: Rank, neighbour: Rank | None) -> str | None:
-    """The uid that an image gives way to: the best within reach of its hash, unless that is the image itself."""
-    winner = min(best, neighbour) if neighbour else best
-    return None if winner[2] == uid else winner[2]
+    def process(self, bucket: tuple[str, Iterable[Ranked]]) -> Iterator[Ranked]:
+        name, parts = bucket
+        ranked = Ranked.joined(parts)
+        values = bands(ranked.hashes, self._max_hamming)[int(name.partition(":")[0])]
+        neighbours = better_neighbours(ranked, values, self._max_hamming)
+        found = neighbours >= 0
+        if found.any():
+            yield dataclasses.replace(ranked.take(neighbours[found]), hashes=ranked.hashes[found])

@@ -1,140 +1,207 @@
 """What only the whole pool can tell of a sample: how many images its caption stands with, whether a better-ranked
-image is its near-duplicate, and whether its uid is its own. Slim rows only; no pixels."""
+image is its near-duplicate, and whether its uid is its own. Slim rows only, as columns; no pixels.
+
+Whatever many samples may share (a uid, a caption, a hash) is counted in parts or looked up in parts, so that no group
+has to fit into one worker's memory; what has to is one entry for each distinct one of a bucket.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import apache_beam as beam
+import numpy as np
 
 from pipeline import recipe
 from pipeline.records import DeadLetter
+from transforms.columns import Columns, Part, buckets_of
 from transforms.single_modality import captions, near_duplicate
+from transforms.single_modality.near_duplicate import Ranked, best_of_hashes
 
 
-class PoolRow(NamedTuple):
-    """What the passes over the whole pool need of a sample."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class PoolRows(Columns):
+    """What the passes over the whole pool need of samples.
 
-    uid: str
-    shard: str
-    key: str
-    caption_key: str
-    perceptual_hash: str
-    pixels: int
-    fails_other_rule: bool  # any stage-1 rule but the two that look across the pool
-    caption_image_count: int = 0
-    duplicate_of: str | None = None
+    uids bytes (n,) of 32; shards bytes (n,); keys str objects (n,); caption_keys bytes (n,) of 32:
+    `captions.caption_key`; hashes uint64 (n,): perceptual hashes; pixels int64 (n,); fails bool (n,): any stage-1 rule
+    but the two that look across the pool, and caption_frequency once it is judged; caption_image_counts int64 (n,);
+    duplicate_of bytes (n,) of 32: a uid, b"" where there is none.
+    """
+
+    uids: np.ndarray
+    shards: np.ndarray
+    keys: np.ndarray
+    caption_keys: np.ndarray
+    hashes: np.ndarray
+    pixels: np.ndarray
+    fails: np.ndarray
+    caption_image_counts: np.ndarray
+    duplicate_of: np.ndarray
 
 
 class UniqueUids(beam.PTransform):
-    """Of several samples with one uid the one with the smallest shard and key stays (main output); the others are
-    dead letters (`REPEATED`). Our choice: a subset file cannot tell them apart."""
+    """PCollection[PoolRows] -> PCollection[PoolRows]. Of several samples with one uid the one with the smallest shard
+    and key stays (main output); the others are dead letters (`REPEATED`). Our choice: a subset file cannot tell them
+    apart."""
 
     UNIQUE, REPEATED = "unique", "repeated"
+
+    def __init__(self, buckets: int) -> None:
+        super().__init__()
+        self._buckets = buckets
 
     def expand(self, rows: beam.PCollection) -> beam.pvalue.DoOutputsTuple:
         return (
             rows
-            | "Key by uid" >> beam.Map(_by_uid)
+            | "By uid" >> beam.ParDo(Part(_by("uids", self._buckets)))
             | "Group by uid" >> beam.GroupByKey()
             | "First of uid" >> beam.ParDo(_FirstOfUid()).with_outputs(self.REPEATED, main=self.UNIQUE)
         )
 
 
-def _by_uid(row: PoolRow) -> tuple[str, PoolRow]:
-    return row.uid, row
+def _by(column: str, buckets: int) -> Callable[[Any], np.ndarray]:
+    return functools.partial(_buckets, column=column, buckets=buckets)
+
+
+def _buckets(rows: Columns, column: str, buckets: int) -> np.ndarray:
+    return buckets_of(getattr(rows, column), buckets)
 
 
 class _FirstOfUid(beam.DoFn):
-    def process(self, group: tuple[str, Iterable[PoolRow]]) -> Iterator[PoolRow | beam.pvalue.TaggedOutput]:
-        first, *others = sorted(group[1], key=_place)
-        yield first
-        for row in others:
-            message = f"the uid also names {first.key} of shard {first.shard}, which stays"
-            letter = DeadLetter(
-                row.shard, row.key, row.uid, recipe.SINGLE_MODALITY, "repeated_uid", message
-            )
-            yield beam.pvalue.TaggedOutput(UniqueUids.REPEATED, letter)
+    def process(self, group: tuple[int, Iterable[PoolRows]]) -> Iterator[PoolRows | beam.pvalue.TaggedOutput]:
+        first: dict[bytes, tuple[bytes, str]] = {}
+        for rows in group[1]:
+            for uid, place in _places(rows):
+                if place <= first.setdefault(uid, place):
+                    first[uid] = place
+        for rows in group[1]:
+            stays = np.array([first[uid] == place for uid, place in _places(rows)], bool)
+            yield rows.take(stays)
+            for uid, place in _places(rows.take(~stays)):
+                (shard, key), (its_shard, its_key) = place, first[uid]
+                message = f"the uid also names {its_key} of shard {its_shard.decode()}, which stays"
+                letter = DeadLetter(
+                    shard.decode(), key, uid.decode(), recipe.SINGLE_MODALITY, "repeated_uid", message
+                )
+                yield beam.pvalue.TaggedOutput(UniqueUids.REPEATED, letter)
 
 
-def _place(row: PoolRow) -> tuple[str, str]:
-    return row.shard, row.key
+def _places(rows: PoolRows) -> Iterator[tuple[bytes, tuple[bytes, str]]]:
+    places = zip(rows.shards.tolist(), rows.keys.tolist(), strict=True)
+    return zip(rows.uids.tolist(), places, strict=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _CaptionImages(Columns):
+    """Distinct images of captions."""
+
+    caption_keys: np.ndarray
+    hashes: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _CaptionCounts(Columns):
+    """How many of them a caption has; counts of one caption add up."""
+
+    caption_keys: np.ndarray
+    counts: np.ndarray
 
 
 class CaptionFrequency(beam.PTransform):
-    """Adds `caption_image_count`, and counts the rule among those that decide the rank of duplicates."""
+    """PCollection[PoolRows] -> PCollection[PoolRows]. Adds `caption_image_counts`, how many DISTINCT images (by
+    perceptual hash) a caption stands with, and counts the rule among those that decide the rank of duplicates.
+    Distinct, so that one good pair reposted often is left to `near_duplicate` (our choice)."""
 
-    def __init__(self, settings: recipe.CaptionFrequency, pool_samples: beam.PCollection) -> None:
+    def __init__(self, settings: recipe.CaptionFrequency, pool_samples: beam.PCollection, buckets: int) -> None:
         super().__init__()
-        self._settings, self._pool_samples = settings, pool_samples
+        self._settings, self._pool_samples, self._buckets = settings, pool_samples, buckets
 
     def expand(self, rows: beam.PCollection) -> beam.PCollection:
+        by_caption = _by("caption_keys", self._buckets)
+        by_both = functools.partial(_by_caption_and_image, buckets=self._buckets)
         counts = (
             rows
-            | "Caption and image" >> beam.Map(_caption_image)
-            | "Images per caption" >> captions.CountImagesPerCaption()
+            | "Captions with images" >> beam.Map(_caption_images)
+            | "By caption and image" >> beam.ParDo(Part(by_both))
+            | "Group by caption and image" >> beam.GroupByKey()
+            | "Count images" >> beam.MapTuple(_count_images)
+            | "Counts by caption" >> beam.ParDo(Part(by_caption))
         )
-        keyed = rows | "Key by caption" >> beam.Map(_by_caption)
         return (
-            {"rows": keyed, "count": counts}
+            {"rows": rows | "By caption" >> beam.ParDo(Part(by_caption)), "counts": counts}
             | "Join counts" >> beam.CoGroupByKey()
-            | "Count on row"
-            >> beam.ParDo(_CountOnRow(self._settings), beam.pvalue.AsSingleton(self._pool_samples))
+            | "Count on rows" >> beam.ParDo(_CountOnRows(self._settings), beam.pvalue.AsSingleton(self._pool_samples))
         )
 
 
-def _caption_image(row: PoolRow) -> captions.CaptionImage:
-    return captions.CaptionImage(row.caption_key, row.perceptual_hash)
+def _caption_images(rows: PoolRows) -> _CaptionImages:
+    return _distinct(_CaptionImages(rows.caption_keys, rows.hashes))
 
 
-def _by_caption(row: PoolRow) -> tuple[str, PoolRow]:
-    return row.caption_key, row
+def _distinct(images: _CaptionImages) -> _CaptionImages:
+    images = images.take(np.lexsort((images.hashes, images.caption_keys)))
+    captions_, hashes = images.caption_keys, images.hashes
+    differs = (captions_[1:] != captions_[:-1]) | (hashes[1:] != hashes[:-1])
+    return images.take(np.concatenate([[True], differs])[: len(images)])
 
 
-class _CountOnRow(beam.DoFn):
+def _by_caption_and_image(images: _CaptionImages, buckets: int) -> np.ndarray:
+    # A caption that stands with a million images does not go to one worker.
+    both = buckets_of(images.caption_keys, 2**32).astype(np.uint64) ^ images.hashes
+    return buckets_of(both, buckets)
+
+
+def _count_images(bucket: int, parts: Iterable[_CaptionImages]) -> _CaptionCounts:
+    images = _distinct(_CaptionImages.joined(parts))
+    return _CaptionCounts(*np.unique(images.caption_keys, return_counts=True))
+
+
+class _CountOnRows(beam.DoFn):
     def __init__(self, settings: recipe.CaptionFrequency) -> None:
         self._settings = settings
 
-    def process(self, joined: tuple[str, dict], pool_samples: int) -> Iterator[PoolRow]:
-        (count,) = joined[1]["count"]
-        fails = not captions.keeps_frequency(count, pool_samples, self._settings)
-        for row in joined[1]["rows"]:
-            yield row._replace(
-                caption_image_count=count, fails_other_rule=row.fails_other_rule or fails
-            )
+    def process(self, joined: tuple[int, dict[str, Any]], pool_samples: int) -> Iterator[PoolRows]:
+        parts = _CaptionCounts.joined(joined[1]["counts"])
+        caption_keys, places = np.unique(parts.caption_keys, return_inverse=True)
+        counts = np.zeros(len(caption_keys), np.int64)
+        np.add.at(counts, places, parts.counts)
+        for rows in joined[1]["rows"]:
+            of_rows = counts[np.searchsorted(caption_keys, rows.caption_keys)]
+            fails = rows.fails | (of_rows > captions.max_images(pool_samples, self._settings))
+            yield dataclasses.replace(rows, caption_image_counts=of_rows, fails=fails)
 
 
 class NearDuplicate(beam.PTransform):
-    """Adds `duplicate_of`."""
+    """PCollection[PoolRows] -> PCollection[PoolRows]. Adds `duplicate_of`."""
 
-    def __init__(self, settings: recipe.NearDuplicate) -> None:
+    def __init__(self, settings: recipe.NearDuplicate, buckets: int) -> None:
         super().__init__()
-        self._settings = settings
+        self._settings, self._buckets = settings, buckets
 
     def expand(self, rows: beam.PCollection) -> beam.PCollection:
-        found = (
-            rows
-            | "Rank" >> beam.Map(_ranked)
-            | "Near-duplicates" >> near_duplicate.NearDuplicates(self._settings.max_hamming)
-        )
-        keyed = rows | "Key by hash" >> beam.Map(_by_hash)
+        ranked = rows | "Rank" >> beam.Map(_ranked)
+        winners = ranked | "Near-duplicates" >> near_duplicate.NearDuplicates(self._settings.max_hamming, self._buckets)
+        by_hash = _by("hashes", self._buckets)
         return (
-            {"rows": keyed, "found": found}
+            {
+                "rows": rows | "By hash" >> beam.ParDo(Part(by_hash)),
+                "winners": winners | "Winners by hash" >> beam.ParDo(Part(by_hash)),
+            }
             | "Join duplicates" >> beam.CoGroupByKey()
-            | "Duplicate on row" >> beam.FlatMap(_duplicate_on_row)
+            | "Duplicate on rows" >> beam.FlatMap(_duplicate_on_rows)
         )
 
 
-def _ranked(row: PoolRow) -> tuple[str, near_duplicate.Rank]:
-    return row.perceptual_hash, near_duplicate.rank(row.fails_other_rule, row.pixels, row.uid)
+def _ranked(rows: PoolRows) -> Ranked:
+    return best_of_hashes(Ranked(rows.hashes, rows.fails, rows.pixels, rows.uids))
 
 
-def _by_hash(row: PoolRow) -> tuple[str, PoolRow]:
-    return row.perceptual_hash, row
-
-
-def _duplicate_on_row(joined: tuple[str, dict]) -> Iterator[PoolRow]:
-    ((best, neighbour),) = joined[1]["found"]
-    for row in joined[1]["rows"]:
-        yield row._replace(duplicate_of=near_duplicate.duplicate_of(row.uid, best, neighbour))
+def _duplicate_on_rows(joined: tuple[int, dict[str, Any]]) -> Iterator[PoolRows]:
+    winners = best_of_hashes(Ranked.joined(joined[1]["winners"]))
+    for rows in joined[1]["rows"]:
+        winner = winners.uids[np.searchsorted(winners.hashes, rows.hashes)]
+        yield dataclasses.replace(rows, duplicate_of=np.where(winner == rows.uids, b"", winner).astype("S32"))
