@@ -12,8 +12,8 @@ import numpy as np
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils.windowed_value import WindowedValue
 
-_BUFFERED_ROWS = 200_000
-_ROWS_A_BUCKET_SHARDS = 4  # of 10,000 samples each, as img2dataset writes them
+_BUFFERED_ROWS = 20_000
+_BUCKET_SHARDS = 16  # of 10,000 samples each, as img2dataset writes them
 _MAX_BUCKETS = 2**16
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -36,6 +36,10 @@ class Columns:
         """The samples at `rows`: a slice, a mask or indices."""
         return type(self)(**{name: column[rows] for name, column in self.columns()})
 
+    def without(self, *names: str) -> Self:
+        """The same with zeros in the columns of these names, which are of no use any more: sent, they take nothing."""
+        return dataclasses.replace(self, **{name: np.zeros_like(getattr(self, name)) for name in names})  # type: ignore[type-var]
+
     def groups(self, keys: np.ndarray) -> Iterator[tuple[Any, Self]]:
         """The samples of each key in turn, keys ascending; samples of one key keep their order."""
         order = np.argsort(keys, kind="stable")
@@ -51,23 +55,28 @@ class Columns:
         return cls(**{column[0][0]: np.concatenate([array for _, array in column]) for column in columns})
 
 
-def _plain(column: np.ndarray) -> tuple[str, tuple[int, ...], Any]:
-    values = column.tolist() if column.dtype == object else column.tobytes()
-    return column.dtype.str, column.shape, values
+def _plain(column: np.ndarray) -> tuple[str, tuple[int, ...], tuple[int, ...], Any]:
+    """dtype, shape, shape of what is sent, and that: one row where all rows are alike."""
+    if column.dtype == object:
+        return column.dtype.str, column.shape, column.shape, column.tolist()
+    is_one_value = column.dtype.kind != "f" and (column == column[:1]).all()  # 0.0 and -0.0 are two
+    sent = column[:1] if is_one_value else column
+    return column.dtype.str, column.shape, sent.shape, sent.tobytes()
 
 
-def _restored(kind: type[Columns], *plain: tuple[str, tuple[int, ...], Any]) -> Columns:
-    arrays = [
-        np.array(values, object) if dtype == "|O" else np.frombuffer(values, dtype).reshape(shape)
-        for dtype, shape, values in plain
-    ]
-    return kind(*arrays)
+def _restored(kind: type[Columns], *plain: tuple[str, tuple[int, ...], tuple[int, ...], Any]) -> Columns:
+    return kind(*(_array(*one) for one in plain))
+
+
+def _array(dtype: str, shape: tuple[int, ...], sent_shape: tuple[int, ...], sent: Any) -> np.ndarray:
+    values = np.array(sent, object) if dtype == "|O" else np.frombuffer(sent, dtype).reshape(sent_shape)
+    return np.broadcast_to(values, shape)
 
 
 def bucket_count(shards: int) -> int:
-    """Into how many buckets a pool of so many shards is grouped: of some ten thousands of samples each (our choice).
+    """Into how many buckets a pool of so many shards is grouped: of some hundred thousand samples each (our choice).
     No outcome hangs on it."""
-    return min(_MAX_BUCKETS, 1 << (shards // _ROWS_A_BUCKET_SHARDS).bit_length())
+    return min(_MAX_BUCKETS, 1 << (shards // _BUCKET_SHARDS).bit_length())
 
 
 def buckets_of(column: np.ndarray, count: int) -> np.ndarray:

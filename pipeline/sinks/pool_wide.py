@@ -55,10 +55,10 @@ class _Write(beam.DoFn):
 
     def process(self, group: tuple[str, dict[str, Any]], pool_samples: int) -> Iterator[str]:
         shard, groups = group
-        by_key = {row["key"]: row for part in groups[WritePoolWide.ROWS] for row in _table_rows(part)}
-        features = tables.read_table(self._layout.single_modality(shard), ["key"])
+        by_key = {key: found for part in groups[WritePoolWide.ROWS] for key, found in _found(part)}
+        features = tables.read_table(self._layout.single_modality(shard), ["uid", "key"])
         rows = [
-            {**by_key[feature["key"]], "pool_samples": pool_samples}
+            {**feature, **by_key[feature["key"]], "pool_samples": pool_samples}
             for feature in features
             if feature["key"] in by_key
         ]
@@ -68,12 +68,7 @@ class _Write(beam.DoFn):
         yield shard
 
 
-def _table_rows(part: PoolRows) -> Iterator[dict[str, Any]]:
-    columns = part.uids, part.keys, part.caption_image_counts, part.duplicate_of
-    for uid, key, count, keeper in zip(*(column.tolist() for column in columns), strict=True):
-        yield {
-            "uid": uid.decode(),
-            "key": key,
-            "caption_image_count": count,
-            "duplicate_of": keeper.decode() or None,
-        }
+def _found(part: PoolRows) -> Iterator[tuple[str, dict[str, Any]]]:
+    columns = part.keys, part.caption_image_counts, part.duplicate_of
+    for key, count, keeper in zip(*(column.tolist() for column in columns), strict=True):
+        yield key, {"caption_image_count": count, "duplicate_of": keeper.decode() or None}

@@ -1,10 +1,12 @@
 """Stage 3 as a whole: equal to the formulas sample by sample, in any order, on any number of workers."""
 
 import math
+import types
 
 import numpy as np
 import pytest
 
+from pipeline import files
 from pipeline.recipe import (
     Cids,
     Clusters,
@@ -210,7 +212,8 @@ def test_embeddings_through_the_shuffle_or_from_disk_are_the_same(candidates, ta
     monkeypatch.setattr("transforms.distribution_alignment.tiles.TILE_ROWS", 40)
     settings = everything(tasks, clusters=Clusters(count=2, iterations=5))
     from_disk = place(candidates, settings, str(tmp_path / "disk"))
-    monkeypatch.setattr("transforms.distribution_alignment.tiles._is_local", lambda path: False)
+    elsewhere = types.SimpleNamespace(**{**vars(files), "in_cloud_storage": lambda path: True})
+    monkeypatch.setattr("transforms.distribution_alignment.tiles.files", elsewhere)
     monkeypatch.setattr("transforms.distribution_alignment.work_folder.EmbeddingSlice.read", None)
     assert place(candidates, settings, str(tmp_path / "shuffle")) == from_disk
 

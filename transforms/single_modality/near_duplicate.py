@@ -21,6 +21,7 @@ from transforms.columns import Columns, Part, buckets_of
 
 HASH_BITS = 64
 TILE_HASHES = 2**16  # seconds, where all of two tiles share a band
+_PAIR_BITS = 40
 _SIDE = 32
 _LOW = 8
 _ROWS = np.arange(_LOW)[:, None]
@@ -116,18 +117,19 @@ class NearDuplicates(beam.PTransform):
             | "Group by hash" >> beam.GroupByKey()
             | "Best of identical hashes" >> beam.MapTuple(_best_of_bucket)
         )
-        banded = best | "Bands" >> beam.ParDo(_Bands(self._max_hamming, self._buckets))
         large = (
-            banded
-            | "Hashes of part" >> beam.MapTuple(_count)
+            best
+            | "Sizes of buckets" >> beam.FlatMap(_bucket_sizes, self._max_hamming, self._buckets)
             | "Count bucket" >> beam.CombinePerKey(sum)
             | "Large buckets" >> beam.Filter(_exceeds, self._tile_hashes)
         )
+        bands_ = _Bands(self._max_hamming, self._buckets, self._tile_hashes)
         neighbours = (
-            banded
-            | "Split large buckets" >> beam.ParDo(_Tiles(self._tile_hashes), beam.pvalue.AsDict(large))
+            best
+            | "Bands" >> beam.ParDo(bands_, beam.pvalue.AsDict(large))
+            | "By band" >> beam.ParDo(Part(_places))
             | "Bucket" >> beam.GroupByKey()
-            | "Compare" >> beam.ParDo(_Compare(self._max_hamming))
+            | "Compare" >> beam.ParDo(_Compare(self._max_hamming, self._buckets))
         )
         return (best, neighbours) | "Best and neighbours" >> beam.Flatten()
 
@@ -144,53 +146,72 @@ def _best_of_bucket(bucket: int, parts: Iterable[Ranked]) -> Ranked:
     return best_of_hashes(Ranked.joined(parts))
 
 
-def _count(bucket: str, part: Ranked) -> tuple[str, int]:
-    return bucket, len(part)
+def _in_buckets(ranked: Ranked, max_hamming: int, buckets: int) -> Iterator[np.ndarray]:
+    """int64 (n,) for each band: the bucket, of all those of all bands, in which the hashes of one value of it meet."""
+    for band, values in enumerate(bands(ranked.hashes, max_hamming)):
+        yield band * buckets + buckets_of(values, buckets)
 
 
-def _exceeds(counted: tuple[str, int], limit: int) -> bool:
+def _bucket_sizes(ranked: Ranked, max_hamming: int, buckets: int) -> Iterator[tuple[int, int]]:
+    for own in _in_buckets(ranked, max_hamming, buckets):
+        yield from zip(*(column.tolist() for column in np.unique(own, return_counts=True)), strict=True)
+
+
+def _exceeds(counted: tuple[int, int], limit: int) -> bool:
     return counted[1] > limit
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Placed(Columns):
+    """`Ranked`, and where each is compared: places int64 (n,), the bucket and in the last bits the pair of tiles."""
+
+    hashes: np.ndarray
+    fails: np.ndarray
+    pixels: np.ndarray
+    uids: np.ndarray
+    places: np.ndarray
+
+
+def _places(placed: _Placed) -> np.ndarray:
+    return placed.places
+
+
 class _Bands(beam.DoFn):
-    """Sends a hash, once for each band, to the bucket of the band's value."""
+    """Sends a hash to a bucket for each of its bands; where that is a large one, to every pair of tiles that its own
+    tile is part of."""
 
-    def __init__(self, max_hamming: int, buckets: int) -> None:
+    def __init__(self, max_hamming: int, buckets: int, tile_hashes: int) -> None:
         self._max_hamming, self._buckets = max_hamming, buckets
-
-    def process(self, ranked: Ranked) -> Iterator[tuple[str, Ranked]]:
-        for band, values in enumerate(bands(ranked.hashes, self._max_hamming)):
-            for bucket, part in ranked.groups(buckets_of(values, self._buckets)):
-                yield f"{band}:{bucket}", part
-
-
-class _Tiles(beam.DoFn):
-    """Sends a hash of a large bucket to every pair of tiles that its own tile is part of."""
-
-    def __init__(self, tile_hashes: int) -> None:
         self._tile_hashes = tile_hashes
 
-    def process(self, element: tuple[str, Ranked], large: dict[str, int]) -> Iterator[tuple[str, Ranked]]:
-        bucket, part = element
-        if bucket not in large:
-            yield element
-            return
-        count = -(-large[bucket] // self._tile_hashes)
-        own = buckets_of(part.hashes, count)
-        for low, high in itertools.combinations(range(count), 2):
-            rows = (own == low) | (own == high)
-            if rows.any():
-                yield f"{bucket}:{low}-{high}", part.take(rows)
+    def process(self, ranked: Ranked, large: dict[int, int]) -> Iterator[_Placed]:
+        for own in _in_buckets(ranked, self._max_hamming, self._buckets):
+            is_large = np.isin(own, list(large))
+            yield _placed(ranked.take(~is_large), own[~is_large] << _PAIR_BITS)
+            for bucket in np.unique(own[is_large]).tolist():
+                yield from self._in_tiles(ranked.take(own == bucket), bucket, large[bucket])
+
+    def _in_tiles(self, ranked: Ranked, bucket: int, size: int) -> Iterator[_Placed]:
+        count = -(-size // self._tile_hashes)
+        own = buckets_of(ranked.hashes, count)
+        for pair, (low, high) in enumerate(itertools.combinations(range(count), 2)):
+            part = ranked.take((own == low) | (own == high))
+            yield _placed(part, np.full(len(part), (bucket << _PAIR_BITS) + pair))
+
+
+def _placed(ranked: Ranked, places: np.ndarray) -> _Placed:
+    return _Placed(ranked.hashes, ranked.fails, ranked.pixels, ranked.uids, places)
 
 
 class _Compare(beam.DoFn):
-    def __init__(self, max_hamming: int) -> None:
-        self._max_hamming = max_hamming
+    def __init__(self, max_hamming: int, buckets: int) -> None:
+        self._max_hamming, self._buckets = max_hamming, buckets
 
-    def process(self, bucket: tuple[str, Iterable[Ranked]]) -> Iterator[Ranked]:
-        name, parts = bucket
-        ranked = Ranked.joined(parts)
-        values = bands(ranked.hashes, self._max_hamming)[int(name.partition(":")[0])]
+    def process(self, group: tuple[int, Iterable[_Placed]]) -> Iterator[Ranked]:
+        place, parts = group
+        placed = _Placed.joined(parts)
+        ranked = Ranked(placed.hashes, placed.fails, placed.pixels, placed.uids)
+        values = bands(ranked.hashes, self._max_hamming)[(place >> _PAIR_BITS) // self._buckets]
         neighbours = better_neighbours(ranked, values, self._max_hamming)
         found = neighbours >= 0
         if found.any():

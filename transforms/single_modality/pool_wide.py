@@ -172,7 +172,7 @@ class _CountOnRows(beam.DoFn):
         for rows in joined[1]["rows"]:
             of_rows = counts[np.searchsorted(caption_keys, rows.caption_keys)]
             fails = rows.fails | (of_rows > captions.max_images(pool_samples, self._settings))
-            yield dataclasses.replace(rows, caption_image_counts=of_rows, fails=fails)
+            yield dataclasses.replace(rows, caption_image_counts=of_rows, fails=fails).without("caption_keys")
 
 
 class NearDuplicate(beam.PTransform):
@@ -204,4 +204,5 @@ def _duplicate_on_rows(joined: tuple[int, dict[str, Any]]) -> Iterator[PoolRows]
     winners = best_of_hashes(Ranked.joined(joined[1]["winners"]))
     for rows in joined[1]["rows"]:
         winner = winners.uids[np.searchsorted(winners.hashes, rows.hashes)]
-        yield dataclasses.replace(rows, duplicate_of=np.where(winner == rows.uids, b"", winner).astype("S32"))
+        keepers = np.where(winner == rows.uids, b"", winner).astype("S32")
+        yield dataclasses.replace(rows, duplicate_of=keepers).without("hashes", "pixels")
