@@ -13,11 +13,10 @@ from typing import Any, Protocol
 import apache_beam as beam
 import torch
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from pipeline import build, files, lock, versions
+from pipeline import build, files, lock, runners, versions
 from pipeline.counts import Counts, counts_of
+from pipeline.errors import UsageError as UsageError
 from pipeline.layout import TABLE_OF, Layout
 from pipeline.manifest import identities, manifest
 from pipeline.progress import Progress
@@ -30,12 +29,7 @@ from transforms.models.precision import resolve
 from transforms.models.weights import pinned
 from transforms.single_modality import pos_pattern
 
-LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
-
-
-class UsageError(ValueError):
-    """Something the user asked for that cannot be done; nothing was written."""
-
+_MODEL_SETTINGS = ("model", "weights", "yunet_model", "tasks", "centroids")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -58,19 +52,21 @@ def run(
 
     What lies in the output folder already and still holds is not computed again (`pipeline.finished`), whether it is
     of this recipe or of another one. Raises UsageError (or NoShards) before anything is written where the pool has no
-    tars, a model's files are missing, the folder belongs to another pool or is being written by another run, or the
-    recipe asks for a GPU that a local run has not.
+    tars, a model's files are missing, the folder belongs to another pool or is being written by another run, the
+    recipe asks for a GPU that this machine's workers have not, or Beam's runner cannot do it.
     """
-    PipelineOptions(beam_options).get_all_options()  # exits with status 2 where Beam refuses a value
-    for option, path in (("--input", pool), ("--output", output)):
+    paths = {"--input": pool, "--output": output}
+    for option, path in paths.items():
         check_path(option, path)
+    needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages
+    runners.check(beam_options, paths, _model_files(recipe), needs_gpu)
     shards = list_shards(pool)
     layout = Layout(output.rstrip("/") or output)
-    needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages and _is_local(beam_options)
-    if needs_gpu and not torch.cuda.is_available():
+    is_here = runners.is_here(beam_options)
+    if needs_gpu and is_here and not torch.cuda.is_available():
         raise UsageError("recipe: cross_modality.device is cuda, but this machine has no GPU; use a GPU or say cpu")
     try:
-        settled = _with_pinned_models(recipe, fetch=_is_local(beam_options))
+        settled = _with_pinned_models(recipe, fetch=is_here)
         found = identities(settled)
     except (OSError, ValueError, LookupError) as error:
         raise UsageError(f"recipe: {error}") from error
@@ -147,7 +143,7 @@ def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> Counts:
 
 def run_graph(graph: Callable[[beam.Pipeline, build.Job], None], job: build.Job, beam_options: list[str]) -> Counts:
     """Run one graph to its end; what was counted in it."""
-    pipeline = pipeline_of(beam_options)
+    pipeline = runners.pipeline_of(beam_options)
     graph(pipeline, job)
     return counts_of(run_to_end(pipeline, graph.__name__).metrics())
 
@@ -184,18 +180,6 @@ def _forget_vanished(layout: Layout, shards: Sequence[Shard]) -> int:
         ):
             files.delete_if_there(path)
     return len(vanished)
-
-
-def pipeline_of(beam_options: list[str]) -> beam.Pipeline:
-    """An empty pipeline on the runner that Beam's options name; on the local one where they name none."""
-    # Named outright, because Beam's DirectRunner first tries to download another runner.
-    runner = FnApiRunner() if _is_local(beam_options) else None
-    return beam.Pipeline(runner=runner, options=PipelineOptions(beam_options))
-
-
-def _is_local(beam_options: list[str]) -> bool:
-    named = PipelineOptions(beam_options).view_as(StandardOptions).runner
-    return named is None or named in LOCAL_RUNNERS
 
 
 def check_path(option: str, path: str) -> None:
@@ -300,6 +284,21 @@ def with_tagger(recipe: Recipe, found: dict[str, Any]) -> Recipe:
     settled = settings.model_copy(update={"tagger": source})
     single = recipe.single_modality.model_copy(update={"pos_pattern": settled})
     return recipe.model_copy(update={"single_modality": single})
+
+
+def _model_files(recipe: Recipe) -> dict[str, str]:
+    """What the recipe names that may be a file or folder, by its place in the recipe."""
+    found = {}
+
+    def look(place: str, settings: Any) -> None:
+        for name, value in settings.items():
+            if isinstance(value, dict):
+                look(f"{place}{name}.", value)
+            elif isinstance(value, str) and name in _MODEL_SETTINGS:
+                found[f"recipe: {place}{name}"] = value
+
+    look("", recipe.model_dump())
+    return found
 
 
 def _with_pinned_models(recipe: Recipe, fetch: bool) -> Recipe:

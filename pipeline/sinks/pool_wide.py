@@ -8,6 +8,7 @@ from typing import Any
 import apache_beam as beam
 
 from pipeline import tables
+from pipeline.counts import count_dead_letters
 from pipeline.layout import POOL_WIDE, Layout
 from pipeline.records import Shard
 
@@ -58,4 +59,5 @@ class _Write(beam.DoFn):
         letters = sorted(groups[WritePoolWide.DEAD_LETTERS])
         tables.write_dead_letters(self._layout.dead_letters(POOL_WIDE, shard), letters)
         tables.write_table(self._layout.pool_wide(shard), rows, tables.POOL_WIDE, self._made_from)
+        count_dead_letters(letter.reason for letter in letters)
         yield shard

@@ -1,0 +1,7 @@
+"""What every command tells in one line, without a traceback."""
+
+from __future__ import annotations
+
+
+class UsageError(ValueError):
+    """Something the user asked for that cannot be done; nothing was written."""
