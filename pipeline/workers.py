@@ -171,6 +171,10 @@ class _ExternalWorker(_Watched, ExternalWorkerHandler):
             request = beam_fn_api_pb2.StopWorkerRequest(worker_id=self.worker_id)
             beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolStub(channel).StopWorker(request, timeout=_STOP_SECONDS + 5)
 
+    def stop_worker(self) -> None:
+        # It has let go of its connection and will end; the pool, by itself, would keep it as a zombie.
+        self.kill()
+
     @property
     def _pool(self) -> str:
         return self._external_payload.endpoint.url
