@@ -42,8 +42,8 @@ setup(
     ],
     extras_require={
         "dev": [
-            "hypothesis", "mypy", "psutil", "pytest", "pytest-xdist", "ruff", "scikit-image", "types-PyYAML",
-            "types-psutil", "uv",
+            "google-cloud-monitoring-dashboards", "hypothesis", "mypy", "psutil", "pytest", "pytest-xdist", "ruff",
+            "scikit-image", "types-PyYAML", "types-psutil", "uv",
         ],
     },
     entry_points={"console_scripts": ["pairsift = pipeline.cli:main"]},

@@ -142,10 +142,11 @@ def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> Counts:
 
 
 def run_graph(graph: Callable[[beam.Pipeline, build.Job], None], job: build.Job, beam_options: list[str]) -> Counts:
-    """Run one graph to its end; what was counted in it."""
+    """Run one graph to its end; what was counted in it, if the runner tells."""
     pipeline = runners.pipeline_of(beam_options)
     graph(pipeline, job)
-    return counts_of(run_to_end(pipeline, graph.__name__).metrics())
+    result = run_to_end(pipeline, graph.__name__)
+    return counts_of(result.metrics()) if runners.has_metrics(beam_options) else {}
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import logging
 import os
 import shutil
 import socket
@@ -71,6 +72,8 @@ def check(
         return
     _check_service(options, kind)
     _check_environment(options, kind, paths, models)
+    if not has_metrics(beam_options):
+        logging.warning("%s: tells no metrics of a job in a jar; the counts of run.json will be missing", kind.value)
 
 
 def is_here(beam_options: list[str]) -> bool:

@@ -45,13 +45,18 @@ _handlers: weakref.WeakSet[_Watched] = weakref.WeakSet()
 
 
 class WorkerDied(RuntimeError):
-    """A worker process that ended before its work did."""
+    """A worker process that ended before its work did, or that cannot be had."""
+
+
+class JobServiceGone(RuntimeError):
+    """A job service that does not answer any more."""
 
 
 def run_to_end(pipeline: beam.Pipeline, name: str) -> PipelineResult:
     """Run `pipeline`, wait until it is through and give its result; `name` says in errors which it was.
 
-    Raises WorkerDied within seconds where a worker process of this machine dies, and whatever else the pipeline raises.
+    Raises WorkerDied within seconds where a worker process dies that is watched here or by our job service,
+    JobServiceGone, and whatever else the pipeline raises.
     """
     _deaths.clear()
     try:
@@ -60,6 +65,11 @@ def run_to_end(pipeline: beam.Pipeline, name: str) -> PipelineResult:
         return result
     except Exception as error:
         death = _deaths[0] if _deaths else _told_by_job_service(error)
+        if death is None and isinstance(error, grpc.RpcError):
+            raise JobServiceGone(
+                f"{name}: the job service is gone ({_details(error)}); start it again, then give the same command "
+                "again: it goes on where it stopped"
+            ) from error
         if death is None:
             raise
         raise WorkerDied(
@@ -73,6 +83,11 @@ def end_job(job: str, why: str) -> None:
     for handler in list(_handlers):
         if handler.provision_info.provision_info.metadata.get(JOB) == job:
             handler.fail(why)
+
+
+def _details(error: grpc.RpcError) -> str:
+    """What a call came to, on one line; its text takes many."""
+    return f"{error.code().name}: {' '.join(str(error.details()).split())}"
 
 
 def _told_by_job_service(error: Exception) -> str | None:
@@ -162,7 +177,13 @@ class _ExternalWorker(_Watched, ExternalWorkerHandler):
     """A process of a worker pool, of which nothing is known but whether its connection holds and it answers."""
 
     def start_worker(self) -> None:
-        super().start_worker()
+        try:
+            super().start_worker()
+        except grpc.RpcError as error:
+            raise WorkerDied(
+                f"the worker pool at {self._pool} starts no worker ({_details(error)}); start it again, then give the "
+                "same command again: it goes on where it stopped"
+            ) from error
         self._watcher.start()
 
     def kill(self) -> None:

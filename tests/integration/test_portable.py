@@ -98,9 +98,24 @@ def test_a_job_service_that_is_killed(case: Case, reference: Reference, pool: Po
         run = Run(portable(case, pool, address), output)
         at_work(output)
         there = wait_for(lambda: len(pool.workers) == 2 and pool.workers)
-    assert "ocket" in error_of(run) or "onnect" in run.said
+    assert error_of(run).startswith("single_modality: the job service is gone (UNAVAILABLE: ")
     assert psutil.wait_procs(there, timeout=60)[1] == []
     finishes_like(portable(case, pool), output, reference)
+
+
+@LONG
+def test_a_pool_that_is_killed_starts_no_more_workers(case: Case, reference: Reference, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with worker_pool() as pool:
+        run = Run(portable(case, pool), output)
+        at_work(output)
+        there = wait_for(lambda: len(pool.workers) == 2 and pool.workers)
+        pool.process.kill()  # alone: its workers finish the stage
+        assert error_of(run).startswith(f"the worker pool at {pool.address} starts no worker (UNAVAILABLE: ")
+        assert run.stage == 2  # the first, and the one that got none
+        assert psutil.wait_procs(there, timeout=60)[1] == []
+    with worker_pool() as pool:
+        finishes_like(portable(case, pool), output, reference)
 
 
 def hurry(ask_seconds: float, answer_seconds: float) -> None:
