@@ -85,7 +85,7 @@ def is_here(beam_options: list[str]) -> bool:
         return True
     options = PipelineOptions(beam_options)
     environment = _environment(options, kind)
-    return environment == "LOOPBACK" or (environment == "EXTERNAL" and _is_this_host(_pool(options)))
+    return environment == "LOOPBACK" or (environment == "EXTERNAL" and _has_pool_here(options, kind))
 
 
 def has_metrics(beam_options: list[str]) -> bool:
@@ -229,11 +229,14 @@ def _check_environment(
                 "folder, or say --environment_type=EXTERNAL"
             )
     if environment == "EXTERNAL":
-        _check_pool(options)
-    if environment != "LOOPBACK":
-        for option, path in local.items():
-            if not os.path.isabs(path):
-                raise UsageError(f"{option}: {path}: workers have another working folder; give the whole path")
+        _check_pool(options, kind)
+    if environment == "LOOPBACK":
+        return
+    for option, path in local.items():
+        if not os.path.isabs(path):
+            raise UsageError(f"{option}: {path}: workers have another working folder; give the whole path")
+    if local and not (environment == "EXTERNAL" and _has_pool_here(options, kind)):
+        logging.warning("%s: every worker must see the same there: %s", kind.value, ", ".join(sorted(local.values())))
 
 
 def _is_local_path(path: str) -> bool:
@@ -251,7 +254,13 @@ def _pool(options: PipelineOptions) -> str:
     return str(given.get("url", "")) if isinstance(given, dict) else config
 
 
-def _check_pool(options: PipelineOptions) -> None:
+def _has_pool_here(options: PipelineOptions, kind: Kind) -> bool:
+    """Whether the worker pool is on this machine. To a cluster, `localhost` is each of its own machines."""
+    endpoint = options.view_as(PortableOptions).job_endpoint or ""
+    return kind is Kind.PORTABLE and (endpoint == EMBED or _is_this_host(endpoint)) and _is_this_host(_pool(options))
+
+
+def _check_pool(options: PipelineOptions, kind: Kind) -> None:
     pool = _pool(options)
     host, _, port = pool.rpartition(":")
     if not host or not port.isdigit():
@@ -259,8 +268,8 @@ def _check_pool(options: PipelineOptions) -> None:
             f"--environment_config: got {pool!r}; EXTERNAL needs the HOST:PORT of a worker pool; start one: python -m "
             "apache_beam.runners.worker.worker_pool_main --service_port=50000"
         )
-    if not _is_this_host(pool):
-        return  # it is reached from the cluster's machines, not from here
+    if not _has_pool_here(options, kind):
+        return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_SERVICE_SECONDS).close()
     except OSError as error:

@@ -80,6 +80,12 @@ def test_a_worker_that_is_killed(
 
 
 @LONG
+def test_workers_that_are_threads_of_the_run(case: Case, reference: Reference, tmp_path: Path) -> None:
+    options = ("--runner=PortableRunner", f"--job_endpoint={EMBED}", "--environment_type=LOOPBACK")
+    finishes_like(dataclasses.replace(case, beam_options=options), tmp_path / "out", reference)
+
+
+@LONG
 def test_a_job_ends_with_its_run(case: Case, reference: Reference, pool: Pool, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with job_service() as address:

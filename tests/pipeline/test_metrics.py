@@ -35,7 +35,6 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(case: Case, output: Path) -> Measured:
     """Run all stages; what their workers measured."""
     found: list[dict[str, Any]] = []
-    plain = run_module.counts_of
 
     def counts_of(metrics: MetricResults) -> counts.Counts:
         of_kinds = metrics.query(MetricsFilter())
@@ -49,7 +48,7 @@ def run(case: Case, output: Path) -> Measured:
             assert METRICS[result.key.metric.name].kind == "distribution"
             assert of_stage.setdefault(result.key.metric.name, result.result) is result.result
         found.append(of_stage)
-        return plain(metrics)
+        return counts.counts_of(metrics)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "counts_of", counts_of)

@@ -97,10 +97,23 @@ def test_a_worker_pool_that_listens_will_do(listening: str, tmp_path: Path, monk
         check(options, {"--input": str(tmp_path)}, model="clip")
 
 
-def test_a_pool_elsewhere_is_not_asked_from_here() -> None:
+def test_a_pool_elsewhere_is_not_asked_from_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = [*PORTABLE, "--environment_type=EXTERNAL", "--environment_config=far.example:50000"]
-    check(options)
+    check(options, IN_CLOUD)
+    assert not caplog.records and not runners.is_here(options)
+    check(options, {"--input": str(tmp_path), "--output": "gs://b/out"})
+    assert caplog.messages == [f"PortableRunner: every worker must see the same there: {tmp_path}"]
+
+
+def test_to_a_cluster_localhost_is_each_of_its_machines(listening: str) -> None:
+    options = [
+        "--runner=FlinkRunner", f"--job_endpoint={listening}", "--environment_type=EXTERNAL",
+        f"--environment_config={NOTHING_THERE}",
+    ]  # fmt: skip
     assert not runners.is_here(options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runners, "_describes_options", lambda endpoint: True)  # as Flink's job service does
+        check(options, IN_CLOUD)
 
 
 def test_loopback_is_here() -> None:
