@@ -28,6 +28,8 @@ from apache_beam.runners.portability.local_job_service import BeamJob, LocalJobS
 
 from pipeline import workers
 
+_GOING = (beam_job_api_pb2.JobState.STARTING, beam_job_api_pb2.JobState.RUNNING)
+
 
 class JobService(LocalJobServicer):
     """As Beam's LocalJobServicer; in this process where `start_grpc_server` is not called."""
@@ -58,7 +60,7 @@ class JobService(LocalJobServicer):
     def _end_unless_over(self, job_id: str) -> None:
         """For a job that nobody waits for any more. Its output folder may have another writer next."""
         job = self._jobs[job_id]
-        while not job.is_terminal_state(job.state):
+        while job.state in _GOING:
             workers.end_job(job_id, "was killed, because the run that its job belongs to is gone")
             time.sleep(0.5)  # its workers may not have been started yet
 

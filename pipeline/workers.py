@@ -42,6 +42,7 @@ _ANSWER_SECONDS = 300.0  # a library may keep the GIL for a while
 _MARK = "a worker process "
 _deaths: list[str] = []  # of the pipeline that this process runs: how each of its workers ended that ended early
 _handlers: weakref.WeakSet[_Watched] = weakref.WeakSet()
+_handlers_lock = threading.Lock()
 
 
 class WorkerDied(RuntimeError):
@@ -80,7 +81,9 @@ def run_to_end(pipeline: beam.Pipeline, name: str) -> PipelineResult:
 
 def end_job(job: str, why: str) -> None:
     """Kill the workers of the job that a job service knows by that name, and let it fail."""
-    for handler in list(_handlers):
+    with _handlers_lock:
+        handlers = list(_handlers)
+    for handler in handlers:
         if handler.provision_info.provision_info.metadata.get(JOB) == job:
             handler.fail(why)
 
@@ -105,7 +108,8 @@ class _Watched(GrpcWorkerHandler):
         super().__init__(*others)
         self._closed = threading.Event()
         self._watcher = threading.Thread(name="watch_worker", target=self._watch, daemon=True)
-        _handlers.add(self)
+        with _handlers_lock:
+            _handlers.add(self)
 
     def close(self) -> None:
         self._closed.set()
@@ -117,8 +121,9 @@ class _Watched(GrpcWorkerHandler):
 
     def fail(self, why: str) -> None:
         """Kill this worker and all others of its job, and let all that the runner asked of them fail."""
-        _deaths.append(f"{_MARK}{why}")
-        failure = beam_fn_api_pb2.InstructionResponse(error=_deaths[-1])
+        death = f"{_MARK}{why}"
+        _deaths.append(death)
+        failure = beam_fn_api_pb2.InstructionResponse(error=death)
         while not self._closed.wait(_TELL_SECONDS):  # again and again: workers may still be started, or asked for more
             for handler in list(self.control_handler._worker_manager._workers_by_id.values()):
                 handler.kill()
