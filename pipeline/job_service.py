@@ -72,7 +72,13 @@ class _Job(BeamJob):
         options = self.pipeline_options()
         asked = int(options.view_as(DirectOptions).direct_num_workers)  # a text, where a client has sent it
         runner = _Runner(asked or os.cpu_count() or 1, provision_info=self._provision_info)
-        return runner.run_via_runner_api(self._pipeline_proto, options)
+        try:
+            return runner.run_via_runner_api(self._pipeline_proto, options)
+        except Exception as error:
+            death = workers.death_in(self._job_id)
+            if death is None:
+                raise
+            raise workers.WorkerDied(death) from error  # what its death led to says less
 
 
 class _Runner(FnApiRunner):

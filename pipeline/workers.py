@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -40,7 +41,7 @@ _ASK_SECONDS = 30.0
 _ANSWER_SECONDS = 300.0  # a library may keep the GIL for a while
 
 _MARK = "a worker process "
-_deaths: list[str] = []  # of the pipeline that this process runs: how each of its workers ended that ended early
+_deaths: dict[str, str] = {}  # by job ("": the local runner's own): how the first worker ended that ended early
 _handlers: weakref.WeakSet[_Watched] = weakref.WeakSet()
 _handlers_lock = threading.Lock()
 
@@ -65,7 +66,7 @@ def run_to_end(pipeline: beam.Pipeline, name: str) -> PipelineResult:
         result.wait_until_finish()
         return result
     except Exception as error:
-        death = _deaths[0] if _deaths else _told_by_job_service(error)
+        death = next(iter(_deaths.values()), None) or _told_by_job_service(error)
         if death is None and isinstance(error, grpc.RpcError):
             raise JobServiceGone(
                 f"{name}: the job service is gone ({_details(error)}); start it again, then give the same command "
@@ -79,12 +80,17 @@ def run_to_end(pipeline: beam.Pipeline, name: str) -> PipelineResult:
         ) from error
 
 
+def death_in(job: str) -> str | None:
+    """How a worker ended early in the job that a job service knows by that name, if one did."""
+    return _deaths.get(job)
+
+
 def end_job(job: str, why: str) -> None:
     """Kill the workers of the job that a job service knows by that name, and let it fail."""
     with _handlers_lock:
         handlers = list(_handlers)
     for handler in handlers:
-        if handler.provision_info.provision_info.metadata.get(JOB) == job:
+        if handler.job == job:
             handler.fail(why)
 
 
@@ -111,7 +117,19 @@ class _Watched(GrpcWorkerHandler):
         with _handlers_lock:
             _handlers.add(self)
 
+    @property
+    def job(self) -> str:
+        """Which job of a job service's it works on; empty where there is none."""
+        return self.provision_info.provision_info.metadata.get(JOB, "")
+
+    @property
+    def _all_of_job(self) -> list[_Watched]:
+        return list(self.control_handler._worker_manager._workers_by_id.values())
+
     def close(self) -> None:
+        if sys.exc_info()[0] is not None and not any(handler._closed.is_set() for handler in self._all_of_job):
+            # The job has failed. Where that is because a worker has just died, its watcher sees it by now.
+            time.sleep(2 * _TELL_SECONDS)
         self._closed.set()
         super().close()
 
@@ -122,10 +140,10 @@ class _Watched(GrpcWorkerHandler):
     def fail(self, why: str) -> None:
         """Kill this worker and all others of its job, and let all that the runner asked of them fail."""
         death = f"{_MARK}{why}"
-        _deaths.append(death)
+        _deaths.setdefault(self.job, death)
         failure = beam_fn_api_pb2.InstructionResponse(error=death)
         while not self._closed.wait(_TELL_SECONDS):  # again and again: workers may still be started, or asked for more
-            for handler in list(self.control_handler._worker_manager._workers_by_id.values()):
+            for handler in self._all_of_job:
                 handler.kill()
                 for future in list(handler.control_conn._futures_by_id.values()):
                     future.set(failure)

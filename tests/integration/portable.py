@@ -37,8 +37,15 @@ class Pool(NamedTuple):
     @property
     def workers(self) -> list[psutil.Process]:
         """Those that live."""
-        children = self.process.children()
-        return [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        return [child for child in self.process.children() if lives(child)]
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it can still do something; a pool keeps what has ended as a zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextlib.contextmanager
