@@ -2,7 +2,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO_OUTPUT ?= out/demo
 
-.PHONY: demo test test-large chaos fuzz lint constraints tfio test-tfio constraints-tfio bench-peers image-check templates clean
+.PHONY: demo test test-large test-portable chaos fuzz lint constraints tfio test-tfio constraints-tfio bench-peers image-check \
+	templates clean
 
 # Installs once; again only when what is to be installed has changed.
 .venv/installed: setup.py constraints.txt
@@ -24,6 +25,10 @@ fuzz: .venv/installed
 # BLIP-2 at full size: 10 GB of memory and of disk.
 test-large: .venv/installed
 	$(BIN)/python -m pytest -n 0 -m large
+
+# All that can die on the portable path (docs/runners.md).
+test-portable: .venv/installed
+	$(BIN)/python -m pytest -n 0 -m 'chaos or not chaos' tests/integration/test_portable.py
 
 # Kills many runs at seeded moments and compares what they leave in the end (docs/reliability.md): CHAOS_SEED=1 make chaos
 chaos: .venv/installed

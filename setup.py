@@ -47,8 +47,8 @@ setup(
     ],
     extras_require={
         "dev": [
-            "google-api-python-client", "hypothesis", "jsonschema", "mypy", "psutil", "pytest", "pytest-xdist", "ruff",
-            "scikit-image", "types-PyYAML", "types-psutil", "uv",
+            "google-api-python-client", "google-cloud-monitoring-dashboards", "hypothesis", "jsonschema", "mypy",
+            "psutil", "pytest", "pytest-xdist", "ruff", "scikit-image", "types-PyYAML", "types-psutil", "uv",
         ],
     },
     entry_points={"console_scripts": ["pairsift = pipeline.cli:main"]},

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from pipeline import build, tables
 from pipeline import recipe as recipes
 from pipeline.layout import Layout
-from pipeline.run import pipeline_of
+from pipeline.runners import pipeline_of
 from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 from transforms.distribution_alignment.semantic_dedup import semantic_duplicates

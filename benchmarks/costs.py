@@ -36,7 +36,8 @@ from pipeline.layout import Layout
 from pipeline.manifest import identities
 from pipeline.progress import Progress
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, load_recipe
-from pipeline.run import pipeline_of, run
+from pipeline.run import run
+from pipeline.runners import pipeline_of
 from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 

@@ -201,6 +201,10 @@ class SteadyReader(io.RawIOBase):
         self._offset += len(content)
         return content
 
+    def tell(self) -> int:
+        """How many bytes were read."""
+        return self._offset
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()

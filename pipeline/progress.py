@@ -54,7 +54,8 @@ class Progress:
     def counted(self, name: str, counts: work.Counts) -> None:
         """Show what a stage with shards had to do."""
         if name in TABLE_OF:
-            self._emit("stage_counts", name, f"{name}: {described(counts)}")
+            told = described(counts) if counts else "the runner does not tell what was done"
+            self._emit("stage_counts", name, f"{name}: {told}")
 
     @contextlib.contextmanager
     def following(self, name: str, line: Callable[[], str]) -> Iterator[None]:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline import files, versions
 from pipeline.layout import Layout
 from pipeline.progress import Progress
 from pipeline.recipe import PoolBounds
 from pipeline.records import Shard
-from pipeline.run import UsageError, check_path, claim, pipeline_of
+from pipeline.run import UsageError, check_path, claim
+from pipeline.runners import check, pipeline_of
 from pipeline.sinks.resharded import ReshardedFolder, WriteResharded
 from pipeline.sources.subset import Subset, read_subset
 from pipeline.sources.webdataset import list_shards
@@ -52,9 +52,10 @@ def reshard(
     A folder that the same resharding was begun in is gone on with. Raises UsageError (or NoShards) before anything is
     written where the run is not finished or chose nothing, the pool has no tars, or the folder holds something else.
     """
-    PipelineOptions(beam_options).get_all_options()  # exits with status 2 where Beam refuses a value
-    for option, path in (("OUT", run_output), ("--input", pool), ("--output", output)):
+    paths = {"OUT": run_output, "--input": pool, "--output": output}
+    for option, path in paths.items():
         check_path(option, path)
+    check(beam_options, paths, {}, needs_gpu=False)
     if _lies_in(pool, output):
         raise UsageError(f"--output: {output} lies in the pool, whose next run would take the copies for samples")
     layout = versions.newest(run_output.rstrip("/") or run_output)

@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import apache_beam as beam
 import torch
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from pipeline import build, files, lock, versions
+from pipeline import build, files, lock, runners, versions
 from pipeline.counts import Counts, counts_of
 from pipeline.errors import UsageError as UsageError  # where those who run things look for it
 from pipeline.layout import TABLE_OF, Layout
@@ -31,7 +28,7 @@ from transforms.models.precision import resolve
 from transforms.models.weights import pinned
 from transforms.single_modality import pos_pattern
 
-LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
+_MODEL_SETTINGS = ("model", "weights", "yunet_model", "tasks", "centroids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +52,20 @@ def run(
 
     What lies in the output folder already and still holds is not computed again (`pipeline.finished`), whether it is
     of this recipe or of another one. Raises UsageError (or NoShards) before anything is written where the pool has no
-    tars, a model's files are missing, the folder belongs to another pool or is being written by another run, or the
-    recipe asks for a GPU that a local run has not.
+    tars, a model's files are missing, the folder belongs to another pool or is being written by another run, the
+    recipe asks for a GPU that this machine's workers have not, or Beam's runner cannot do it.
     """
-    PipelineOptions(beam_options).get_all_options()  # exits with status 2 where Beam refuses a value
-    for option, path in (("--input", pool), ("--output", output)):
+    paths = {"--input": pool, "--output": output}
+    for option, path in paths.items():
         check_path(option, path)
+    needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages
+    runners.check(beam_options, paths, _model_files(recipe), needs_gpu)
     shards = list_shards(pool)
     layout = Layout(output.rstrip("/") or output)
-    needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages and _is_local(beam_options)
-    if needs_gpu and not torch.cuda.is_available():
+    is_here = runners.is_here(beam_options)
+    if needs_gpu and is_here and not torch.cuda.is_available():
         raise UsageError("recipe: cross_modality.device is cuda, but this machine has no GPU; use a GPU or say cpu")
-    job, content = settled_job(recipe, pool, layout, shards, fetch=_is_local(beam_options))
+    job, content = settled_job(recipe, pool, layout, shards, fetch=is_here)
     _check_earlier_stages(stages, job)
 
     with only_writer(layout):
@@ -146,10 +145,11 @@ def _run_stage(stage: str, job: build.Job, beam_options: list[str]) -> Counts:
 
 
 def run_graph(graph: build.Graph, job: build.Job, beam_options: list[str]) -> Counts:
-    """Run one graph to its end; what was counted in it."""
-    pipeline = pipeline_of(beam_options)
+    """Run one graph to its end; what was counted in it, if the runner tells."""
+    pipeline = runners.pipeline_of(beam_options)
     build.build(graph, pipeline, job)
-    return counts_of(run_to_end(pipeline, graph.__name__).metrics())
+    result = run_to_end(pipeline, graph.__name__)
+    return counts_of(result.metrics()) if runners.has_metrics(beam_options) else {}
 
 
 @contextlib.contextmanager
@@ -174,18 +174,6 @@ def clear_leftovers(layout: Layout) -> None:
 def shown(layout: Layout) -> Layout:
     """Where readers find the results."""
     return versions.newest(layout.output) if files.in_cloud_storage(layout.output) else layout
-
-
-def pipeline_of(beam_options: list[str]) -> beam.Pipeline:
-    """An empty pipeline on the runner that Beam's options name; on the local one where they name none."""
-    # Named outright, because Beam's DirectRunner first tries to download another runner.
-    runner = FnApiRunner() if _is_local(beam_options) else None
-    return beam.Pipeline(runner=runner, options=PipelineOptions(beam_options))
-
-
-def _is_local(beam_options: list[str]) -> bool:
-    named = PipelineOptions(beam_options).view_as(StandardOptions).runner
-    return named is None or named in LOCAL_RUNNERS
 
 
 def check_path(option: str, path: str) -> None:
@@ -291,3 +279,18 @@ def with_tagger(recipe: Recipe, found: dict[str, Any]) -> Recipe:
     settled = settings.model_copy(update={"tagger": source})
     single = recipe.single_modality.model_copy(update={"pos_pattern": settled})
     return recipe.model_copy(update={"single_modality": single})
+
+
+def _model_files(recipe: Recipe) -> dict[str, str]:
+    """What the recipe names that may be a file or folder, by its place in the recipe."""
+    found = {}
+
+    def look(place: str, settings: Any) -> None:
+        for name, value in settings.items():
+            if isinstance(value, dict):
+                look(f"{place}{name}.", value)
+            elif isinstance(value, str) and name in _MODEL_SETTINGS:
+                found[f"recipe: {place}{name}"] = value
+
+    look("", recipe.model_dump())
+    return found

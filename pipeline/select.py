@@ -7,7 +7,7 @@ import json
 import shlex
 from typing import Any
 
-from pipeline import build, files, tables, versions
+from pipeline import build, files, runners, tables, versions
 from pipeline.layout import POOL_WIDE, Layout
 from pipeline.manifest import identities_from, manifest
 from pipeline.progress import Progress
@@ -44,6 +44,7 @@ def select(
     needs were never computed (how many, and by which command they are), or where another run writes the folder.
     """
     check_path("--output", output)
+    runners.check(beam_options, {"--output": output}, {}, needs_gpu=False)
     layout = Layout(output.rstrip("/") or output)
     earlier, shards = _newest_run(layout)
     try:

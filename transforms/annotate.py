@@ -7,7 +7,7 @@ from typing import Any
 
 import apache_beam as beam
 
-from pipeline.counts import MODELS_LOADED, counter
+from pipeline.counts import MODELS_LOADED, batch_ms, counter, load_ms, timed_ms
 from pipeline.records import DeadLetter, Sample, SampleBatch, dead_letter
 
 
@@ -20,6 +20,11 @@ class AnnotateSamples(beam.DoFn):
     stage: str
     reason: str
 
+    @property
+    def step(self) -> str:
+        """What its metrics are named after."""
+        return self.reason.removesuffix("_failed")
+
     def columns(self, sample: Sample) -> dict[str, Any]:
         """The annotation columns to add, by name."""
         raise TypeError(f"{type(self).__name__} does not say which columns it adds")
@@ -27,14 +32,15 @@ class AnnotateSamples(beam.DoFn):
     def process(self, batch: SampleBatch) -> Iterator[SampleBatch]:
         samples: list[Sample] = []
         letters: list[DeadLetter] = []
-        for sample in batch:
-            try:
-                samples.append(sample.annotated(**self.columns(sample)))
-            except MemoryError:  # no sample's fault
-                raise
-            except Exception as error:  # pool content may break any library; the sample says why, and only it goes
-                message = f"{type(error).__name__}: {error}"
-                letters.append(dead_letter(sample.annotation, self.stage, self.reason, message))
+        with timed_ms(batch_ms(self.step)):
+            for sample in batch:
+                try:
+                    samples.append(sample.annotated(**self.columns(sample)))
+                except MemoryError:  # no sample's fault
+                    raise
+                except Exception as error:  # pool content may break any library; the sample says why, and only it goes
+                    message = f"{type(error).__name__}: {error}"
+                    letters.append(dead_letter(sample.annotation, self.stage, self.reason, message))
         yield batch.replace(tuple(samples), tuple(letters))
 
 
@@ -49,7 +55,8 @@ class AnnotateByModel(AnnotateSamples):
 
     def process(self, batch: SampleBatch) -> Iterator[SampleBatch]:
         if batch.samples and not self._is_loaded:
-            self.load()
+            with timed_ms(load_ms(self.step)):
+                self.load()
             self._is_loaded = True
             counter(MODELS_LOADED).inc()
         yield from super().process(batch)

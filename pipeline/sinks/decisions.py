@@ -9,6 +9,7 @@ from typing import Any
 
 import apache_beam as beam
 
+from pipeline import counts as work
 from pipeline import files, tables
 from pipeline.accounting import Unaccounted, reconcile
 from pipeline.finished import as_asked
@@ -117,7 +118,20 @@ class WriteDecisions(beam.DoFn):
         counts |= {(SMALLER_BATCHES, rule): 1 for rule in halvings}
         _reconcile(shard, counts)
         tables.write_table(self._layout.decisions(shard), rows, tables.DECISIONS)
+        _count(counts)
         yield counts
+
+
+def _count(counts: Tally) -> None:
+    """Raise the funnel's counters by a shard's tally."""
+    names = {IN: work.FUNNEL_IN, SURVIVORS: work.FUNNEL_SURVIVORS, SAMPLES: work.FUNNEL_SAMPLES}
+    names |= {COPIES: work.FUNNEL_COPIES}
+    named = {DROPPED: work.funnel_dropped, DEAD: work.funnel_dead_letters}
+    for (what, rule), count in counts.items():
+        if what in names:
+            work.counter(names[what]).inc(count)
+        elif what in named:
+            work.counter(named[what](rule)).inc(count)
 
 
 def _by_uid(placements: Iterable[Placements]) -> dict[str, Placement]:

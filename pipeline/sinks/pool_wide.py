@@ -9,6 +9,7 @@ import apache_beam as beam
 import numpy as np
 
 from pipeline import tables
+from pipeline.counts import count_dead_letters
 from pipeline.layout import POOL_WIDE, Layout
 from pipeline.records import DeadLetter, Shard
 from transforms.columns import Part
@@ -65,6 +66,7 @@ class _Write(beam.DoFn):
         letters = sorted(groups[WritePoolWide.DEAD_LETTERS])
         tables.write_dead_letters(self._layout.dead_letters(POOL_WIDE, shard), letters)
         tables.write_table(self._layout.pool_wide(shard), rows, tables.POOL_WIDE, self._made_from)
+        count_dead_letters(letter.reason for letter in letters)
         yield shard
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline import files, tables
 from pipeline.accounting import reconcile_shard
-from pipeline.counts import SAMPLES_BACK, SAMPLES_DONE, SHARDS_DONE, counter
+from pipeline.counts import SAMPLES_BACK, SAMPLES_DONE, SHARDS_DONE, count_dead_letters, counter
 from pipeline.finished import ShardTable
 from pipeline.layout import DONE, Layout
 from pipeline.records import DeadLetter, SampleBatch, Shard
@@ -91,6 +91,7 @@ class WriteShardTable(beam.DoFn):
         counter(SHARDS_DONE).inc()
         counter(SAMPLES_DONE).inc(len(self._rows))
         counter(SAMPLES_BACK).inc(table.samples_back)
+        count_dead_letters(letter.reason for letter in self._letters)
         self.start_bundle()
         return shard
 

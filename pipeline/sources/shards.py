@@ -5,18 +5,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import apache_beam as beam
 
-from pipeline.counts import SHARDS_FINISHED_BEFORE, TARS_OPENED, counter
+from pipeline.counts import (
+    DECODE_BATCH_MS,
+    PICTURES_DECODED,
+    SHARDS_FINISHED_BEFORE,
+    TAR_BYTES_READ,
+    TARS_OPENED,
+    counter,
+    distribution,
+)
 from pipeline.recipe import PoolBounds
 from pipeline.records import Annotation, Attempt, DeadLetter, Sample, SampleBatch, Shard, dead_letter
 from pipeline.sources.ahead import in_order, in_turns
 from pipeline.sources.decoding import Decode, decoder_of
 from pipeline.sources.images import UndecodableImage
-from pipeline.sources.webdataset import check_unchanged, read_samples
+from pipeline.sources.webdataset import Reading, check_unchanged, read_samples
 
 # Of a process; the cores that it may use, and no more pictures at full size at once than memory bears.
 DECODE_THREADS = min(8, len(os.sched_getaffinity(0)))
@@ -100,34 +110,37 @@ class _ReadShard(beam.DoFn):
 
     def _tries(self, shard: Shard, decode: Decode) -> Iterator[SampleBatch]:
         wanted, attempt = self._work.wanted(shard), Attempt()
+        decoding = _Decoding(decode)
         while True:
             if wanted is None or wanted:
                 counter(TARS_OPENED).inc()
-            due: list[str] = []
-            with contextlib.closing(self._decoded_samples(shard, wanted, decode, due)) as samples:
+            reading = Reading()
+            due = reading.keys if wanted is None else list(wanted)
+            with contextlib.closing(self._decoded_samples(shard, wanted, decoding, reading)) as samples:
                 for batch in _batches(shard, samples, self._batch_size, attempt, due):
+                    decoding.report()
                     yield batch  # the stage's models look at it before the next line runs
                     if attempt.out_of_memory:
                         break
+            counter(TAR_BYTES_READ).inc(reading.size_bytes)
             if not attempt.out_of_memory:
                 return
             attempt = attempt.smaller()
 
     def _decoded_samples(
-        self, shard: Shard, wanted: _Wanted, decode: Decode, due: list[str]
+        self, shard: Shard, wanted: _Wanted, decode: Decode, reading: Reading
     ) -> Generator[Sample | DeadLetter, None, None]:
         decoded = functools.partial(self._decoded, decode)
-        return self._threaded(decoded, self._samples(shard, wanted, due), DECODE_THREADS, self._batch_size)
+        return self._threaded(decoded, self._samples(shard, wanted, reading), DECODE_THREADS, self._batch_size)
 
-    def _samples(self, shard: Shard, wanted: _Wanted, due: list[str]) -> Iterator[Sample | DeadLetter]:
+    def _samples(self, shard: Shard, wanted: _Wanted, reading: Reading) -> Iterator[Sample | DeadLetter]:
         if wanted is None:
-            yield from read_samples(shard, self._bounds, self._work.stage, due)
+            yield from read_samples(shard, self._bounds, self._work.stage, reading)
             check_unchanged(shard)
             return
         missing = dict(wanted)
-        due += wanted
         # What is already known to be broken was told by the stage that knows all of the shard.
-        for found in read_samples(shard, self._bounds, self._work.stage) if wanted else ():
+        for found in read_samples(shard, self._bounds, self._work.stage, reading) if wanted else ():
             key = found.key if isinstance(found, DeadLetter) else found.annotation.key
             annotation = missing.pop(key, None)
             if annotation is not None and isinstance(found, Sample):
@@ -152,6 +165,32 @@ class _ReadShard(beam.DoFn):
         annotation = sample.annotation.with_columns(width_px=width, height_px=height)
         decoded = Sample(annotation, sample.metadata, sample.image_bytes, pixels)
         return self._prepare(decoded) if self._prepare else decoded
+
+
+class _Decoding:
+    """A decoder that notes what threads spend on it, until that is reported on the thread that runs the stage: Beam
+    knows of no other's metrics."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode, self._lock = decode, threading.Lock()
+        self._pictures, self._seconds = 0, 0.0
+
+    def __call__(self, content: bytes, max_pixels: int, draft_side_px: int | None) -> Any:
+        started = time.perf_counter()
+        try:
+            return self._decode(content, max_pixels, draft_side_px)
+        finally:
+            seconds = time.perf_counter() - started
+            with self._lock:
+                self._pictures, self._seconds = self._pictures + 1, self._seconds + seconds
+
+    def report(self) -> None:
+        """Count what was decoded since the last time."""
+        with self._lock:
+            pictures, seconds, self._pictures, self._seconds = self._pictures, self._seconds, 0, 0.0
+        if pictures:
+            counter(PICTURES_DECODED).inc(pictures)
+            distribution(DECODE_BATCH_MS).update(round(1000 * seconds))
 
 
 def _batches(

@@ -120,15 +120,26 @@ class Members:
         return self.fault is None and None not in (self.image, self.caption, self.metadata)
 
 
-def read_members(path: str, bounds: PoolBounds, keys: list[str] | None = None) -> Iterator[Members]:
+@dataclasses.dataclass
+class Reading:
+    """What there was to read in a tar: the key of each sample, counted on its own from the members' names, and, once
+    the reading is over, the bytes."""
+
+    keys: list[str] = dataclasses.field(default_factory=list)
+    size_bytes: int = 0
+
+
+def read_members(path: str, bounds: PoolBounds, reading: Reading | None = None) -> Iterator[Members]:
     """The files of the tar at `path` by consecutive key, in tar order, unjudged: also of samples that are not whole.
 
-    `keys` gains the key of each, counted on its own from the members' names. Raises BrokenTar after what was whole, and
-    files.ReadFailed.
+    `reading` is filled in on the way. Raises BrokenTar after what was whole, and files.ReadFailed.
     """
+    reading = reading or Reading()
     with files.SteadyReader(path) as file:
-        members = tar_members(file, bounds)
-        yield from _grouped(_noting_keys(members, [] if keys is None else keys, bounds), bounds)
+        try:
+            yield from _grouped(_noting_keys(tar_members(file, bounds), reading.keys, bounds), bounds)
+        finally:
+            reading.size_bytes += file.tell()
 
 
 def _noting_keys(members: Iterable[TarMember], keys: list[str], bounds: PoolBounds) -> Iterator[TarMember]:
@@ -141,17 +152,17 @@ def _noting_keys(members: Iterable[TarMember], keys: list[str], bounds: PoolBoun
 
 
 def read_samples(
-    shard: Shard, bounds: PoolBounds, stage: str, keys: list[str] | None = None
+    shard: Shard, bounds: PoolBounds, stage: str, reading: Reading | None = None
 ) -> Iterator[Sample | DeadLetter]:
     """The samples of a shard in tar order, pixels not yet decoded; a dead letter for each that is not whole.
 
     Where the tar itself breaks, what came before is yielded and the rest is one dead letter that names the offset. A
     filesystem that fails raises files.ReadFailed: it may pass, and a finished table without the samples would hide it
-    for good. `keys` gains what `read_members` counts.
+    for good. `reading` is filled in as `read_members` does.
     """
     seen: set[str] = set()
     try:
-        for members in read_members(shard.path, bounds, keys):
+        for members in read_members(shard.path, bounds, reading):
             if members.key in seen:
                 # Its uid, where the pool has none, would be the earlier sample's.
                 message = "an earlier sample of this tar has the same key"

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import alignment
 from pipeline import build
 from pipeline.layout import Layout
-from pipeline.run import pipeline_of
+from pipeline.runners import pipeline_of
 from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 

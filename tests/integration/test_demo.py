@@ -8,6 +8,8 @@ import importlib.resources
 import io
 import json
 import shutil
+import signal
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -30,6 +32,9 @@ from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards, read_samples
 from tests.demo_run import POOL, RECIPE, demo_output, run_demo
 from tests.helpers import least_apart
+from tests.integration.chaos import Case, Run
+from tests.integration.portable import job_service, worker_pool
+from tests.integration.test_faults import error_of, wait_for
 from transforms.distribution_alignment.cids import load_tasks_model
 from transforms.models.weights import model_identity
 
@@ -225,6 +230,22 @@ def test_outputs_do_not_depend_on_the_order_of_shards(output, tmp_path, monkeypa
 
 def test_outputs_do_not_depend_on_the_number_of_worker_processes(output, tmp_path):
     run_demo(tmp_path / "out", "--direct_num_workers=2", "--direct_running_mode=multi_processing")
+    assert snapshot(tmp_path / "out") == snapshot(output)
+
+
+def test_on_the_portable_path_a_killed_worker_costs_nothing_but_time(output, tmp_path):
+    """A job service and two worker processes that are not ours; one of them is killed on the way."""
+    with worker_pool() as pool, job_service() as address:
+        case = Case(Path(str(POOL)), Path(str(RECIPE)), pool.options(address))
+        run = Run(case, tmp_path / "out")
+        wait_for(lambda: list((tmp_path / "out").glob(".in_hand/cross_modality/*.mark")), 400)
+        pool.workers[0].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        message = error_of(run)
+        assert time.monotonic() - killed < 60
+        assert message.startswith(f"cross_modality: a worker process of the pool at {pool.address} is gone: ")
+        again = Run(case, tmp_path / "out")
+        assert again.finish() == 0, again.said
     assert snapshot(tmp_path / "out") == snapshot(output)
 
 

@@ -71,8 +71,8 @@ def workers_of(run: Run) -> list[psutil.Process]:
     return found
 
 
-def wait_for(condition: Callable[[], Any]) -> Any:
-    end = time.monotonic() + 120
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
             return found

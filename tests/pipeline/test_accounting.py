@@ -13,7 +13,7 @@ from pipeline import files, tables
 from pipeline.accounting import ReconcilePool, Unaccounted, differences
 from pipeline.layout import Layout
 from pipeline.records import DeadLetter, Shard
-from pipeline.sources.webdataset import read_samples
+from pipeline.sources.webdataset import Reading, read_samples
 from tests.helpers import BOUNDS, Members, annotation, sample_members, uid, write_pool
 
 
@@ -115,7 +115,8 @@ def test_the_reader_counts_keys_on_its_own(tmp_path: Path) -> None:
     interleaved = [("a.jpg", b"x"), ("b.jpg", b"x"), ("a.txt", b"x"), ("b.txt", b"x")]
     members = [*samples("k0"), ("notes.md", b"x"), *samples("k1"), ("alone.json", b"{}"), *interleaved]
     (shard,) = write_pool(tmp_path, {"a.tar": members})
-    keys: list[str] = []
-    found = list(read_samples(shard, BOUNDS, "single_modality", keys))
-    assert keys == ["k0", "k1", "alone", "a", "b", "a", "b"]
-    assert len(found) == len(keys)
+    reading = Reading()
+    found = list(read_samples(shard, BOUNDS, "single_modality", reading))
+    assert reading.keys == ["k0", "k1", "alone", "a", "b", "a", "b"]
+    assert len(found) == len(reading.keys)
+    assert reading.size_bytes == Path(shard.path).stat().st_size

@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import pipeline.run as run_module
-from pipeline import files
+from pipeline import files, runners
 from pipeline.build import Job
 from pipeline.cli import app
 from pipeline.counts import NAMES, Counts
@@ -380,8 +380,8 @@ def test_text_of_a_pool_does_not_steer_the_terminal(place: Path, monkeypatch: py
         (["--runner", "DataflowRunner"], False), (["--runner=DirectRunner", "--runner=DataflowRunner"], False),
     ],
 )  # fmt: skip
-def test_which_runs_are_local(options: list[str], local: bool) -> None:
-    assert run_module._is_local(options) is local
+def test_which_runs_are_here(options: list[str], local: bool) -> None:
+    assert runners.is_here(options) is local
 
 
 def test_the_demo_runs_the_bundled_recipe_on_the_bundled_pool(place: Path) -> None:

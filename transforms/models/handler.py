@@ -6,6 +6,7 @@ import abc
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 from apache_beam.ml.inference.base import ModelHandler
 
-from pipeline.counts import MODELS_LOADED, counter
+from pipeline import counts
+from pipeline.counts import counter, distribution, timed_ms
 from pipeline.recipe import CROSS_MODALITY
 from pipeline.records import Annotation, DeadLetter, Sample, SampleBatch, dead_letter
 from transforms.models.fixed_batches import PREPARATION_FAILED, Failure, FixedBatches, describe
@@ -148,8 +150,10 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
         wanted = {row: sample for row, sample in enumerate(batch) if self.wants(sample.annotation)}
         if not wanted:
             return [batch]
+        started = time.perf_counter()
         if model.load():  # were that to fail below, samples or shapes would get the blame
-            counter(MODELS_LOADED).inc()
+            counter(counts.MODELS_LOADED).inc()
+            distribution(counts.load_ms(self.rule)).update(round(1000 * (time.perf_counter() - started)))
         constants = model.constants()
         halvings = batch.attempt.halvings.get(self.rule, 0)
         size = max(1, self._batch_size >> halvings)
@@ -167,7 +171,11 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
         return batch.nbytes
 
     def get_metrics_namespace(self) -> str:
-        return type(self).__name__
+        return counts.NAMESPACE
+
+    def override_metrics(self, metrics_namespace: str = "") -> bool:
+        """`pipeline.counts` says why."""
+        return True
 
     def _annotated(
         self, batch: SampleBatch, wanted: dict[int, Sample], model: LoadedModel, constants: Any, size: int
@@ -184,8 +192,16 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
             else:
                 by_shape.setdefault(self.shape_of(prepared), {})[row] = prepared
         columns: dict[int, dict[str, Any]] = {}
+        counter(counts.samples(self.rule)).inc(len(wanted))
+
+        def score(inputs: list[Any]) -> np.ndarray:
+            with timed_ms(counts.batch_ms(self.rule)):
+                return model.score(inputs)
+
         for shape, rows in by_shape.items():
-            scores, failed = FixedBatches(size, model.score, functools.partial(model.probe, shape))(rows)
+            for start in range(0, len(rows), size):
+                distribution(counts.batch_samples(self.rule)).update(min(size, len(rows) - start))
+            scores, failed = FixedBatches(size, score, functools.partial(model.probe, shape))(rows)
             columns |= {row: self.columns(of_row, constants) for row, of_row in scores.items()}
             failures += failed
         return _with_results(batch, self.rule, columns, failures)
