@@ -76,6 +76,11 @@ def in_cloud_storage(path: str) -> bool:
     return path.startswith("gs://")
 
 
+def absolute(path: str) -> str:
+    """`path` as it is called from any folder."""
+    return path if in_cloud_storage(path) else os.path.abspath(path)
+
+
 def each(folder: str, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`function` of each item, in their order, where it asks something of `folder`: many at once in Cloud Storage."""
     if not in_cloud_storage(folder):

@@ -60,6 +60,7 @@ def run(
         check_path(option, path)
     needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages
     runners.check(beam_options, paths, _model_files(recipe), needs_gpu)
+    pool = files.absolute(pool)  # the same pool, from whatever folder the command is given
     shards = list_shards(pool)
     layout = Layout(output.rstrip("/") or output)
     is_here = runners.is_here(beam_options)

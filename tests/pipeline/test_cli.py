@@ -217,8 +217,14 @@ def test_a_gpu_that_is_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_output_folder_of_another_pool(place: Path) -> None:
     assert pairsift(*run_arguments()).exit_code == 0
     write_pool(place / "pool2", {"a.tar": []})
-    wrong_use(place, *run_arguments(input="pool2"), message="out: holds another pool's run (of pool, and --input is")
+    wrong_use(place, *run_arguments(input="pool2"), message=f"out: holds another pool's run (of {place}/pool, and --i")
     assert len(stages_run(place)) == 3
+
+
+def test_a_relative_path_makes_no_other_pool(place: Path) -> None:
+    assert pairsift(*run_arguments()).exit_code == 0
+    assert pairsift(*run_arguments(input=str(place / "pool"))).exit_code == 0
+    assert json.loads((place / "out" / "manifest.json").read_text())["pool"] == str(place / "pool")
 
 
 def test_a_folder_s_last_slash_makes_no_other_pool(place: Path) -> None:
