@@ -70,7 +70,8 @@ def job_service(module: str = "pipeline.job_service") -> Iterator[str]:
 @contextlib.contextmanager
 def _started(arguments: list[str]) -> Iterator[subprocess.Popen]:
     # The pool starts `python`; that has to be ours.
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_WAIT_POLICY": "PASSIVE"}  # more threads than cores
     process = subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
