@@ -16,6 +16,10 @@ from pipeline.run import run
 
 POOL = importlib.resources.files("pipeline") / "demo" / "pool"
 RECIPE = importlib.resources.files("recipes") / "demo.yaml"
+COMPARED = (
+    "annotations", "decisions", "subset.npy", "funnel.json", "clusters.parquet", "clusters.svg", "centroids.npy",
+    "dead_letters",
+)  # fmt: skip
 
 
 def run_demo(output: Path, *beam_options: str) -> dict:
@@ -37,3 +41,8 @@ def demo_output(folders: pytest.TempPathFactory) -> Path:
         if not (output / "run.json").exists():  # written last
             run_demo(output)
     return output
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    files = [file for name in COMPARED for file in (folder / name, *(folder / name).rglob("*")) if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}

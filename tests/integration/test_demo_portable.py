@@ -1,0 +1,30 @@
+"""The whole demo on the portable path, with workers that are not ours."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+from tests.demo_run import POOL, RECIPE, demo_output, snapshot
+from tests.integration.chaos import Case, Run
+from tests.integration.portable import job_service, worker_pool
+from tests.integration.test_faults import error_of, wait_for
+
+
+def test_on_the_portable_path_a_killed_worker_costs_nothing_but_time(
+    tmp_path, tmp_path_factory
+):
+    """A job service and two worker processes that are not ours; one of them is killed on the way."""
+    with worker_pool() as pool, job_service() as address:
+        case = Case(Path(str(POOL)), Path(str(RECIPE)), pool.options(address))
+        run = Run(case, tmp_path / "out")
+        wait_for(lambda: list((tmp_path / "out").glob(".in_hand/cross_modality/*.mark")), 400)
+        pool.workers[0].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        message = error_of(run)
+        assert time.monotonic() - killed < 60
+        assert message.startswith(f"cross_modality: a worker process of the pool at {pool.address} is gone: ")
+        again = Run(case, tmp_path / "out")
+        assert again.finish() == 0, again.said
+    assert snapshot(tmp_path / "out") == snapshot(demo_output(tmp_path_factory))
