@@ -7,6 +7,7 @@ a job service (`pipeline.job_service`).
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import logging
 import os
@@ -106,7 +107,7 @@ def _told_by_job_service(error: Exception) -> str | None:
     return last[found:] if found >= 0 else None
 
 
-class _Watched(GrpcWorkerHandler):
+class _Watched(GrpcWorkerHandler, abc.ABC):
     """The handler of a worker process. Where that ends early, all that the runner waits for fails, and the other
     workers are killed."""
 
@@ -133,9 +134,9 @@ class _Watched(GrpcWorkerHandler):
         self._closed.set()
         super().close()
 
+    @abc.abstractmethod
     def kill(self) -> None:
         """End the process now, if it was started."""
-        raise NotImplementedError
 
     def fail(self, why: str) -> None:
         """Kill this worker and all others of its job, and let all that the runner asked of them fail."""
@@ -148,9 +149,9 @@ class _Watched(GrpcWorkerHandler):
                 for future in list(handler.control_conn._futures_by_id.values()):
                     future.set(failure)
 
+    @abc.abstractmethod
     def _watch(self) -> None:
         """`fail` where the worker ends before `close`."""
-        raise NotImplementedError
 
 
 @WorkerHandler.register_environment(python_urns.SUBPROCESS_SDK, bytes)
