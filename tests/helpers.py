@@ -134,10 +134,15 @@ def uid(number: int) -> str:
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """The demo recipe's content, with `section__field=value` set; `...` takes a setting away."""
-    content = yaml.safe_load(DEMO_RECIPE.read_text())
-    for path, value in changes.items():
-        *sections, name = path.split("__")
+    """The demo recipe's content, `changed`."""
+    return changed(DEMO_RECIPE, changes)
+
+
+def changed(path: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A YAML file's content, with `section__field=value` set; `...` takes a setting away."""
+    content = yaml.safe_load(path.read_text())
+    for where, value in changes.items():
+        *sections, name = where.split("__")
         place = content
         for section in sections:
             place = place[section]

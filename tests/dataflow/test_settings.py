@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pipeline.dataflow.settings import (
     ALL_STAGES,
@@ -19,23 +17,14 @@ from pipeline.dataflow.settings import (
 )
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY
 from pipeline.settings_file import SettingsError, parse_settings
+from tests.helpers import changed
 
 EXAMPLE = Path(__file__).parents[2] / "templates" / "dataflow.yaml"
 
 
 def content(**changes: Any) -> dict[str, Any]:
-    """The example's content, changed as said: `stage__setting=value`; `...` takes a setting out."""
-    changed = copy.deepcopy(yaml.safe_load(EXAMPLE.read_text()))
-    for path, value in changes.items():
-        *sections, name = path.split("__")
-        place = changed
-        for section in sections:
-            place = place[section]
-        if value is ...:
-            del place[name]
-        else:
-            place[name] = value
-    return changed
+    """The example's content, `changed`."""
+    return changed(EXAMPLE, changes)
 
 
 def settings(**changes: Any) -> DataflowSettings:

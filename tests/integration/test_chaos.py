@@ -13,21 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import files
-from tests.integration.chaos import TWO_WORKERS, Case, Moment, Reference, Run, kill_at, make_case, moments, tree
-from tests.integration.chaos import undisturbed as run_undisturbed
+from tests.integration.chaos import TWO_WORKERS, Case, Moment, Reference, Run, kill_at, moments, tree, undisturbed
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 KILLS_MANY = {"one process": 24, "two worker processes": 9}
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make_case(tmp_path_factory.mktemp("case"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return run_undisturbed(case, tmp_path_factory.mktemp("undisturbed") / "out")
 
 
 @dataclasses.dataclass
@@ -68,35 +57,35 @@ def kill_and_finish(case: Case, folder: Path, reference: Reference, planned: lis
     return tally
 
 
-def test_the_undisturbed_run_is_worth_comparing_with(undisturbed: Reference) -> None:
-    funnel = json.loads((undisturbed.output / "funnel.json").read_text())
+def test_the_undisturbed_run_is_worth_comparing_with(reference: Reference) -> None:
+    funnel = json.loads((reference.output / "funnel.json").read_text())
     assert funnel["in"] > 50
     assert funnel["survivors"] > 20
     assert set(funnel["dead_letters"]) >= {"broken_tar", "repeated_uid", "undecodable_image", "missing_image"}
-    names = {part for name in undisturbed.tree for part in name.split("/")}
+    names = {part for name in reference.tree for part in name.split("/")}
     assert names >= {"annotations", "decisions", "subset.npy", "funnel.json", "clusters.parquet", "clusters.svg",
                      "centroids.npy", "dead_letters", "manifest.json"}  # fmt: skip
-    rows = [row for part in (undisturbed.output / "decisions").iterdir() for row in pq.read_table(part).to_pylist()]
+    rows = [row for part in (reference.output / "decisions").iterdir() for row in pq.read_table(part).to_pylist()]
     assert len({row["uid"] for row in rows}) == len(rows) == funnel["in"] - sum(funnel["dead_letters"].values())
 
 
 def test_a_run_killed_in_every_stage_ends_like_one_that_was_not(
-    case: Case, undisturbed: Reference, tmp_path: Path
+    case: Case, reference: Reference, tmp_path: Path
 ) -> None:
     planned = [Moment(0, "asides", 4), Moment(1, "asides", 2), Moment(2, "share", 0.5)]
-    tally = kill_and_finish(case, tmp_path, undisturbed, planned, SEED)
+    tally = kill_and_finish(case, tmp_path, reference, planned, SEED)
     assert tally.kills >= 2
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("how", KILLS_MANY)
 def test_many_kills(
-    case: Case, undisturbed: Reference, tmp_path: Path, how: str, record_property: Callable[[str, object], None]
+    case: Case, reference: Reference, tmp_path: Path, how: str, record_property: Callable[[str, object], None]
 ) -> None:
     if how == "two worker processes":
         case = dataclasses.replace(case, beam_options=TWO_WORKERS)
-    reference = dataclasses.replace(run_undisturbed(case, tmp_path / "reference"), tree=undisturbed.tree)
-    tally = kill_and_finish(case, tmp_path, reference, moments(SEED, KILLS_MANY[how]), SEED)
+    timed = dataclasses.replace(undisturbed(case, tmp_path / "reference"), tree=reference.tree)
+    tally = kill_and_finish(case, tmp_path, timed, moments(SEED, KILLS_MANY[how]), SEED)
     record_property("table", f"chaos, {how}, seed {SEED}: {tally}")
     assert tally.kills >= KILLS_MANY[how] * 3 // 4
     assert tally.stages == {0, 1, 2}

@@ -12,9 +12,7 @@ from tests.integration.portable import job_service, worker_pool
 from tests.integration.test_faults import error_of, wait_for
 
 
-def test_on_the_portable_path_a_killed_worker_costs_nothing_but_time(
-    tmp_path, tmp_path_factory
-):
+def test_on_the_portable_path_a_killed_worker_costs_nothing_but_time(tmp_path, tmp_path_factory):
     """A job service and two worker processes that are not ours; one of them is killed on the way."""
     with worker_pool() as pool, job_service() as address:
         case = Case(Path(str(POOL)), Path(str(RECIPE)), pool.options(address))

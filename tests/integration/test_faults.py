@@ -25,20 +25,10 @@ from apache_beam.io.filesystems import FileSystems
 
 import pipeline.run as run_module
 from pipeline import files
-from tests.integration.chaos import TWO_WORKERS, Case, Reference, Run, make_case, tree, undisturbed
+from tests.integration.chaos import TWO_WORKERS, Case, Reference, Run, tree
 
 HANGS_SECONDS = 180.0  # on a machine that does much else, starting takes a minute by itself
 LONG = pytest.mark.chaos  # for `make chaos`
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make_case(tmp_path_factory.mktemp("case"))
-
-
-@pytest.fixture(scope="module")
-def reference(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return undisturbed(case, tmp_path_factory.mktemp("undisturbed") / "out")
 
 
 def error_of(run: Run) -> str:

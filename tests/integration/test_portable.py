@@ -14,19 +14,9 @@ import pytest
 
 from pipeline import workers
 from pipeline.runners import EMBED
-from tests.integration.chaos import Case, Reference, Run, make_case, tree, undisturbed
+from tests.integration.chaos import Case, Reference, Run, tree
 from tests.integration.portable import Pool, job_service, lives, worker_pool
 from tests.integration.test_faults import LONG, error_of, finishes_like, wait_for
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make_case(tmp_path_factory.mktemp("case"))
-
-
-@pytest.fixture(scope="module")
-def reference(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return undisturbed(case, tmp_path_factory.mktemp("undisturbed") / "out")
 
 
 @pytest.fixture(scope="module")
