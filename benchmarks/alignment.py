@@ -90,6 +90,7 @@ def write_tables(pool: Pool, folder: Path) -> None:
     layout = Layout(str(folder / "out"))
     (folder / "pool").mkdir(parents=True)
     count = len(pool.units)
+    hashes = np.random.default_rng(count).integers(0, 2**64, count, np.uint64)
     for number, start in enumerate(range(0, count, SHARD_ROWS)):
         shard, rows = f"{number:05d}", range(start, min(start + SHARD_ROWS, count))
         (folder / "pool" / f"{shard}.tar").write_bytes(bytes(10_240))
@@ -101,6 +102,7 @@ def write_tables(pool: Pool, folder: Path) -> None:
                 {"shard": [shard] * len(rows), "caption": [f"caption of picture {row}" for row in rows],
                  "width_px": [512] * len(rows), "height_px": [384] * len(rows),
                  "original_width_px": [512] * len(rows), "original_height_px": [384] * len(rows),
+                 "perceptual_hash": [f"{hashes[row]:016x}" for row in rows],
                  "word_count": [4] * len(rows), "character_count": [26] * len(rows)},
             ),
             layout.pool_wide(shard): (

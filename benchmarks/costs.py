@@ -4,10 +4,11 @@
 
 Seconds are user CPU time, which a busy machine lengthens less than the clock's, and slopes between a small and a large
 pool, so that loading is taken out; one thread, because threads that wait for each other count as busy. Bytes of
-shuffles are those that Beam's local runner hands to each GroupByKey, after it has combined what it can. Stage 1 runs
-with the paper's rules over pairs of `benchmarks.pictures`; stage 3 over generated rows, as in `benchmarks.alignment`,
-with few and with many rows a cluster of a shard, because what a step sends for such a group has a cost of its own. The
-figures have the names that `pipeline/dataflow/figures.yaml` has.
+shuffles are those that Beam's local runner hands to each GroupByKey, after it has combined what it can. What stage 1
+does with pictures and captions runs with the paper's rules over pairs of `benchmarks.pictures`. Its passes over the
+pool, which cost a sample so little that it takes many to see it, run over generated rows, no two of them alike, as
+in `benchmarks.alignment`; so does stage 3, with few and with many rows a cluster of a shard, because what a step
+sends for such a group has a cost of its own. The figures have the names that `pipeline/dataflow/figures.yaml` has.
 """
 
 from __future__ import annotations
@@ -102,11 +103,9 @@ def user_seconds() -> float:
 
 
 def stage_1(folder: Path, few: int, many: int) -> dict[str, float]:
-    """Seconds of a core and bytes a sample of stage 1 and its passes over the pool. `many` is at most as many pairs as
-    there are: the same one once more would be combined with the first."""
+    """Seconds of a core a sample of stage 1, without its passes over the pool."""
     recipe = load_recipe(str(PAPER)).model_copy(update={"cross_modality": _NOT_RUN})
-    seconds: dict[int, tuple[float, float]] = {}
-    shuffles = {count: Shuffles() for count in (few, many)}
+    seconds: dict[int, float] = {}
     for number, count in enumerate((few, few, many)):  # the first time is for what is loaded once
         there = folder / f"stage 1, {number}"
         pool, output = pictures.write_tars(there / "pool", pictures.pairs(count), TARS), there / "out"
@@ -114,21 +113,38 @@ def stage_1(folder: Path, few: int, many: int) -> dict[str, float]:
         started = user_seconds()
         run(recipe, str(pool), str(output), [SINGLE_MODALITY], [], Progress(Console(file=io.StringIO())))
         whole = user_seconds() - started
-        seconds[count] = whole, _graph(build.pool_wide, job)
-        shuffles[count] = Shuffles()
+        seconds[count] = whole - _graph(build.pool_wide, job)
+    return {"cpu/single_modality": (seconds[many] - seconds[few]) / (many - few)}
+
+
+def pool_wide(folder: Path, few: int, many: int) -> dict[str, float]:
+    """Seconds of a core and bytes a sample of the passes over the pool."""
+    seconds, shuffles = {}, {}
+    for number, count in enumerate((few, few, many)):  # the first time is for what is loaded once
+        recipe = alignment.recipe(count, "", None)
+        without_tasks = recipe.distribution_alignment.model_copy(update={"cids": None})
+        recipe = recipe.model_copy(update={"distribution_alignment": without_tasks})
+        job = generated(folder / f"pool-wide, {number}", count, recipe)
+        seconds[count], shuffles[count] = _graph(build.pool_wide, job), Shuffles()
         with shuffles[count].open():
             _graph(build.pool_wide, job)
-    more = many - few
-    whole, over_pool = (b - a for a, b in zip(seconds[few], seconds[many], strict=True))
-    figures = {"cpu/single_modality": (whole - over_pool) / more, "cpu/pool_wide": over_pool / more}
+    figures = {"cpu/pool_wide": (seconds[many] - seconds[few]) / (many - few)}
     for name in shuffles[many].bytes:
-        figures[f"shuffle/{SINGLE_MODALITY}/{name}/sample"] = (
-            shuffles[many].bytes[name] - shuffles[few].bytes[name]
-        ) / more
+        slope = (shuffles[many].bytes[name] - shuffles[few].bytes[name]) / (many - few)
+        if slope >= 1:  # the rest is a few bytes a shard
+            figures[f"shuffle/{SINGLE_MODALITY}/{name}/sample"] = slope
     return figures
 
 
 _NOT_RUN = recipes.CrossModality(flipped_clip=recipes.FlippedClip(model="bundled:clip", min=0.0))
+
+
+def generated(folder: Path, rows: int, recipe: recipes.Recipe) -> build.Job:
+    """What the graphs that read tables alone are built from, over so many generated rows."""
+    alignment.write_tables(alignment.make_pool(rows), folder)
+    layout, shards = Layout(str(folder / "out")), tuple(list_shards(str(folder / "pool")))
+    write_listing(layout, shards)
+    return build.Job(recipe, shards, layout, identities(recipe))
 
 
 def _graph(graph: Any, job: build.Job) -> float:
@@ -174,7 +190,6 @@ class Aligned:
 
     def __init__(self, folder: Path, rows: int, min_cosine: float, clusters: int) -> None:
         self.samples, self.clusters = rows, clusters
-        alignment.write_tables(alignment.make_pool(rows), folder)
         recipe = alignment.recipe(rows, "", None)
         stage = recipe.distribution_alignment.model_copy(
             update={"cids": None, "clusters": recipes.Clusters(count=clusters)}
@@ -182,13 +197,11 @@ class Aligned:
         clip = recipe.cross_modality.flipped_clip.model_copy(update={"min": min_cosine})
         scores = recipe.cross_modality.model_copy(update={"flipped_clip": clip})
         recipe = recipe.model_copy(update={"distribution_alignment": stage, "cross_modality": scores})
-        layout, shards = Layout(str(folder / "out")), tuple(list_shards(str(folder / "pool")))
-        write_listing(layout, shards)
-        job = build.Job(recipe, shards, layout, {})
+        job = generated(folder, rows, recipe)
         self.seconds, self.shuffles = _graph(build.distribution_alignment, job), Shuffles()
         with self.shuffles.open():
             _graph(build.distribution_alignment, job)
-        rules = json.loads(Path(layout.funnel).read_text())["rules"]
+        rules = json.loads(Path(job.layout.funnel).read_text())["rules"]
         self.candidates = next(rule["in"] for rule in rules if rule["name"] == "semantic_dedup")
         self.groups = self.shuffles.elements[GROUPS]
 
@@ -228,13 +241,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="smaller pools, no demo: shows that it runs")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
-    parser.add_argument("--only", choices=["stage_1", "stage_3", "tables"])
+    parser.add_argument("--only", choices=["stage_1", "pool_wide", "stage_3", "tables"])
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if arguments.only in (None, "stage_1"):
             figures |= stage_1(folder, *((40, 120) if arguments.quick else (200, 1100)))
+        if arguments.only in (None, "pool_wide"):
+            figures |= pool_wide(folder, *((2000, 10_000) if arguments.quick else (20_000, 200_000)))
         if arguments.only in (None, "stage_3"):
             figures |= stage_3(folder, *((2000, 10_000, 800) if arguments.quick else (10_000, 40_000, 5000)))
         if arguments.only == "tables" or not (arguments.only or arguments.quick):
