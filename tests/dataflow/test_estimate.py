@@ -238,6 +238,15 @@ def test_shuffles_that_are_measured_are_reckoned_with() -> None:
         assert {name for name in KNOWN if name.startswith(f"shuffle/{stage}/")} <= used
 
 
+def test_shuffles_that_were_measured_are_steps_of_today() -> None:
+    steps = [f"{step}/" for step in Path(__file__).with_name("step_names.txt").read_text().splitlines()]
+    for name in KNOWN:
+        if name.startswith("shuffle/"):
+            _, stage, *step, _unit = name.split("/")
+            found = any(other.startswith(f"{stage}: {'/'.join(step)}/") for other in steps)
+            assert found, f"{name}: measure it again (`python -m benchmarks.costs`)"
+
+
 def test_limits_of_dataflow_are_said_before_a_launch(tmp_path: Path) -> None:
     recipe = tmp_path / "fine.yaml"
     recipe.write_text(Path(PAPER).read_text().replace("clusters: {count: 10000}", "clusters: {count: 2000000}"))
