@@ -78,7 +78,7 @@ bench-peers: .venv/installed .bench/clip-retrieval/installed .bench/data-juicer/
 # What can be checked of the image without an engine, beside `make lint`: the Dockerfile's own install and check steps in
 # an environment of their own (5 GB of packages, minutes). PROCESSOR=cpu leaves CUDA out.
 PROCESSOR ?= gpu
-image-check: .venv/installed
+image-check:
 	rm -rf .image build
 	tools/install_package.sh .image $(PROCESSOR)
 	tools/check_package.sh $(CURDIR)/.image $(CURDIR)/templates/main.py
