@@ -19,6 +19,7 @@ cd "$(dirname "$0")"
 python3.11 -m pip install --quiet --constraint constraints.txt huggingface_hub
 for model in "$@"; do
     hf download "${model%@*}" --revision "${model#*@}" --local-dir "$folder/${model%@*}" \
-        --include '*.json' '*.txt' '*.model' '*.safetensors'
+        --include '*.json' --include '*.txt' --include '*.model' --include '*.safetensors'
+    ls "$folder/${model%@*}"/*config.json "$folder/${model%@*}"/*.safetensors >/dev/null
     rm -rf "$folder/${model%@*}/.cache"
 done

@@ -30,15 +30,20 @@ def named(api: Api, job: DataflowJob, only: str = "ALL") -> list[dict[str, Any]]
 
 
 def is_over(job: DataflowJob, since: datetime.datetime) -> bool | None:
-    """Whether the job of that name that was begun after `since` is over; None where there is none (yet).
+    """Whether the job of that name that got a lock at `since` is over; None where there is none (yet).
 
-    Names come again, week by week: a job that was over before does not count. One that still works does, whenever it
-    was begun. Raises ApiError.
+    Names come again, week by week: a job that was over before does not count. One that is not over does, whenever it
+    was made: the service makes it minutes before its launcher runs. Raises ApiError.
     """
     found = named(Api(), job)
     if any(one.get("currentState") not in OVER for one in found):
         return False
-    return True if found and _created(found[0]) >= since - _SLACK else None
+    return True if any(_ended(one) >= since - _SLACK for one in found) else None
+
+
+def _ended(job: dict[str, Any]) -> datetime.datetime:
+    """Since when a job is in its state, the last one."""
+    return datetime.datetime.fromisoformat(job["currentStateTime"])
 
 
 def _created(job: dict[str, Any]) -> datetime.datetime:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,36 @@ def test_a_build_argument_that_cannot_be_stops_the_build(tmp_path: Path, command
 def test_no_models_need_no_network(tmp_path: Path) -> None:
     subprocess.run([ROOT / "tools" / "fetch_models.sh", tmp_path / "models"], check=True, env={"PATH": "/usr/bin:/bin"})
     assert list((tmp_path / "models").iterdir()) == []
+
+
+HF = """#!{python}
+import sys
+from pathlib import Path
+from huggingface_hub.cli import download, hf
+
+def snapshot_download(repo_id, revision, allow_patterns, local_dir, **_):
+    Path(local_dir).mkdir(parents=True)
+    names = {{pattern.replace("*", "config") for pattern in allow_patterns}}
+    for name in names - {{"{missing}"}}:
+        (Path(local_dir) / name).write_text(f"{{repo_id}} {{revision}}")
+    return local_dir
+
+download.snapshot_download = snapshot_download
+hf.main()
+"""
+
+
+@pytest.mark.parametrize("missing", ["", "config.json", "config.safetensors"])
+def test_models_come_with_all_that_loading_takes(tmp_path: Path, missing: str) -> None:
+    """By the hub's own command line, whose download alone is replaced."""
+    for name, content in (("python3.11", "#!/bin/sh\n"), ("hf", HF.format(python=sys.executable, missing=missing))):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    script = ROOT / "tools" / "fetch_models.sh"
+    done = subprocess.run(
+        [script, tmp_path / "models", "org/name@abc"], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True
+    )
+    assert (done.returncode == 0) is (missing == ""), done.stderr
+    if not missing:
+        found = {path.name: path.read_text() for path in (tmp_path / "models" / "org" / "name").iterdir()}
+        assert found == dict.fromkeys(("config.json", "config.txt", "config.model", "config.safetensors"), "org/name abc")

@@ -64,9 +64,11 @@ def dataflow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataflow]:
         thread.join()
 
 
-def job(state: str, minutes: float, name: str = JOB.name) -> dict[str, Any]:
-    created = (SINCE + datetime.timedelta(minutes=minutes)).isoformat().replace("+00:00", "Z")
-    return {"name": name, "currentState": f"JOB_STATE_{state}", "createTime": created}
+def job(state: str, minutes: float, name: str = JOB.name, changed: float | None = None) -> dict[str, Any]:
+    """Made so many minutes after the lock; in its state since `changed`, at once by default."""
+    times = (minutes, minutes if changed is None else changed)
+    made, since = ((SINCE + datetime.timedelta(minutes=each)).isoformat().replace("+00:00", "Z") for each in times)
+    return {"name": name, "currentState": f"JOB_STATE_{state}", "createTime": made, "currentStateTime": since}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,10 @@ def job(state: str, minutes: float, name: str = JOB.name) -> dict[str, Any]:
         ([job("FAILED", 2)], True),
         ([job("CANCELLED", 2)], True),
         ([job("DONE", -0.5)], True),  # two clocks
+        ([job("DONE", -4, changed=6)], True),  # a job is made minutes before its launcher takes the lock
+        ([job("CANCELLED", -4, changed=1)], True),
+        ([job("QUEUED", -4)], False),
+        ([job("DONE", -600, changed=-500), job("DONE", -4, changed=6)], True),
         ([job("DONE", -600)], None),  # last week's, and this week's is about to be started
         ([job("RUNNING", -600)], False),  # adopted by a second launch
         ([job("DONE", -900), job("FAILED", -600), job("RUNNING", 1)], False),
