@@ -24,7 +24,7 @@ from pipeline.records import Shard
 from pipeline.sinks.clusters import WriteClusters
 from pipeline.sinks.decisions import WriteDecisions, WriteFunnel, add_tallies
 from pipeline.sinks.pool_wide import WritePoolWide
-from pipeline.sinks.publication import Publication, publish
+from pipeline.sinks.publication import Publication, holds, publish
 from pipeline.sinks.shard_tables import WriteShardTable
 from pipeline.sinks.subset import WriteSubset
 from pipeline.sources.annotations import ReadCandidates, ReadPoolRows, ReadThresholds, count_samples
@@ -237,7 +237,7 @@ def distribution_alignment(start: beam.PCollection, job: Job) -> beam.PCollectio
         (clusters, subset, funnel)
         | "All written" >> beam.Flatten()
         | "When all are" >> beam.combiners.Count.Globally()
-        | "Clear work folder" >> beam.Map(_clear, work)
+        | "Clear work folder" >> beam.Map(_clear, work, layout, job.publication)
     )
     return done | "Publish" >> beam.Map(_publish, layout, job.publication) if job.publication else done
 
@@ -322,5 +322,6 @@ def _by_shard(placements: Placements) -> Iterator[tuple[str, Placements]]:
     return ((shard.decode(), part) for shard, part in placements.groups(placements.shards))
 
 
-def _clear(written: int, work: WorkFolder) -> None:
-    files.delete_folder(work.folder)
+def _clear(written: int, work: WorkFolder, layout: Layout, publication: Publication | None) -> None:
+    if holds(layout, publication):
+        files.delete_folder(work.folder)

@@ -51,6 +51,13 @@ class DataflowJob(NamedTuple):
     name: str
 
 
+class HeldForJob(NamedTuple):
+    """A folder that is held for a job. `token` tells this holding from every other one, also for a job of that name."""
+
+    job: DataflowJob
+    token: str
+
+
 IsOver = Callable[[DataflowJob, datetime.datetime], bool | None]
 """Whether the job of that name that began after that time is over; None where Dataflow knows of none."""
 
@@ -65,20 +72,30 @@ def only_writer(output: str, is_over: IsOver | None = None) -> Iterator[None]:
         yield
 
 
-def hold_for_job(output: str, job: DataflowJob, is_over: IsOver | None = None) -> None:
-    """Hold the folder in Cloud Storage for a job that is about to be started; held for it already will do.
+def hold_for_job(output: str, job: DataflowJob, is_over: IsOver | None = None) -> HeldForJob:
+    """Hold the folder in Cloud Storage for a job that is about to be started; held for one of its name already will do.
 
     It is held until `release_for_job`, which is the job's last step, or until the job is over. Raises Held.
     """
-    _take(output, {**job._asdict(), "since": _since()}, is_over)
+    held = _take(output, {**job._asdict(), "since": _since()}, is_over)
+    return HeldForJob(job, _content(held)["token"])
 
 
-def release_for_job(output: str, job: DataflowJob) -> None:
-    """Let go of the folder where it is held for that job; a step that is tried again changes nothing."""
-    found = objects.read(_object_path(output))
-    if found and _job_of(_content(found)) == job:
+def is_held(output: str, held: HeldForJob) -> bool:
+    """Whether the folder is still held so."""
+    return _object_of(output, held) is not None
+
+
+def release_for_job(output: str, held: HeldForJob) -> None:
+    """Let go of the folder where it is still held so; a step that is tried again changes nothing."""
+    if found := _object_of(output, held):
         with contextlib.suppress(objects.Overtaken):
             objects.remove(_object_path(output), found.generation)
+
+
+def _object_of(output: str, held: HeldForJob) -> objects.Object | None:
+    found = objects.read(_object_path(output))
+    return found if found and _content(found).get("token") == held.token else None
 
 
 @contextlib.contextmanager

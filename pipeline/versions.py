@@ -50,9 +50,9 @@ def begin(output: str) -> Layout:
 
 def switch(layout: Layout) -> None:
     """Let readers see the version of `layout`, which is whole. May be done again. Raises Overtaken."""
-    number = layout.results.rpartition("/")[2]
+    number = _number(layout)
     if files.in_cloud_storage(layout.output):
-        _switch_pointer(layout.output, int(number))
+        _switch_pointer(layout.output, number)
         return
     for name in LINKED:
         path = os.path.join(layout.output, name)
@@ -60,16 +60,18 @@ def switch(layout: Layout) -> None:
             files.delete_if_there(path)
             os.symlink(os.path.join(_CURRENT, name), path)
     aside = os.path.join(layout.output, f".{_CURRENT}.tmp-{uuid.uuid4().hex}")
-    os.symlink(os.path.join("versions", number), aside)
+    os.symlink(os.path.join("versions", str(number)), aside)
     os.replace(aside, os.path.join(layout.output, _CURRENT))
 
 
-def prune(output: str, keep: int) -> None:
-    """Delete all versions but the newest `keep` that are whole."""
-    for number in sorted(_numbers(output) - set(sorted(_whole(output))[-keep:])):
-        layout = Layout(output, _folder(output, number))
-        files.delete_if_there(layout.manifest)  # first: without it the rest is no version
-        files.delete_folder(layout.results)
+def prune(layout: Layout, keep: int) -> None:
+    """Delete all versions before that of `layout` but for the newest `keep` that are whole, it included."""
+    output, own = layout.output, _number(layout)
+    kept = sorted(number for number in _whole(output) if number <= own)[-keep:]
+    for number in sorted(number for number in _numbers(output) if number < own and number not in kept):
+        older = Layout(output, _folder(output, number))
+        files.delete_if_there(older.manifest)  # first: without it the rest is no version
+        files.delete_folder(older.results)
 
 
 def _switch_pointer(output: str, number: int) -> None:
@@ -101,6 +103,10 @@ def _whole(output: str) -> set[int]:
 def _numbers(output: str) -> set[int]:
     """The numbers of the versions of which anything lies there."""
     return {int(name) for name in files.folders_in(files.join(output, "versions")) if name.isdigit()}
+
+
+def _number(layout: Layout) -> int:
+    return int(layout.results.rpartition("/")[2])
 
 
 def _folder(output: str, number: int) -> str:

@@ -31,7 +31,7 @@ from pipeline.dataflow.names import job_name
 from pipeline.dataflow.options import PairsiftOptions
 from pipeline.dataflow.settings import ALL_STAGES, ALL_WORKERS, RIGHT_FITTING, TEMPLATES, GpuWorker, vcpus_of
 from pipeline.layout import Layout
-from pipeline.lock import DataflowJob, Held, hold_for_job, release_for_job
+from pipeline.lock import DataflowJob, Held, HeldForJob, hold_for_job, release_for_job
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe, load_recipe
 from pipeline.records import Shard
 from pipeline.run import UsageError, check_path, clear_leftovers, settled_job
@@ -111,8 +111,8 @@ def submit(options: PipelineOptions, parameters: Parameters) -> str:
     layout = Layout(parameters.output.rstrip("/"))
     cloud = options.view_as(GoogleCloudOptions)
     holder = DataflowJob(cloud.project, cloud.region, cloud.job_name)
-    with _held_for(holder, layout):
-        job = _job(parameters, layout, holder)
+    with _held_for(holder, layout) as held:
+        job = _job(parameters, layout, held)
         configure(options, parameters)
         runner = DataflowRunner()
         pipeline = beam.Pipeline(runner, options)
@@ -150,7 +150,7 @@ def configure(options: PipelineOptions, parameters: Parameters) -> None:
         services.append(_SERVICE_ACCELERATOR + gpu.service_option)
 
 
-def _job(parameters: Parameters, layout: Layout, holder: DataflowJob) -> build.Job:
+def _job(parameters: Parameters, layout: Layout, held: HeldForJob) -> build.Job:
     """What the graph is built from; the listing of the pool is written where the first stage is in the job."""
     lists = parameters.template in (SINGLE_MODALITY, ALL_STAGES)
     shards = list_shards(parameters.pool) if lists else _listed(layout)
@@ -165,7 +165,7 @@ def _job(parameters: Parameters, layout: Layout, holder: DataflowJob) -> build.J
         job = dataclasses.replace(
             job,
             layout=versions.begin(layout.output),
-            publication=Publication(content, parameters.keep_versions, holder),
+            publication=Publication(content, parameters.keep_versions, held),
         )
     fitted = parameters.gpu if parameters.gpus == RIGHT_FITTING else None
     return dataclasses.replace(
@@ -181,21 +181,21 @@ def _listed(layout: Layout) -> tuple[Shard, ...]:
 
 
 @contextlib.contextmanager
-def _held_for(holder: DataflowJob, layout: Layout) -> Iterator[None]:
+def _held_for(holder: DataflowJob, layout: Layout) -> Iterator[HeldForJob]:
     """Hold the output folder for the job, clear what a killed run left there, and let go of it where the body fails.
 
     The job that ends a run lets go of it itself (`pipeline.sinks.publication`); from the others the next one takes it
     over, because they are over. Raises UsageError where another run holds it.
     """
     try:
-        hold_for_job(layout.output, holder)
+        held = hold_for_job(layout.output, holder)
     except Held as error:
         raise UsageError(str(error)) from error
     try:
         clear_leftovers(layout)
-        yield
+        yield held
     except BaseException:
-        release_for_job(layout.output, holder)
+        release_for_job(layout.output, held)
         raise
 
 

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import files, lock, objects
+from pipeline import build, files, lock, objects
 from pipeline.dataflow import launcher, limits
 from pipeline.dataflow.names import job_name
 from pipeline.layout import Layout
 from pipeline.lock import DataflowJob, hold_for_job
 from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY
 from pipeline.run import UsageError
-from pipeline.sinks.publication import Publication, publish
+from pipeline.sinks.publication import NotHeld, Publication, publish
 from pipeline.sources.listing import write_listing
 from tests.dataflow.jobs import handed_over
+from transforms.distribution_alignment.work_folder import WorkFolder
 
 
 @pytest.fixture
@@ -66,14 +67,45 @@ def test_the_next_job_holds_it_once_the_one_before_is_over(
 
 def test_what_is_published_is_let_go_of_also_when_the_step_is_tried_again(output: str) -> None:
     job = DataflowJob("my-project", "us-central1", job_name(output, DISTRIBUTION_ALIGNMENT))
-    hold_for_job(output, job)
+    layout = written(output)
+    publication = Publication({"seed": 0}, 3, hold_for_job(output, job))
+    for _ in range(2):
+        publish(layout, publication)
+        assert holder(output) is None
+        assert json.loads(files.read_bytes(f"{output}/current.json")) == {"version": 1}
+
+
+def written(output: str) -> Layout:
+    """A version that lacks but its last step."""
     layout = Layout(output, f"{output}/versions/1")
     files.write_json(layout.funnel, {})
     write_listing(layout, [])
-    for _ in range(2):
-        publish(layout, Publication({"seed": 0}, 3, job))
-        assert holder(output) is None
-        assert json.loads(files.read_bytes(f"{output}/current.json")) == {"version": 1}
+    return layout
+
+
+def test_a_last_step_that_is_tried_again_late_leaves_the_next_run_alone(output: str) -> None:
+    job = DataflowJob("my-project", "us-central1", job_name(output, DISTRIBUTION_ALIGNMENT))
+    layout = written(output)
+    publication = Publication({"seed": 0}, 3, hold_for_job(output, job))
+    publish(layout, publication)
+    hold_for_job(output, job)  # next week's has the same name
+    theirs = f"{output}/versions/2/subset.npy", layout.in_hand(SINGLE_MODALITY, "a"), f"{layout.alignment_work}/tiles/0"
+    for path in theirs:
+        files.write_bytes(path, b"at work")
+    publish(layout, publication)
+    build._clear(0, WorkFolder(layout.alignment_work), layout, publication)
+    assert all(map(files.exists, theirs))
+    assert holder(output) == job.name
+
+
+def test_a_job_whose_folder_was_taken_over_publishes_nothing(output: str) -> None:
+    job = DataflowJob("my-project", "us-central1", job_name(output, DISTRIBUTION_ALIGNMENT))
+    layout = written(output)
+    publication = Publication({"seed": 0}, 3, hold_for_job(output, job))
+    message = f"was held for {job.name}, and another run has taken it over"
+    with lock.only_writer(output, lambda job, since: True), pytest.raises(NotHeld, match=message):
+        publish(layout, publication)
+    assert not files.exists(layout.manifest) and not files.exists(f"{output}/current.json")
 
 
 def test_a_launcher_holds_nothing_of_what_it_does_not_know(output: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 from google.api_core.exceptions import Forbidden
 
 from pipeline import lock, objects
-from pipeline.lock import DataflowJob, Held, hold_for_job, only_writer, release_for_job
+from pipeline.lock import DataflowJob, Held, hold_for_job, is_held, only_writer, release_for_job
 from tests.cloud_storage.server import CloudStorage, Request
 
 JOB = DataflowJob("my-project", "europe-west4", "pairsift-0123456789ab-single-modality")
@@ -309,7 +309,7 @@ def test_a_bucket_that_is_not_there_is_told(store: CloudStorage) -> None:
 
 
 def test_a_job_holds_it_until_its_last_step(store: CloudStorage, bucket: str, output: str) -> None:
-    hold_for_job(output, JOB, unasked)
+    held = hold_for_job(output, JOB, unasked)
     (content,) = (json.loads(stored.content) for stored in store.buckets[bucket].values())
     assert {**JOB._asdict()}.items() <= content.items()
     expected = f"{output}: Dataflow job {JOB.name} of my-project in europe-west4, since 20"
@@ -317,23 +317,28 @@ def test_a_job_holds_it_until_its_last_step(store: CloudStorage, bucket: str, ou
         hold(output, is_over=lambda job, since: False)
     with pytest.raises(Held, match=re.escape(expected)):
         hold_for_job(output, NEXT, lambda job, since: False)
-    release_for_job(output, JOB)
-    release_for_job(output, JOB)  # a step that is tried again
+    release_for_job(output, held)
+    release_for_job(output, held)  # a step that is tried again
     assert store.names(bucket) == []
 
 
-def test_the_same_job_gets_it_again(output: str) -> None:
-    for _ in range(3):
-        hold_for_job(output, JOB, unasked)
-    release_for_job(output, JOB)
+def test_a_job_of_that_name_gets_it_again(output: str) -> None:
+    first, second, third = (hold_for_job(output, JOB, unasked) for _ in range(3))
+    for held in (first, second):  # of another week, say
+        release_for_job(output, held)
+        assert not is_held(output, held)
+    assert is_held(output, third)
+    release_for_job(output, third)
+    assert not is_held(output, third)
 
 
 def test_another_s_lock_is_not_released(store: CloudStorage, bucket: str, output: str) -> None:
-    hold_for_job(output, NEXT)
-    release_for_job(output, JOB)
+    held = hold_for_job(output, JOB)
+    next_ = hold_for_job(output, NEXT, lambda job, since: True)
+    release_for_job(output, held)
     assert store.names(bucket) == ["out/.lock.json"]
     with only_writer(output, lambda job, since: True):
-        release_for_job(output, NEXT)
+        release_for_job(output, next_)
         with pytest.raises(Held):
             hold(output)
 
@@ -346,9 +351,9 @@ def test_the_next_stage_follows_a_job_that_is_over(output: str) -> None:
         return True
 
     hold_for_job(output, JOB)
-    hold_for_job(output, NEXT, is_over)
+    held = hold_for_job(output, NEXT, is_over)
     assert asked == [JOB]
-    release_for_job(output, NEXT)
+    release_for_job(output, held)
 
 
 def test_what_is_asked_for_is_a_job_begun_since_it_was_held(store: CloudStorage, output: str) -> None:

@@ -47,12 +47,12 @@ def test_there_is_none_before_the_first(output: str) -> None:
 
 def test_the_oldest_go(store: CloudStorage, bucket: str, output: str) -> None:
     for _ in range(4):
-        publish(output)
-    for name in ("9/decisions/part-a.parquet", "old"):  # of a run that was killed; nobody's
+        newest = publish(output)
+    for name in ("0/subset.npy", "5/subset.npy", "old"):  # of a run that was killed; of one that works; nobody's
         store.put(bucket, f"out/versions/{name}", b"")
-    versions.prune(output, 2)
+    versions.prune(newest, 2)
     found = {name.split("/")[2] for name in store.names(bucket, "out/versions/")}
-    assert found == {"3", "4", "old"}
+    assert found == {"3", "4", "5", "old"}
     assert versions.newest(output).results == f"{output}/versions/4"
 
 

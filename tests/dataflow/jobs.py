@@ -26,6 +26,7 @@ from pipeline.dataflow import launcher
 from pipeline.dataflow.names import job_name
 from pipeline.dataflow.settings import ALL_STAGES, RIGHT_FITTING, TEMPLATES, GpuWorker
 from pipeline.layout import Layout
+from pipeline.lock import HeldForJob
 from pipeline.recipe import SINGLE_MODALITY, STAGES, load_recipe
 from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
@@ -87,8 +88,8 @@ def handed_over(
     monkeypatch.setattr(run_module, "pinned", lambda settings, fetch: settings)
     if output is None:
         output = str(folder / "out")
-        for hold in ("hold_for_job", "release_for_job"):
-            monkeypatch.setattr(launcher, hold, lambda *_: None)
+        monkeypatch.setattr(launcher, "hold_for_job", lambda output, job: HeldForJob(job, "0" * 32))
+        monkeypatch.setattr(launcher, "release_for_job", lambda *_: None)
     write_pool(folder / "pool", {f"{n:05d}.tar": sample_members(f"k{n}") for n in range(shards)})
     if template not in (SINGLE_MODALITY, ALL_STAGES):
         write_listing(Layout(output), list_shards(str(folder / "pool")))

@@ -115,4 +115,4 @@ def test_models_come_with_all_that_loading_takes(tmp_path: Path, missing: str) -
     assert (done.returncode == 0) is (missing == ""), done.stderr
     if not missing:
         found = {path.name: path.read_text() for path in (tmp_path / "models" / "org" / "name").iterdir()}
-        assert found == dict.fromkeys(("config.json", "config.txt", "config.model", "config.safetensors"), "org/name abc")
+        assert found == {f"config.{kind}": "org/name abc" for kind in ("json", "txt", "model", "safetensors")}
