@@ -294,10 +294,10 @@ def _with_scores(
 ) -> Shard:
     shard = _with_features(shard, features, pool_wide)
     missing = scores.count_wanted(shard)
-    if missing:
+    if missing or not scores.is_begun(shard):
         raise NotFinished(
-            f"shard {shard.name}: {missing} samples have no score that this recipe needs; run stage {CROSS_MODALITY} "
-            "first"
+            f"shard {shard.name}: {missing} samples have no score that this recipe needs, or it has no table of scores "
+            f"yet; run stage {CROSS_MODALITY} first"
         )
     return shard
 

@@ -70,8 +70,12 @@ def run(
     _check_earlier_stages(stages, job)
 
     with only_writer(layout):
+        # Another run may have ended there since, and tars may have come.
+        _check_pool(layout, pool)
+        job = dataclasses.replace(job, shards=tuple(list_shards(pool)))
+        _check_earlier_stages(stages, job)
         files.write_json(layout.newest_manifest, content)
-        write_listing(layout, shards)
+        write_listing(layout, job.shards)
         work = WorkDone({}, {})
         funnel, shards_vanished = None, 0
         for stage in stages:
@@ -81,7 +85,7 @@ def run(
             else:
                 run_stage(stage, job, beam_options, progress, work)
         files.delete_folder(layout.in_hand_folder)
-        files.write_json(layout.run, {**work.content, "shards": len(shards), "shards_vanished": shards_vanished})
+        files.write_json(layout.run, {**work.content, "shards": len(job.shards), "shards_vanished": shards_vanished})
     return Outcome(funnel, shown(layout))
 
 

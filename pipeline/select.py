@@ -62,12 +62,19 @@ def select(
             f"{output}: {unfinished} of {len(shards)} shards have no features for this recipe; compute them: {command}"
         )
     with only_writer(layout):
+        if _newest_run(layout) != (earlier, shards):
+            raise UsageError(f"{output}: another run has just ended there; give the same command again")
         try:
             aside = _pool_wide_aside(job, beam_options)
             missing = _missing(aside, beam_options)
             if missing:
                 raise UsageError(
                     f"{output}: {missing} samples have no score that this recipe needs; compute them: {command}"
+                )
+            unscored = files.each(output, aside.cross_modality_work.is_begun, shards).count(False)
+            if unscored:  # of which nothing is kept
+                raise UsageError(
+                    f"{output}: {unscored} of {len(shards)} shards have no scores yet; compute them: {command}"
                 )
             if aside is not job:
                 _move(aside.layout, layout, shards)

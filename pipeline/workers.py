@@ -64,7 +64,11 @@ def run_to_end(pipeline: beam.Pipeline, name: str) -> PipelineResult:
     _deaths.clear()
     try:
         result = pipeline.run()
-        result.wait_until_finish()
+        try:
+            result.wait_until_finish()
+        except KeyboardInterrupt:
+            result.cancel()  # the output folder will have another writer next
+            raise
         return result
     except Exception as error:
         death = next(iter(_deaths.values()), None) or _told_by_job_service(error)

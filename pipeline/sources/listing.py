@@ -15,7 +15,8 @@ from pipeline.records import Shard
 
 def write_listing(layout: Layout, shards: Sequence[Shard]) -> None:
     """Write down the shards that the pool has now."""
-    files.write_json(layout.shards, [list(shard) for shard in shards])
+    # As ASCII: a tar's name may hold bytes that are no UTF-8, which Python has as lone surrogates.
+    files.write_bytes(layout.shards, json.dumps([list(shard) for shard in shards], indent=2).encode("ascii"))
 
 
 def read_listing(layout: Layout) -> tuple[Shard, ...]:

@@ -95,8 +95,7 @@ def _shortened(name: str, max_characters: int) -> str:
 def _relative(path: str, folder: str) -> str:
     folder = folder.rstrip("/") + "/" if folder else ""
     if not files.in_cloud_storage(path) and folder:
-        path, folder = path.replace("\\", "/"), folder.removeprefix("./")
-        path = path.removeprefix("./")
+        path, folder = path.removeprefix("./"), folder.removeprefix("./")
     return path.removeprefix(folder)
 
 

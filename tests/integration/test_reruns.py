@@ -18,7 +18,7 @@ from rich.console import Console
 from pipeline import build, files, versions
 from pipeline.layout import Layout
 from pipeline.progress import Progress
-from pipeline.recipe import STAGES, Recipe, parse_recipe
+from pipeline.recipe import SINGLE_MODALITY, STAGES, Recipe, parse_recipe
 from pipeline.run import UsageError, run, run_graph, settled_job
 from pipeline.select import select
 from pipeline.sinks.publication import Publication, publish
@@ -280,6 +280,18 @@ def test_select_needs_a_run(tmp_path: Path, recipe_with: Callable[..., Recipe]) 
     with pytest.raises(UsageError, match="holds no annotations"):
         select_from(recipe_with(), tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_shards_that_were_never_scored_are_told_also_where_nothing_of_them_is_kept(
+    pool: Path, tmp_path: Path, recipe_with: Callable[..., Recipe]
+) -> None:
+    nothing, output = recipe_with(min_words=50), tmp_path / "out"
+    run(nothing, str(pool), str(output), [SINGLE_MODALITY], [], Progress(Console(stderr=True)))
+    with pytest.raises(UsageError, match="3 of 3 shards have no scores yet; compute them: pairsift run"):
+        select_from(nothing, output)
+    job = dataclasses.replace(job_on(nothing, pool, output), checks_before=True)
+    with pytest.raises(Exception, match="it has no table of scores yet; run stage cross_modality first"):
+        run_graph(build.distribution_alignment, job, [])
 
 
 # versions ---------------------------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import pipeline.run as run_module
-from pipeline import files, runners
+from pipeline import files, lock, runners
 from pipeline.build import Job
 from pipeline.cli import app
 from pipeline.counts import NAMES, Counts
@@ -25,6 +26,7 @@ from pipeline.printable import PrintableFormatter
 from pipeline.recipe import STAGES
 from pipeline.sinks.decisions import funnel
 from pipeline.sinks.publication import publish
+from pipeline.sources.listing import read_listing, write_listing
 from tests.helpers import DEMO_RECIPE, recipe, sample_members, settings, write_pool
 
 KNOWN: dict[str, dict] = {stage: {} for stage in STAGES} | {"single_modality": {"pos_tagger": {"source": "bundled"}}}
@@ -245,6 +247,49 @@ def test_an_output_folder_that_another_run_writes(place: Path) -> None:
         wrong_use(place, *run_arguments(), message=f"out: process {os.getpid()} of")
     assert stages_run(place) == []
     assert pairsift(*run_arguments()).exit_code == 0
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Something happens between a run's first look and its getting the lock."""
+    held = lock.only_writer
+
+    @contextlib.contextmanager
+    def only_writer(output: str) -> Iterator[None]:
+        act()
+        with held(output):
+            yield
+
+    monkeypatch.setattr(lock, "only_writer", only_writer)
+
+
+def test_another_run_that_has_just_ended_is_seen(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.dumps({"pool": "gs://b/other"}).encode()
+    meanwhile(monkeypatch, lambda: files.write_bytes("out/annotations/manifest.json", manifest))
+    result = pairsift(*run_arguments())
+    assert result.exit_code == 2 and "out: holds another pool's run (of gs://b/other" in " ".join(result.stderr.split())
+    assert stages_run(place) == [] and (place / "out/annotations/manifest.json").read_bytes() == manifest
+
+
+def test_a_tar_that_has_just_come_is_in_the_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meanwhile(monkeypatch, lambda: write_pool(place / "pool", {"b.tar": sample_members("k1")}))
+    assert pairsift(*run_arguments()).exit_code == 0
+    assert [shard.name for shard in read_listing(Layout("out"))] == ["a", "b"]
+
+
+def test_a_tar_whose_name_is_no_utf8_is_in_the_run(place: Path) -> None:
+    os.rename("pool/a.tar", b"pool/caf\xe9.tar")
+    assert pairsift(*run_arguments()).exit_code == 0
+    (shard,) = read_listing(Layout("out"))
+    assert shard.name == "caf%E9" and os.path.exists(shard.path)
+
+
+def test_select_after_a_run_that_has_just_ended(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pairsift(*run_arguments()).exit_code == 0
+    monkeypatch.setattr("pipeline.select.identities_from", lambda earlier, recipe: KNOWN)
+    monkeypatch.setattr("pipeline.finished.SingleModalityWork.is_finished", lambda work, shard: True)
+    meanwhile(monkeypatch, lambda: write_listing(Layout("out"), []))
+    result = pairsift("select", str(DEMO_RECIPE), "--output", "out")
+    assert result.exit_code == 2 and "another run has just ended there" in " ".join(result.stderr.split())
 
 
 def test_an_output_folder_of_a_run_that_was_killed_as_it_began(place: Path) -> None:

@@ -486,6 +486,8 @@ def test_wrong_use(place: Path) -> None:
     wrong_use(place, "nowhere: no *.tar in it", pool="nowhere")
     wrong_use(place, "lies in the pool", output="pool/tars")
     wrong_use(place, "lies in the pool", output="pool")
+    wrong_use(place, "lies in the pool", pool="pool/**.tar", output="pool/tars")
+    wrong_use(place, "lies in the pool", pool="*/*.tar")
     wrong_use(place, "out: is not empty and holds no run of pairsift", output="out")
     wrong_use(place, "nothing here opens foo://", output="foo://x")
     wrong_use(place, "--samples-per-shard", per_shard=0)

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import apache_beam as beam
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.local_job_service import LocalJobServicer
@@ -13,6 +14,7 @@ from apache_beam.runners.portability.local_job_service import LocalJobServicer
 from pipeline import runners
 from pipeline.errors import UsageError
 from pipeline.job_service import JobService
+from pipeline.workers import run_to_end
 
 PORTABLE = ["--runner=PortableRunner", "--job_endpoint=embed"]
 DATAFLOW = [
@@ -25,6 +27,27 @@ NOTHING_THERE = "localhost:1"
 
 def check(options: list[str], paths: dict[str, str] | None = None, needs_gpu: bool = False, **models: str) -> None:
     runners.check(options, {"--input": "/pool", "--output": "/out"} if paths is None else paths, models, needs_gpu)
+
+
+class Interrupted:
+    """A job on a cluster, and a user who gives up waiting."""
+
+    is_cancelled = False
+
+    def wait_until_finish(self) -> None:
+        raise KeyboardInterrupt
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+def test_a_run_that_is_interrupted_ends_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output folder is free then, and the job would go on writing there."""
+    job = Interrupted()
+    monkeypatch.setattr(beam.Pipeline, "run", lambda pipeline: job)
+    with pytest.raises(KeyboardInterrupt):
+        run_to_end(beam.Pipeline(), "stage")
+    assert job.is_cancelled
 
 
 @pytest.fixture

@@ -656,6 +656,11 @@ def test_a_folder_whose_name_is_no_pattern(tmp_path: Path) -> None:
         odd.rename(tmp_path / "pool")
 
 
+def test_a_backslash_is_part_of_a_name(tmp_path: Path) -> None:
+    write_pool(tmp_path, {"a/b.tar": [], "a\\b.tar": []})
+    assert sorted(shard.name for shard in list_shards(str(tmp_path))) == ["a%2Fb", "a%5Cb"]
+
+
 def test_a_file_name_that_is_no_utf8(tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     pool.mkdir()
