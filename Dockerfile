@@ -2,7 +2,7 @@
 # One image for launcher and workers of Dataflow (docs/dataflow.md):
 #
 #   docker build --tag IMAGE .                                      with CUDA
-#   docker build --tag IMAGE --build-arg PROCESSOR=cpu .            without
+#   docker build --tag IMAGE --build-arg PROCESSOR=cpu .            without (cu126: with CUDA 12)
 #   docker build --tag IMAGE --build-arg MODELS="org/name@COMMIT …" .   with models under /models/org/name
 ARG PROCESSOR=gpu
 ARG BEAM_VERSION=2.77.0

@@ -21,6 +21,9 @@ CROSS_MODALITY = "cross_modality"
 DISTRIBUTION_ALIGNMENT = "distribution_alignment"
 STAGES = (SINGLE_MODALITY, CROSS_MODALITY, DISTRIBUTION_ALIGNMENT)
 
+FILES = ("yunet_model", "tasks", "centroids")
+"""Settings that name a file. `model` and `weights` may name one, too, else what a hub or open_clip has by that name."""
+
 PENN_TAGS = frozenset(
     "# $ '' ( ) , . : CC CD DT EX FW IN JJ JJR JJS LS MD NN NNP NNPS NNS PDT POS PRP PRP$ RB RBR "
     "RBS RP SYM TO UH VB VBD VBG VBN VBP VBZ WDT WP WP$ WRB ``".split()
@@ -423,3 +426,18 @@ def load_recipe(path: str) -> Recipe:
 def parse_recipe(content: Any, source: str) -> Recipe:
     """The recipe in `content`, the mapping that YAML gave. Raises SettingsError with every fault at once."""
     return parse_settings(content, source, Recipe)
+
+
+def model_files(recipe: Recipe) -> dict[str, str]:
+    """What the recipe names that may be a file or folder, by its place in the recipe."""
+    found = {}
+
+    def look(place: str, settings: Any) -> None:
+        for name, value in settings.items():
+            if isinstance(value, dict):
+                look(f"{place}{name}.", value)
+            elif isinstance(value, str) and name in (*FILES, "model", "weights"):
+                found[f"recipe: {place}{name}"] = value
+
+    look("", recipe.model_dump())
+    return found

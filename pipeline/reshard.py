@@ -139,7 +139,7 @@ def _manifest(tables: dict[str, int], layout: Layout, subset: Subset, spread: Sp
 
 
 def _lies_in(folder: str, path: str) -> bool:
-    """Whether `path` is the pool's `folder` or under it, or a tar in it is one of the pattern that stands for a pool."""
+    """Whether `path` is the pool's `folder` or under it, or a tar in it is one of the pool's pattern."""
     if folder.endswith(".tar"):
         pattern = FileSystem.translate_pattern(files.absolute(folder))
         return re.fullmatch(pattern, files.join(files.absolute(path), "00000.tar")) is not None

@@ -18,7 +18,7 @@ from pipeline.errors import UsageError as UsageError  # where those who run thin
 from pipeline.layout import TABLE_OF, Layout
 from pipeline.manifest import identities, manifest
 from pipeline.progress import Progress
-from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe
+from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe, model_files
 from pipeline.records import Shard
 from pipeline.sinks.publication import Publication, vanished
 from pipeline.sources.listing import write_listing
@@ -27,8 +27,6 @@ from pipeline.workers import run_to_end
 from transforms.models.precision import resolve
 from transforms.models.weights import pinned
 from transforms.single_modality import pos_pattern
-
-_MODEL_SETTINGS = ("model", "weights", "yunet_model", "tasks", "centroids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,7 @@ def run(
     for option, path in paths.items():
         check_path(option, path)
     needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages
-    runners.check(beam_options, paths, _model_files(recipe), needs_gpu)
+    runners.check(beam_options, paths, model_files(recipe), needs_gpu)
     pool = files.absolute(pool)  # the same pool, from whatever folder the command is given
     shards = list_shards(pool)
     layout = Layout(output.rstrip("/") or output)
@@ -284,18 +282,3 @@ def with_tagger(recipe: Recipe, found: dict[str, Any]) -> Recipe:
     settled = settings.model_copy(update={"tagger": source})
     single = recipe.single_modality.model_copy(update={"pos_pattern": settled})
     return recipe.model_copy(update={"single_modality": single})
-
-
-def _model_files(recipe: Recipe) -> dict[str, str]:
-    """What the recipe names that may be a file or folder, by its place in the recipe."""
-    found = {}
-
-    def look(place: str, settings: Any) -> None:
-        for name, value in settings.items():
-            if isinstance(value, dict):
-                look(f"{place}{name}.", value)
-            elif isinstance(value, str) and name in _MODEL_SETTINGS:
-                found[f"recipe: {place}{name}"] = value
-
-    look("", recipe.model_dump())
-    return found

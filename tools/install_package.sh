@@ -1,23 +1,23 @@
 #!/bin/sh
 # Installs this package with pinned packages into a new environment, as the image has it:
-#   tools/install_package.sh FOLDER gpu|cpu
+#   tools/install_package.sh FOLDER gpu|cpu|cu126
 set -eu
 folder=$1 processor=$2
 cd "$(dirname "$0")/.."
 case $processor in
-gpu | cpu) ;;
+gpu | cpu | cu126) ;;
 *)
-    echo "PROCESSOR: got $processor; allowed: gpu, cpu" >&2
+    echo "PROCESSOR: got $processor; allowed: gpu, cpu, cu126" >&2
     exit 2
     ;;
 esac
 pinned() { sed -n "s/^$1==//p" constraints.txt; }
 
 python3.11 -m venv "$folder"
-if [ "$processor" = cpu ]; then # PyPI's torch brings CUDA along
+if [ "$processor" != gpu ]; then # PyPI's torch brings CUDA 13 along
     "$folder/bin/python" -m pip install --quiet --constraint constraints.txt \
-        --extra-index-url https://download.pytorch.org/whl/cpu \
-        "torch==$(pinned torch)+cpu" "torchvision==$(pinned torchvision)+cpu"
+        --extra-index-url "https://download.pytorch.org/whl/$processor" \
+        "torch==$(pinned torch)+$processor" "torchvision==$(pinned torchvision)+$processor"
 fi
 "$folder/bin/python" -m pip install --quiet --constraint constraints.txt .
 "$folder/bin/python" -m pip check

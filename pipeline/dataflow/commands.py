@@ -41,7 +41,7 @@ class Asked:
         settings = load_dataflow_settings(self.settings)
         check_places(self.pool, self.output)
         recipe, upload = settled_recipe(self.recipe, settings, can_read)
-        launch = Launch(settings, recipe, self.pool, self.output.rstrip("/"), self.keep_versions, by)
+        launch = Launch(settings, recipe, self.pool.rstrip("/"), self.output.rstrip("/"), self.keep_versions, by)
         return launch, [upload] if upload else []
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.dataflow.names import job_name
 from pipeline.dataflow.settings import ALL_STAGES, ALL_WORKERS, RIGHT_FITTING, TEMPLATES, DataflowSettings
 from pipeline.errors import UsageError
 from pipeline.lock import DataflowJob
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import FILES, Recipe, load_recipe, model_files
 
 DATAFLOW = "dataflow"
 REQUEST, BY = "pairsift_request", "pairsift_by"
@@ -135,9 +136,9 @@ def settled_recipe(path: str, settings: DataflowSettings, can_read: bool = True)
     """
     if path.startswith("gs://"):
         if can_read:
-            _check_device(load_recipe(path), settings)
+            _check(load_recipe(path), settings)
         return path, None
-    _check_device(load_recipe(path), settings)
+    _check(load_recipe(path), settings)
     content = files.read_bytes(path)
     stem = re.sub(r"[^A-Za-z0-9_-]", "-", path.rpartition("/")[2].removesuffix(".yaml"))
     stored = f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}.yaml"  # so that a scheduled run keeps its own
@@ -156,7 +157,15 @@ def settled_recipe(path: str, settings: DataflowSettings, can_read: bool = True)
     return found, request
 
 
-def _check_device(recipe: Recipe, settings: DataflowSettings) -> None:
+def _check(recipe: Recipe, settings: DataflowSettings) -> None:
+    """Raise UsageError where the recipe names files of this machine, or another device than the settings."""
+    for place, path in model_files(recipe).items():
+        # All else is a hub's name, or a tag.
+        is_file = place.endswith(FILES) or path.startswith(".") or os.path.exists(path)
+        if is_file and not path.startswith(("gs://", "/", "bundled:")):
+            raise UsageError(
+                f"{place}: {path} lies on this machine; give a gs:// path, or the whole path that it has in the image"
+            )
     device = recipe.cross_modality.device
     if device == "cuda" and not settings.accelerator:
         raise UsageError("recipe: cross_modality.device is cuda, but the settings name no accelerator; name one")
@@ -170,7 +179,7 @@ def _check_device(recipe: Recipe, settings: DataflowSettings) -> None:
 def check_places(pool: str, output: str) -> None:
     """Raise UsageError where a place is not one that workers reach."""
     for option, path in (("--input", pool), ("--output", output)):
-        if not re.match(r"gs://[^/]+/.", path):
+        if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]/.+", path.rstrip("/")):
             raise UsageError(f"{option}: got {path}; workers reach gs:// only: name a folder gs://BUCKET/FOLDER")
 
 

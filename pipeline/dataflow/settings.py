@@ -41,7 +41,9 @@ GPUS = {
 """By Dataflow's name of the type (its page "Dataflow support for GPUs")."""
 
 _DRIVER = "install-nvidia-driver"
-_GPU_OPTION = re.compile(rf"type:(?P<type>[a-z0-9-]+);count:1;machine_type:(?P<machine>[a-z0-9-]+);{_DRIVER}")
+_GPU_OPTION = re.compile(
+    rf"type:(?P<type>[a-z0-9-]+);count:1;machine_type:(?P<machine>[a-z0-9-]+);{_DRIVER}(:(?P<driver>5xx))?"
+)
 _VCPUS_A_GPU = {"a2-highgpu": 12, "a2-ultragpu": 12, "a3-highgpu": 26}
 _MACHINE_TYPE = re.compile(
     r"(?:[a-z][0-9][a-z]?-(?:standard|highmem|highcpu)-|(?:[a-z][0-9][a-z]?-)?custom-)(?P<vcpus>[0-9]+)(?:-[0-9]+)?"
@@ -78,6 +80,8 @@ MachineType = Annotated[str, pydantic.AfterValidator(_machine_type)]
 GpuType = Annotated[str, pydantic.AfterValidator(_gpu_type)]
 ProjectId = Annotated[str, Field(pattern=r"^([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]$")]
 Region = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]
+LabelKey = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+LabelValue = Annotated[str, Field(pattern=r"^[a-z0-9_-]{0,63}$")]
 Folder = Annotated[str, Field(pattern=r"^gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/.*)?$")]
 
 
@@ -91,10 +95,12 @@ class Workers(Settings):
 
 
 class Accelerator(Settings):
-    """The GPU of a worker: one, because a worker's models share one. More GPUs are more workers."""
+    """The GPU of a worker: one, because a worker's models share one. More GPUs are more workers. `driver` asks for
+    NVIDIA's drivers of series 5xx; without it Dataflow brings its own choice."""
 
     type: GpuType
     count: Literal[1] = 1
+    driver: Literal["5xx"] | None = None
 
 
 class GpuWorker(NamedTuple):
@@ -102,16 +108,21 @@ class GpuWorker(NamedTuple):
 
     gpu_type: str
     machine_type: str
+    driver: str | None = None
 
     @property
     def option(self) -> str:
         """The value of the parameter, and of Beam's resource hint."""
-        return f"type:{self.gpu_type};count:1;machine_type:{self.machine_type};{_DRIVER}"
+        return f"type:{self.gpu_type};count:1;machine_type:{self.machine_type};{self._driver}"
 
     @property
     def service_option(self) -> str:
         """The value of the service option `worker_accelerator`; the machine type is then the whole job's."""
-        return f"type:{self.gpu_type};count:1;{_DRIVER}"
+        return f"type:{self.gpu_type};count:1;{self._driver}"
+
+    @property
+    def _driver(self) -> str:
+        return f"{_DRIVER}:{self.driver}" if self.driver else _DRIVER
 
     @property
     def precision(self) -> str:
@@ -124,10 +135,10 @@ class GpuWorker(NamedTuple):
         found = _GPU_OPTION.fullmatch(option)
         if not found:
             raise ValueError(
-                f"got {option}; allowed: type:TYPE;count:1;machine_type:MACHINE_TYPE;{_DRIVER}, for example "
+                f"got {option}; allowed: type:TYPE;count:1;machine_type:MACHINE_TYPE;{_DRIVER}[:5xx], for example "
                 f"{cls('nvidia-l4', 'g2-standard-8').option}"
             )
-        worker = cls(_gpu_type(found["type"]), _machine_type(found["machine"]))
+        worker = cls(_gpu_type(found["type"]), _machine_type(found["machine"]), found["driver"])
         prefix = GPUS[worker.gpu_type].machine_prefix
         if not worker.machine_type.startswith(prefix):
             raise ValueError(f"{worker.machine_type} carries no {worker.gpu_type}; allowed: what starts with {prefix}")
@@ -150,7 +161,7 @@ class DataflowSettings(Settings):
     network: str | None = None
     subnetwork: str | None = None
     use_public_ips: bool = True
-    labels: dict[str, Annotated[str, Field(pattern=r"^[a-z0-9_-]{0,63}$")]] = Field(default_factory=dict)
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=60)  # of 64; ours come to them
     single_modality: Workers
     cross_modality: Workers
     distribution_alignment: Workers
@@ -174,7 +185,7 @@ class DataflowSettings(Settings):
         a GPU take them too: which GPU it is decides the precision, which the manifest names."""
         if not self.accelerator:
             return {}
-        wanted = GpuWorker(self.accelerator.type, self.cross_modality.machine_type)
+        wanted = GpuWorker(self.accelerator.type, self.cross_modality.machine_type, self.accelerator.driver)
         return {"gpus": self.gpus, "accelerator": wanted.option}
 
     def workers(self, template: str) -> Workers:

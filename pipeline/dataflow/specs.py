@@ -48,7 +48,11 @@ def main(arguments: list[str]) -> None:
         settings = load_dataflow_settings(arguments[0])
     except SettingsError as error:
         sys.exit("\n".join(f"{error.source}: {fault}" for fault in error.faults))
-    for path in write_specs(settings):
+    try:
+        paths = write_specs(settings)
+    except OSError as error:  # says which, why, and what to do
+        sys.exit(str(error))
+    for path in paths:
         print(f"written: {path}")
 
 

@@ -68,7 +68,7 @@ def test_no_base_is_what_it_is_today_only() -> None:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["install_package.sh", "{}/venv", "tpu"], "PROCESSOR: got tpu; allowed: gpu, cpu"),
+        (["install_package.sh", "{}/venv", "tpu"], "PROCESSOR: got tpu; allowed: gpu, cpu, cu126"),
         (["fetch_models.sh", "{}/models", "org/name"], "MODELS: got org/name; allowed: ORG/NAME@COMMIT"),
     ],
 )

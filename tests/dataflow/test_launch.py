@@ -40,6 +40,44 @@ def said(result: Result) -> str:
     return " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("  cids: {tasks: tasks.npz}", "distribution_alignment.cids.tasks: tasks.npz"),
+        ("  clusters: {count: 24, centroids: old/c.npy}", "distribution_alignment.clusters.centroids: old/c.npy"),
+        ("    model: ./clip", "cross_modality.flipped_clip.model: ./clip"),
+        ("    model: here", "cross_modality.flipped_clip.model: here"),
+    ],
+)
+def test_a_recipe_that_names_files_of_this_machine_is_refused(
+    cloud: GoogleCloud, place: Path, pairsift: Pairsift, line: str, named: str
+) -> None:
+    (place / "here").mkdir()
+    setting = line.split(":")[0] + ":"
+    lines = (place / "recipe.yaml").read_text().splitlines()
+    first = next(number for number, found in enumerate(lines) if found.startswith(setting))
+    (place / "recipe.yaml").write_text("\n".join([*lines[:first], line, *lines[first + 1 :]]))
+    result = pairsift(*LAUNCH)
+    assert result.exit_code == 2 and f"recipe: {named} lies on this machine; give a gs:// path" in said(result)
+    assert cloud.sent == []
+
+
+@pytest.mark.parametrize("path", ["gs://My Bucket/pool", "gs://b_/pool", "gs://my-bucket", "gs://my-bucket//", "pool"])
+def test_places_that_are_none_in_cloud_storage_are_refused(cloud: GoogleCloud, pairsift: Pairsift, path: str) -> None:
+    for option in ("--input", "--output"):
+        at = LAUNCH.index(option) + 1
+        result = pairsift(*LAUNCH[:at], path, *LAUNCH[at + 1 :])
+        assert result.exit_code == 2 and f"{option}: got {path}; workers reach gs:// only" in said(result)
+    assert cloud.sent == []
+
+
+def test_a_last_slash_makes_no_other_run(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+    slashed = [f"{word}/" if word.startswith("gs://") else word for word in STAGE_1]
+    assert [pairsift(*arguments, "--dry-run").stdout for arguments in (STAGE_1, slashed)] == [
+        pairsift(*STAGE_1, "--dry-run").stdout
+    ] * 2
+
+
 # What is sent -----------------------------------------------------------------------------------------------------
 
 

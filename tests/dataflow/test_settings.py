@@ -60,6 +60,7 @@ def test_every_fault_comes_at_once() -> None:
         ({"templates": "s3://bucket"}, "templates", "pattern"),
         ({"service_account": "me@example.com"}, "service_account", "pattern"),
         ({"labels": {"team": "Vision"}}, "labels.team", "pattern"),
+        ({"labels": {"Team": "vision"}}, "labels.Team.[key]", "pattern"),
         ({"labels": {"team": 3}}, "labels.team", "string"),
         ({"single_modality__machine_type": "e2-medium"}, "single_modality.machine_type", "n2-standard-8"),
         ({"single_modality__max_workers": 0}, "single_modality.max_workers", "greater than or equal to 1"),
@@ -117,7 +118,8 @@ def test_right_fitting_leaves_gpus_to_the_models() -> None:
 def test_gpu_parameters_say_all_that_a_launcher_needs() -> None:
     found = settings(gpus="right_fitting").gpu_parameters
     assert found["gpus"] == "right_fitting"
-    assert GpuWorker.parse(found["accelerator"]) == GpuWorker("nvidia-l4", "g2-standard-8")
+    assert GpuWorker.parse(found["accelerator"]) == GpuWorker("nvidia-l4", "g2-standard-8", "5xx")
+    assert GpuWorker("nvidia-l4", "g2-standard-8", "5xx").service_option.endswith(";install-nvidia-driver:5xx")
     assert settings(accelerator=..., cross_modality__machine_type="n2-standard-8").gpu_parameters == {}
 
 

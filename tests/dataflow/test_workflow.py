@@ -60,6 +60,25 @@ def test_a_job_of_other_parameters_is_not(cloud: GoogleCloud, run: Any, labels: 
     assert len(cloud.jobs) == 1
 
 
+def test_a_job_that_does_not_show_its_labels_yet_is_asked_again(
+    cloud: GoogleCloud, run: Any, pairsift: Pairsift, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pairsift("launch", "recipe.yaml", *PLACES, "--stage", "single_modality").exit_code == 0
+    (job,) = cloud.jobs.values()
+    cloud.states[NAMES[0]] = ["JOB_STATE_QUEUED", "JOB_STATE_QUEUED", "JOB_STATE_RUNNING", "JOB_STATE_DONE"]
+    labels, get = job.pop("labels"), cloud._dataflow_jobs_get
+
+    def look(*arguments: Any) -> tuple[int, Any]:
+        status, found = get(*arguments)
+        return status, dict(found) | ({"labels": labels} if found["currentState"] == "JOB_STATE_RUNNING" else {})
+
+    monkeypatch.setattr(cloud, "_dataflow_jobs_get", look)
+    cloud.sent.clear()
+    run()
+    assert cloud.ids()[:7] == ["flexTemplates.launch", *["jobs.list", "jobs.get"] * 3]
+    assert [job["name"] for job in cloud.jobs.values()] == NAMES
+
+
 def test_an_answer_that_is_lost_starts_nothing_twice(cloud: GoogleCloud, run: Any) -> None:
     cloud.fail("flexTemplates.launch", Answer(503, "lost on the way", does_it=True))
     run()
