@@ -59,7 +59,7 @@ class HeldForJob(NamedTuple):
 
 
 IsOver = Callable[[DataflowJob, datetime.datetime], bool | None]
-"""Whether the job of that name that began after that time is over; None where Dataflow knows of none."""
+"""Whether the job of that name that got its lock at that time is over; None where Dataflow knows of none."""
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def is_over(job: DataflowJob, since: datetime.datetime) -> bool | None:
 
 def _ended(job: dict[str, Any]) -> datetime.datetime:
     """Since when a job is in its state, the last one."""
-    return datetime.datetime.fromisoformat(job["currentStateTime"])
+    return datetime.datetime.fromisoformat(job.get("currentStateTime") or job["createTime"])
 
 
 def _created(job: dict[str, Any]) -> datetime.datetime:
