@@ -129,7 +129,7 @@ def write_tables(pool: Pool, folder: Path) -> None:
 
 
 def recipe(rows: int, tasks: str, centroids: str | None) -> recipes.Recipe:
-    """Every rule of stage 3, and rules of the earlier stages that all rows pass."""
+    """Every rule of stage 3 (`cids` where there are tasks), and rules of the earlier stages that all rows pass."""
     return recipes.Recipe(
         name="benchmark",
         single_modality=recipes.SingleModality(
@@ -147,7 +147,7 @@ def recipe(rows: int, tasks: str, centroids: str | None) -> recipes.Recipe:
             target=recipes.Target(pool_share=0.2),
             clusters=recipes.Clusters(count=max(2, rows // 1000), centroids=centroids),
             semantic_dedup=recipes.SemanticDedup(epsilon=EPSILON),
-            cids=recipes.Cids(tasks=tasks),
+            cids=recipes.Cids(tasks=tasks) if tasks else None,
             quality_duplication=recipes.QualityDuplication(),
             digit_enhancement=recipes.DigitEnhancement(),
         ),

@@ -121,10 +121,7 @@ def pool_wide(folder: Path, few: int, many: int) -> dict[str, float]:
     """Seconds of a core and bytes a sample of the passes over the pool."""
     seconds, shuffles = {}, {}
     for number, count in enumerate((few, few, many)):  # the first time is for what is loaded once
-        recipe = alignment.recipe(count, "", None)
-        without_tasks = recipe.distribution_alignment.model_copy(update={"cids": None})
-        recipe = recipe.model_copy(update={"distribution_alignment": without_tasks})
-        job = generated(folder / f"pool-wide, {number}", count, recipe)
+        job = generated(folder / f"pool-wide, {number}", count, alignment.recipe(count, "", None))
         seconds[count], shuffles[count] = _graph(build.pool_wide, job), Shuffles()
         with shuffles[count].open():
             _graph(build.pool_wide, job)
@@ -191,9 +188,7 @@ class Aligned:
     def __init__(self, folder: Path, rows: int, min_cosine: float, clusters: int) -> None:
         self.samples, self.clusters = rows, clusters
         recipe = alignment.recipe(rows, "", None)
-        stage = recipe.distribution_alignment.model_copy(
-            update={"cids": None, "clusters": recipes.Clusters(count=clusters)}
-        )
+        stage = recipe.distribution_alignment.model_copy(update={"clusters": recipes.Clusters(count=clusters)})
         clip = recipe.cross_modality.flipped_clip.model_copy(update={"min": min_cosine})
         scores = recipe.cross_modality.model_copy(update={"flipped_clip": clip})
         recipe = recipe.model_copy(update={"distribution_alignment": stage, "cross_modality": scores})
