@@ -246,7 +246,7 @@ def main() -> None:
         if arguments.only in (None, "pool_wide"):
             figures |= pool_wide(folder, *((2000, 10_000) if arguments.quick else (20_000, 200_000)))
         if arguments.only in (None, "stage_3"):
-            figures |= stage_3(folder, *((2000, 10_000, 800) if arguments.quick else (10_000, 40_000, 5000)))
+            figures |= stage_3(folder, *((2000, 20_000, 800) if arguments.quick else (10_000, 40_000, 5000)))
         if arguments.only == "tables" or not (arguments.only or arguments.quick):
             figures |= table_bytes(folder)
     for figure, value in figures.items():
