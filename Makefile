@@ -85,7 +85,7 @@ image-check:
 
 # The specs of the flex templates, to where the launch settings say (docs/dataflow.md): make templates SETTINGS=my.yaml
 templates: .venv/installed
-	$(BIN)/python -m pipeline.dataflow.specs $(SETTINGS)
+	$(BIN)/python -m pipeline.dataflow.template.specs $(SETTINGS)
 
 clean:
 	rm -rf .venv .bench .tfio .image out build *.egg-info

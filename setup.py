@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["pipeline*", "transforms*", "recipes", "templates"]),
     package_data={
         "recipes": ["*.yaml"],
-        "pipeline.dataflow": ["figures.yaml"],
+        "pipeline.estimate": ["figures.yaml"],
         "templates": ["*.json", "*.yaml"],
         "pipeline.demo": ["labels.csv", "tasks.npz", "pool/*.tar", "models/*", "models/*/*"],
         "transforms.single_modality": ["pos_tagger/*"],

@@ -28,12 +28,13 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import build, tables
-from pipeline import recipe as recipes
-from pipeline.layout import Layout
-from pipeline.runners import pipeline_of
+from pipeline import graphs
+from pipeline.output_folder import tables
+from pipeline.output_folder.layout import Layout
+from pipeline.runners.supported import pipeline_of
 from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
+from transforms.core import recipe as recipes
 from transforms.distribution_alignment.semantic_dedup import semantic_duplicates
 from transforms.distribution_alignment.vectors import exact_products, unit_rows
 
@@ -157,11 +158,11 @@ def recipe(rows: int, tasks: str, centroids: str | None) -> recipes.Recipe:
 def run_stage(folder: str, rows: str, centroids: str, *beam_options: str) -> None:
     """The child process: stage 3 over the tables under `folder`; prints its seconds."""
     settings = recipe(int(rows), f"{folder}/tasks.npz", centroids or None)
-    job = build.Job(settings, tuple(list_shards(f"{folder}/pool")), Layout(f"{folder}/out"), {})
+    job = graphs.Job(settings, tuple(list_shards(f"{folder}/pool")), Layout(f"{folder}/out"), {})
     write_listing(job.layout, job.shards)
     started = time.monotonic()
     pipeline = pipeline_of(list(beam_options))
-    build.build(build.distribution_alignment, pipeline, job)
+    graphs.build(graphs.distribution_alignment, pipeline, job)
     pipeline.run().wait_until_finish()
     print(time.monotonic() - started)
 

@@ -8,7 +8,7 @@ shuffles are those that Beam's local runner hands to each GroupByKey, after it h
 does with pictures and captions runs with the paper's rules over pairs of `benchmarks.pictures`. Its passes over the
 pool, which cost a sample so little that it takes many to see it, run over generated rows, no two of them alike, as
 in `benchmarks.alignment`; so does stage 3, with few and with many rows a cluster of a shard, because what a step
-sends for such a group has a cost of its own. The figures have the names that `pipeline/dataflow/figures.yaml` has.
+sends for such a group has a cost of its own. The figures have the names that `pipeline/estimate/figures.yaml` has.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from apache_beam.runners.portability.fn_api_runner import execution
 from rich.console import Console
 
 from benchmarks import alignment, pictures
-from pipeline import build, tables
-from pipeline import recipe as recipes
-from pipeline.layout import Layout
-from pipeline.manifest import identities
-from pipeline.progress import Progress
-from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, load_recipe
-from pipeline.run import run
-from pipeline.runners import pipeline_of
+from pipeline import graphs
+from pipeline.output_folder import tables
+from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.manifest import identities
+from pipeline.report.progress import Progress
+from pipeline.runners.supported import pipeline_of
+from pipeline.runs.run import run
 from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
+from transforms.core import recipe as recipes
+from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, load_recipe
 
 PAPER = Path(__file__).parent.parent / "recipes" / "paper.yaml"
 TARS = 2
@@ -109,11 +110,11 @@ def stage_1(folder: Path, few: int, many: int) -> dict[str, float]:
     for number, count in enumerate((few, few, many)):  # the first time is for what is loaded once
         there = folder / f"stage 1, {number}"
         pool, output = pictures.write_tars(there / "pool", pictures.pairs(count), TARS), there / "out"
-        job = build.Job(recipe, tuple(list_shards(str(pool))), Layout(str(output)), identities(recipe))
+        job = graphs.Job(recipe, tuple(list_shards(str(pool))), Layout(str(output)), identities(recipe))
         started = user_seconds()
         run(recipe, str(pool), str(output), [SINGLE_MODALITY], [], Progress(Console(file=io.StringIO())))
         whole = user_seconds() - started
-        seconds[count] = whole - _graph(build.pool_wide, job)
+        seconds[count] = whole - _graph(graphs.pool_wide, job)
     return {"cpu/single_modality": (seconds[many] - seconds[few]) / (many - few)}
 
 
@@ -122,9 +123,9 @@ def pool_wide(folder: Path, few: int, many: int) -> dict[str, float]:
     seconds, shuffles = {}, {}
     for number, count in enumerate((few, few, many)):  # the first time is for what is loaded once
         job = generated(folder / f"pool-wide, {number}", count, alignment.recipe(count, "", None))
-        seconds[count], shuffles[count] = _graph(build.pool_wide, job), Shuffles()
+        seconds[count], shuffles[count] = _graph(graphs.pool_wide, job), Shuffles()
         with shuffles[count].open():
-            _graph(build.pool_wide, job)
+            _graph(graphs.pool_wide, job)
     figures = {"cpu/pool_wide": (seconds[many] - seconds[few]) / (many - few)}
     for name in shuffles[many].bytes:
         slope = (shuffles[many].bytes[name] - shuffles[few].bytes[name]) / (many - few)
@@ -136,19 +137,19 @@ def pool_wide(folder: Path, few: int, many: int) -> dict[str, float]:
 _NOT_RUN = recipes.CrossModality(flipped_clip=recipes.FlippedClip(model="bundled:clip", min=0.0))
 
 
-def generated(folder: Path, rows: int, recipe: recipes.Recipe) -> build.Job:
+def generated(folder: Path, rows: int, recipe: recipes.Recipe) -> graphs.Job:
     """What the graphs that read tables alone are built from, over so many generated rows."""
     alignment.write_tables(alignment.make_pool(rows), folder)
     layout, shards = Layout(str(folder / "out")), tuple(list_shards(str(folder / "pool")))
     write_listing(layout, shards)
-    return build.Job(recipe, shards, layout, identities(recipe))
+    return graphs.Job(recipe, shards, layout, identities(recipe))
 
 
-def _graph(graph: Any, job: build.Job) -> float:
+def _graph(graph: Any, job: graphs.Job) -> float:
     """Run one graph; its user CPU time."""
     started = user_seconds()
     pipeline = pipeline_of([])
-    build.build(graph, pipeline, job)
+    graphs.build(graph, pipeline, job)
     pipeline.run().wait_until_finish()
     return user_seconds() - started
 
@@ -193,9 +194,9 @@ class Aligned:
         scores = recipe.cross_modality.model_copy(update={"flipped_clip": clip})
         recipe = recipe.model_copy(update={"distribution_alignment": stage, "cross_modality": scores})
         job = generated(folder, rows, recipe)
-        self.seconds, self.shuffles = _graph(build.distribution_alignment, job), Shuffles()
+        self.seconds, self.shuffles = _graph(graphs.distribution_alignment, job), Shuffles()
         with self.shuffles.open():
-            _graph(build.distribution_alignment, job)
+            _graph(graphs.distribution_alignment, job)
         rules = json.loads(Path(job.layout.funnel).read_text())["rules"]
         self.candidates = next(rule["in"] for rule in rules if rule["name"] == "semantic_dedup")
         self.groups = self.shuffles.elements[GROUPS]
@@ -212,7 +213,7 @@ def table_bytes(folder: Path) -> dict[str, float]:
     }
     output = str(folder / "demo")
     demo = load_recipe(str(PAPER.with_name("demo.yaml")))
-    pool = str(Path(build.__file__).parent / "demo" / "pool")
+    pool = str(Path(graphs.__file__).parent / "demo" / "pool")
     stages = [SINGLE_MODALITY, CROSS_MODALITY, DISTRIBUTION_ALIGNMENT]
     run(demo, pool, output, stages, [], Progress(Console(file=io.StringIO())))
     schemas = {name: getattr(tables, name.upper()) for name in paths}

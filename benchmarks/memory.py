@@ -24,11 +24,11 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import pictures, random_models
-from pipeline import recipe as recipes
-from pipeline.progress import Progress
-from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY
-from pipeline.records import Annotation, Sample
-from pipeline.run import run
+from pipeline.report.progress import Progress
+from pipeline.runs.run import run
+from transforms.core import recipe as recipes
+from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY
+from transforms.core.records import Annotation, Sample
 
 SHARD_SAMPLES = 500
 SIDE_PX = 48

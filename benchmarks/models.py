@@ -35,13 +35,13 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers, pictures, random_models
-from pipeline import recipe as recipes
-from pipeline import tables
-from pipeline.layout import Layout
-from pipeline.progress import Progress
-from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY
-from pipeline.records import Sample, SampleBatch, Shard
-from pipeline.run import run
+from pipeline.output_folder import tables
+from pipeline.output_folder.layout import Layout
+from pipeline.report.progress import Progress
+from pipeline.runs.run import run
+from transforms.core import recipe as recipes
+from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY
+from transforms.core.records import Sample, SampleBatch, Shard
 from transforms.models import prepare
 from transforms.models.blip import BlipHandler
 from transforms.models.blip2 import Blip2Handler

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from benchmarks.pictures import write_files, write_tars
-from pipeline.records import Sample
+from transforms.core.records import Sample
 
 ENVIRONMENTS = Path(__file__).parent.parent / ".bench"
 CLIP_RETRIEVAL = ENVIRONMENTS / "clip-retrieval" / "bin" / "clip-retrieval"

@@ -9,10 +9,10 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.recipe import PoolBounds
-from pipeline.records import Sample
-from pipeline.sources.images import UndecodableImage, decode
+from pipeline.decoding.images import UndecodableImage, decode
 from pipeline.sources.webdataset import list_shards, read_samples
+from transforms.core.recipe import PoolBounds
+from transforms.core.records import Sample
 
 OPENSTAX = Path(__file__).parent.parent.parent / "shared" / "data" / "openstax_pool"
 BOUNDS = PoolBounds()

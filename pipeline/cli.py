@@ -15,16 +15,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import versions
-from pipeline.errors import Failure, UsageError
-from pipeline.layout import Layout
-from pipeline.printable import PrintableFormatter, printable
-from pipeline.recipe import STAGES, Recipe, load_recipe
-from pipeline.settings_file import SettingsError
+from pipeline.output_folder import versions
+from pipeline.output_folder.layout import Layout
+from pipeline.report.printable import PrintableFormatter, printable
+from transforms.core.errors import Failure, UsageError
+from transforms.core.recipe import STAGES, Recipe, load_recipe
+from transforms.core.settings import SettingsError
 
 if TYPE_CHECKING:  # each command imports what it runs: `--help` need not wait the seconds that Torch takes
-    from pipeline.reshard import Resharded
-    from pipeline.run import Outcome
+    from pipeline.reshard.command import Resharded
+    from pipeline.runs.run import Outcome
 
 app = typer.Typer(
     name="pairsift",
@@ -96,8 +96,8 @@ def select(
     Beam."""
     loaded = _recipe(recipe, as_json)
     with _exit_status(as_json, verbose):
-        from pipeline.progress import Progress
-        from pipeline.select import select
+        from pipeline.report.progress import Progress
+        from pipeline.runs.select import select
 
         outcome = select(loaded, recipe, output, context.args, Progress(_errors, as_json), keep_versions)
     _tell(outcome, output, as_json)
@@ -129,8 +129,8 @@ def reshard(
     """Write a run's training subset as webdataset tars, copies of one sample far apart. What follows `--` goes to
     Beam."""
     with _exit_status(as_json, verbose):
-        from pipeline.progress import Progress
-        from pipeline.reshard import reshard
+        from pipeline.report.progress import Progress
+        from pipeline.reshard.command import reshard
 
         progress = Progress(_errors, as_json)
         done = reshard(run_output, pool, output, samples_per_shard, context.args, progress)
@@ -154,7 +154,7 @@ def centroids(
     """Make the centroids of downstream tasks from their images."""
     loaded = _recipe(recipe, as_json)
     with _exit_status(as_json, verbose):
-        from pipeline.task_centroids import TaskCentroids, make_centroids
+        from pipeline.centroids.command import TaskCentroids, make_centroids
 
         def show(task: TaskCentroids) -> None:
             found = task.summary
@@ -200,7 +200,7 @@ def estimate(
     """Plan a run on Dataflow: machines, hours, cost, shuffle and storage, each figure with its source."""
     loaded = _recipe(recipe, as_json)
     with _exit_status(as_json, verbose):
-        from pipeline.dataflow.estimate_view import plan_of, show
+        from pipeline.estimate.view import plan_of, show
 
         plan = plan_of(
             loaded, samples, settings, samples_per_shard, bytes_per_sample, funnel, measured, figures, utilisation,
@@ -306,8 +306,8 @@ def _run(
     keep_versions: int = versions.KEPT,
 ) -> None:
     with _exit_status(as_json, verbose):
-        from pipeline.progress import Progress
-        from pipeline.run import run
+        from pipeline.report.progress import Progress
+        from pipeline.runs.run import run
 
         outcome = run(recipe, pool, output, stages, beam_options, Progress(_errors, as_json), keep_versions)
     _tell(outcome, output, as_json)

@@ -3,8 +3,8 @@
 import logging
 import sys
 
-from pipeline.dataflow.launcher import launch
-from pipeline.run import UsageError
+from pipeline.dataflow.template.launcher import launch
+from pipeline.runs.run import UsageError
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)

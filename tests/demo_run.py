@@ -10,9 +10,9 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from pipeline.progress import Progress
-from pipeline.recipe import STAGES, load_recipe
-from pipeline.run import run
+from pipeline.report.progress import Progress
+from pipeline.runs.run import run
+from transforms.core.recipe import STAGES, load_recipe
 
 POOL = importlib.resources.files("pipeline") / "demo" / "pool"
 RECIPE = importlib.resources.files("recipes") / "demo.yaml"

@@ -18,9 +18,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from pipeline.recipe import PoolBounds, Recipe, parse_recipe
-from pipeline.records import Annotation, Sample, Shard
 from pipeline.sources.webdataset import list_shards
+from transforms.core.recipe import PoolBounds, Recipe, parse_recipe
+from transforms.core.records import Annotation, Sample, Shard
 
 DEMO_RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 BOUNDS = PoolBounds()

@@ -35,9 +35,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from pipeline.manifest import clip_identity
-from pipeline.recipe import load_recipe
-from pipeline.task_centroids import write_tasks
+from pipeline.centroids.command import write_tasks
+from pipeline.output_folder.manifest import clip_identity
 from tools import lettering
 from tools.emoji import load_emoji
 from tools.openclipart import (
@@ -48,6 +47,7 @@ from tools.openclipart import (
     load_pictures,
     load_rgb,
 )
+from transforms.core.recipe import load_recipe
 from transforms.distribution_alignment.cids import MODEL_KEY
 from transforms.models.weights import model_identity
 

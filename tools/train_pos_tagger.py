@@ -23,8 +23,8 @@ from nltk.tag.perceptron import PerceptronTagger
 from spacy.language import Language
 from spacy.tokens import Doc
 
-from pipeline.recipe import PENN_TAGS
 from tools.openclipart import Captioner, Picture, no_digits, read_metadata, unit
+from transforms.core.recipe import PENN_TAGS
 from transforms.single_modality.pos_pattern import keeps, words_of
 
 Tagged = list[tuple[str, str]]

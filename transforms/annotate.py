@@ -7,8 +7,8 @@ from typing import Any
 
 import apache_beam as beam
 
-from pipeline.counts import MODELS_LOADED, batch_ms, counter, load_ms, timed_ms
-from pipeline.records import DeadLetter, Sample, SampleBatch, dead_letter
+from transforms.core.metrics import MODELS_LOADED, batch_ms, counter, load_ms, timed_ms
+from transforms.core.records import DeadLetter, Sample, SampleBatch, dead_letter
 
 
 class AnnotateSamples(beam.DoFn):

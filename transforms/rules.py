@@ -11,8 +11,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
-from pipeline.records import Annotation
+from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
+from transforms.core.records import Annotation
 from transforms.cross_modality import flipped_clip, image_text_matching
 from transforms.single_modality import (
     captions,

@@ -12,12 +12,12 @@ import zoneinfo
 from typing import Any
 
 from pipeline.dataflow import workflow as flow
-from pipeline.dataflow.api import Api, Request
 from pipeline.dataflow.follow import Screen, follow_execution, follow_job
 from pipeline.dataflow.launch import Launch, check_places, check_template, launch, settled_recipe
 from pipeline.dataflow.settings import load_dataflow_settings
 from pipeline.dataflow.workflow import Workflow
-from pipeline.errors import UsageError
+from pipeline.google_cloud.rest import Api, Request
+from transforms.core.errors import UsageError
 
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 _WEEKLY = re.compile(r"(?P<day>[a-z]{3})[a-z]* +(?P<hour>[01]?[0-9]|2[0-3]):(?P<minute>[0-5][0-9])", re.IGNORECASE)

@@ -14,15 +14,15 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from pipeline import counts as work
-from pipeline.dataflow.api import Api, ApiError
 from pipeline.dataflow.launch import Job, Launch, active_job, errors_of, job_of, metrics_of
 from pipeline.dataflow.names import job_name
 from pipeline.dataflow.workflow import Workflow
-from pipeline.errors import Failure
-from pipeline.printable import printable
-from pipeline.progress import described
-from pipeline.recipe import RULES, STAGES
+from pipeline.google_cloud.rest import Api, ApiError
+from pipeline.report.printable import printable
+from pipeline.report.progress import described
+from transforms.core import metrics as work
+from transforms.core.errors import Failure
+from transforms.core.recipe import RULES, STAGES
 
 _NO_METRICS_YET = ("JOB_STATE_QUEUED", "JOB_STATE_PENDING")
 _OF_A_DISTRIBUTION = ("_MIN", "_MAX", "_MEAN", "_COUNT")  # the service tells one as these scalars too

@@ -10,14 +10,14 @@ import os
 import re
 from typing import Any
 
-from pipeline import files
-from pipeline.dataflow.api import CONSOLE, STORAGE, Api, ApiError, Request
-from pipeline.dataflow.jobs import OVER, named
 from pipeline.dataflow.names import job_name
 from pipeline.dataflow.settings import ALL_STAGES, ALL_WORKERS, RIGHT_FITTING, TEMPLATES, DataflowSettings
-from pipeline.errors import UsageError
-from pipeline.lock import DataflowJob
-from pipeline.recipe import FILES, Recipe, load_recipe, model_files
+from pipeline.google_cloud.jobs import OVER, named
+from pipeline.google_cloud.rest import CONSOLE, STORAGE, Api, ApiError, Request
+from pipeline.output_folder.lock import DataflowJob
+from transforms.core.errors import UsageError
+from transforms.core.recipe import FILES, Recipe, load_recipe, model_files
+from transforms.storage import files
 
 DATAFLOW = "dataflow"
 REQUEST, BY = "pairsift_request", "pairsift_by"
@@ -84,7 +84,7 @@ class Launch:
             f"{_jobs_parent(self.settings)}/flexTemplates:launch",
             self.settings.project,
             "dataflow.jobs.create",
-            missing=f"look whether {spec} is there (`python -m pipeline.dataflow.specs SETTINGS` writes it)",
+            missing=f"look whether {spec} is there (`python -m pipeline.dataflow.template.specs SETTINGS` writes it)",
             body=self.body(template),
             service_account=self.settings.service_account,
         )

@@ -8,8 +8,8 @@ from typing import Annotated, Literal, NamedTuple
 import pydantic
 from pydantic import Field
 
-from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES
-from pipeline.settings_file import Settings, load_settings
+from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES
+from transforms.core.settings import Settings, load_settings
 
 ALL_STAGES = "all_stages"
 TEMPLATES = (*STAGES, ALL_STAGES)

@@ -13,12 +13,12 @@ import json
 import time
 from typing import Any
 
-from pipeline.dataflow.api import CONSOLE, SCOPE, Api, ApiError, Request
 from pipeline.dataflow.launch import BY, REQUEST, Launch, check_same, fingerprint
 from pipeline.dataflow.names import run_name
 from pipeline.dataflow.settings import DataflowSettings
-from pipeline.errors import Failure, UsageError
-from pipeline.recipe import STAGES
+from pipeline.google_cloud.rest import CONSOLE, SCOPE, Api, ApiError, Request
+from transforms.core.errors import Failure, UsageError
+from transforms.core.recipe import STAGES
 
 WORKFLOWS, EXECUTIONS, SCHEDULER = "workflows", "workflowexecutions", "cloudscheduler"
 

@@ -9,8 +9,8 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import files
-from pipeline.layout import Layout
+from pipeline.output_folder.layout import Layout
+from transforms.storage import files
 
 
 class WriteClusters(beam.DoFn):

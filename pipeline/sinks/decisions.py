@@ -9,15 +9,16 @@ from typing import Any
 
 import apache_beam as beam
 
-from pipeline import counts as work
-from pipeline import files, tables
-from pipeline.accounting import Unaccounted, reconcile
-from pipeline.finished import as_asked
-from pipeline.layout import POOL_WIDE, Layout
-from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
-from pipeline.records import Annotation, DeadLetter
+from pipeline.output_folder import tables
+from pipeline.output_folder.accounting import Unaccounted, reconcile
+from pipeline.output_folder.layout import POOL_WIDE, Layout
+from pipeline.output_folder.pending import as_asked
+from transforms.core import metrics as work
+from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
+from transforms.core.records import Annotation, DeadLetter
 from transforms.distribution_alignment.records import Placement, Placements
 from transforms.rules import Thresholds, first_failing, rules_of
+from transforms.storage import files
 
 DEAD_LETTER_STEPS = (SINGLE_MODALITY, POOL_WIDE, CROSS_MODALITY)
 

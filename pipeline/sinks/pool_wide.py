@@ -8,11 +8,11 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
-from pipeline import tables
-from pipeline.counts import count_dead_letters
-from pipeline.layout import POOL_WIDE, Layout
-from pipeline.records import DeadLetter, Shard
+from pipeline.output_folder import tables
+from pipeline.output_folder.layout import POOL_WIDE, Layout
 from transforms.columns import Part
+from transforms.core.metrics import count_dead_letters
+from transforms.core.records import DeadLetter, Shard
 from transforms.single_modality.pool_wide import PoolRows
 
 

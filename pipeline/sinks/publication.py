@@ -11,11 +11,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline import files, versions
-from pipeline.layout import Layout
-from pipeline.lock import HeldForJob, is_held, release_for_job
+from pipeline.output_folder import versions
+from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.lock import HeldForJob, is_held, release_for_job
 from pipeline.sinks.decisions import DEAD_LETTER_STEPS, SMALLER_BATCHES
 from pipeline.sources.listing import read_listing
+from transforms.storage import files
 
 
 @dataclasses.dataclass(frozen=True)

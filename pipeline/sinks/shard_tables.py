@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import apache_beam as beam
 import pyarrow as pa
 
-from pipeline import files, tables
-from pipeline.accounting import reconcile_shard
-from pipeline.counts import SAMPLES_BACK, SAMPLES_DONE, SHARDS_DONE, count_dead_letters, counter
-from pipeline.finished import ShardTable
-from pipeline.layout import DONE, Layout
-from pipeline.records import DeadLetter, SampleBatch, Shard
+from pipeline.output_folder import tables
+from pipeline.output_folder.accounting import reconcile_shard
+from pipeline.output_folder.layout import DONE, Layout
+from pipeline.output_folder.pending import ShardTable
+from transforms.core.metrics import SAMPLES_BACK, SAMPLES_DONE, SHARDS_DONE, count_dead_letters, counter
+from transforms.core.records import DeadLetter, SampleBatch, Shard
+from transforms.storage import files
 
 
 class UnfusedStage(RuntimeError):

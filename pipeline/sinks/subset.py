@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 import apache_beam as beam
 import numpy as np
 
-from pipeline import files
-from pipeline.layout import Layout
+from pipeline.output_folder.layout import Layout
 from transforms.distribution_alignment.records import Placements
 from transforms.distribution_alignment.work_folder import WorkFolder
+from transforms.storage import files
 
 ROW = np.dtype("u8,u8")
 

@@ -9,15 +9,15 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.pvalue import AsSingleton
 
-from pipeline import tables
-from pipeline.finished import as_asked
-from pipeline.layout import Layout
-from pipeline.recipe import CROSS_MODALITY, SINGLE_MODALITY, Recipe
-from pipeline.records import Annotation, Shard
-from transforms.cross_modality.cascade import unscored
+from pipeline.output_folder import tables
+from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.pending import as_asked
+from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY, Recipe
+from transforms.core.records import Annotation, Shard
 from transforms.cross_modality.thresholds import KeepFractionThreshold
 from transforms.distribution_alignment.records import Candidates, CandidateShard
 from transforms.distribution_alignment.work_folder import WorkFolder, write_candidates
+from transforms.models.cascade import unscored
 from transforms.rules import Thresholds, first_failing, rules_of
 from transforms.single_modality.captions import caption_key
 from transforms.single_modality.pool_wide import PoolRows

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import apache_beam as beam
 
-from pipeline import files
-from pipeline.layout import Layout
-from pipeline.records import Shard
+from pipeline.output_folder.layout import Layout
+from transforms.core.records import Shard
+from transforms.storage import files
 
 
 def write_listing(layout: Layout, shards: Sequence[Shard]) -> None:

@@ -12,7 +12,11 @@ from typing import Any, Protocol
 
 import apache_beam as beam
 
-from pipeline.counts import (
+from pipeline.decoding.images import UndecodableImage
+from pipeline.decoding.watched_decoder import Decode, decoder_of
+from pipeline.sources.prefetch import in_order, in_turns
+from pipeline.sources.webdataset import Reading, check_unchanged, read_samples
+from transforms.core.metrics import (
     DECODE_BATCH_MS,
     PICTURES_DECODED,
     SHARDS_FINISHED_BEFORE,
@@ -21,12 +25,8 @@ from pipeline.counts import (
     counter,
     distribution,
 )
-from pipeline.recipe import PoolBounds
-from pipeline.records import Annotation, Attempt, DeadLetter, Sample, SampleBatch, Shard, dead_letter
-from pipeline.sources.ahead import in_order, in_turns
-from pipeline.sources.decoding import Decode, decoder_of
-from pipeline.sources.images import UndecodableImage
-from pipeline.sources.webdataset import Reading, check_unchanged, read_samples
+from transforms.core.recipe import PoolBounds
+from transforms.core.records import Annotation, Attempt, DeadLetter, Sample, SampleBatch, Shard, dead_letter
 
 # Of a process; the cores that it may use, and no more pictures at full size at once than memory bears.
 DECODE_THREADS = min(8, len(os.sched_getaffinity(0)))

@@ -8,8 +8,8 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from pipeline import files
-from pipeline.recipe import PoolBounds
+from transforms.core.recipe import PoolBounds
+from transforms.storage import files
 
 _MAX_EXTENDED_HEADERS = 8  # in a row
 _MAX_EXTENDED_HEADER_BYTES = 2**20

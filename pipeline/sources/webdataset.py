@@ -17,11 +17,11 @@ from typing import Any
 from apache_beam.io.filesystem import BeamIOError, FileMetadata
 from apache_beam.io.filesystems import FileSystems
 
-from pipeline import files
-from pipeline.errors import UsageError
-from pipeline.recipe import PoolBounds
-from pipeline.records import Annotation, DeadLetter, Sample, Shard, dead_letter, uid_of
 from pipeline.sources.tars import BrokenTar, TarMember, tar_members
+from transforms.core.errors import UsageError
+from transforms.core.recipe import PoolBounds
+from transforms.core.records import Annotation, DeadLetter, Sample, Shard, dead_letter, uid_of
+from transforms.storage import files
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _OTHER_PICTURES = ("avif", "bmp", "gif", "heic", "jxl", "tif", "tiff")

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from apache_beam.internal.gcp import auth
 
-from pipeline import files
 from tests.cloud_storage.server import CloudStorage
+from transforms.storage import files
 
 _numbers = itertools.count()
 

@@ -16,19 +16,20 @@ import pytest
 import yaml
 from rich.console import Console
 
-from pipeline import files, versions
-from pipeline.lock import only_writer
-from pipeline.progress import Progress
-from pipeline.recipe import DISTRIBUTION_ALIGNMENT, load_recipe
-from pipeline.reshard import reshard
-from pipeline.run import UsageError, check_path, run
-from pipeline.select import select
-from pipeline.task_centroids import make_centroids
+from pipeline.centroids.command import make_centroids
+from pipeline.output_folder import versions
+from pipeline.output_folder.lock import only_writer
+from pipeline.report.progress import Progress
+from pipeline.reshard.command import reshard
+from pipeline.runs.run import UsageError, check_path, run
+from pipeline.runs.select import select
 from tests.cloud_storage.server import CloudStorage, Request
 from tests.demo_run import POOL, demo_output
 from tests.helpers import jpeg, recipe, settings
 from tests.integration.chaos import Command
+from transforms.core.recipe import DISTRIBUTION_ALIGNMENT, load_recipe
 from transforms.single_modality import language
+from transforms.storage import files
 
 BUCKET = "demo"
 OUTPUT, TARS = f"gs://{BUCKET}/out", f"gs://{BUCKET}/tars"

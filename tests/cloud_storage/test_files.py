@@ -10,10 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline import files, tables
-from pipeline.layout import Layout
+from pipeline.output_folder import tables
+from pipeline.output_folder.layout import Layout
 from pipeline.sources.webdataset import NoShards, list_shards
 from tests.cloud_storage.server import CloudStorage, Request
+from transforms.storage import files
 
 
 def is_write(request: Request) -> bool:

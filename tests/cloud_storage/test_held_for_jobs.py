@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import build, files, lock, objects
-from pipeline.dataflow import launcher, limits
+from pipeline import graphs
 from pipeline.dataflow.names import job_name
-from pipeline.layout import Layout
-from pipeline.lock import DataflowJob, hold_for_job
-from pipeline.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY
-from pipeline.run import UsageError
+from pipeline.dataflow.template import launcher, limits
+from pipeline.output_folder import lock
+from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.lock import DataflowJob, hold_for_job
+from pipeline.runs.run import UsageError
 from pipeline.sinks.publication import NotHeld, Publication, publish
 from pipeline.sources.listing import write_listing
-from tests.dataflow.jobs import handed_over
+from tests.pipeline.dataflow.jobs import handed_over
+from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY
 from transforms.distribution_alignment.work_folder import WorkFolder
+from transforms.storage import files, generations
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def output(bucket: str) -> str:
 
 
 def holder(output: str) -> str | None:
-    found = objects.read(f"{output}/.lock.json")
+    found = generations.read(f"{output}/.lock.json")
     return json.loads(found.content)["name"] if found else None
 
 
@@ -93,7 +95,7 @@ def test_a_last_step_that_is_tried_again_late_leaves_the_next_run_alone(output: 
     for path in theirs:
         files.write_bytes(path, b"at work")
     publish(layout, publication)
-    build._clear(0, WorkFolder(layout.alignment_work), layout, publication)
+    graphs._clear(0, WorkFolder(layout.alignment_work), layout, publication)
     assert all(map(files.exists, theirs))
     assert holder(output) == job.name
 

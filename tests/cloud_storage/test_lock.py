@@ -17,15 +17,16 @@ from pathlib import Path
 import pytest
 from google.api_core.exceptions import Forbidden
 
-from pipeline import lock, objects
-from pipeline.lock import DataflowJob, Held, hold_for_job, is_held, only_writer, release_for_job
+from pipeline.output_folder import lock
+from pipeline.output_folder.lock import DataflowJob, Held, hold_for_job, is_held, only_writer, release_for_job
 from tests.cloud_storage.server import CloudStorage, Request
+from transforms.storage import generations
 
 JOB = DataflowJob("my-project", "europe-west4", "pairsift-0123456789ab-single-modality")
 NEXT = JOB._replace(name="pairsift-0123456789ab-cross-modality")
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["pipeline.lock"])
+_FORKS.set_forkserver_preload(["pipeline.output_folder.lock"])
 
 
 def of_lock(kind: str) -> Callable[[Request], bool]:
@@ -104,10 +105,10 @@ def holder(output: str, tmp_path: Path) -> Iterator[Holder]:
 def on_another_machine(store: CloudStorage, output: str) -> None:
     """Make the lock one of a process that cannot be looked for here."""
     path = f"{output}/.lock.json"
-    found = objects.read(path)
+    found = generations.read(path)
     assert found
     who = json.loads(found.content)
-    objects.replace(path, json.dumps({**who, "machine": "another"}).encode(), found.generation)
+    generations.replace(path, json.dumps({**who, "machine": "another"}).encode(), found.generation)
 
 
 # A process ---------------------------------------------------------------------------------------------------------
@@ -154,14 +155,14 @@ def test_one_that_is_silent_elsewhere_is_followed_after_minutes_of_the_store_s_c
 
 def test_one_that_says_so_again_and_again_keeps_it(store: CloudStorage, output: str, tmp_path: Path) -> None:
     holder = Holder(output, tmp_path / "log", refreshed_seconds=0.05)
-    before = objects.read(f"{output}/.lock.json")
+    before = generations.read(f"{output}/.lock.json")
     on_refresh = store.pause(of_lock("write"))
     assert on_refresh.reached.wait(10)
     pass_minutes(store, 60)
     on_refresh.go_on()
     second = store.pause(of_lock("write"))
     assert second.reached.wait(10)
-    after = objects.read(f"{output}/.lock.json")
+    after = generations.read(f"{output}/.lock.json")
     second.go_on()
     assert before and after
     assert after.generation > before.generation
@@ -177,18 +178,18 @@ def test_one_whose_lock_was_taken_ends_and_leaves_it_alone(store: CloudStorage, 
     holder = Holder(output, tmp_path / "log", refreshed_seconds=0.3)
     path = f"{output}/.lock.json"
     while True:  # the holder may be quicker
-        found = objects.read(path)
+        found = generations.read(path)
         assert found
         try:
-            taken = objects.replace(path, b'{"host": "elsewhere"}', found.generation)
+            taken = generations.replace(path, b'{"host": "elsewhere"}', found.generation)
             break
-        except objects.Overtaken:
+        except generations.Overtaken:
             continue
     holder.process.join(30)
     assert holder.process.exitcode == 1
     assert f"{output}: another run has taken its lock" in holder.said
     assert "give the same command again" in holder.said
-    assert objects.read(path) == taken
+    assert generations.read(path) == taken
 
 
 def test_one_that_cannot_say_so_ends_before_another_may_take_it(
@@ -215,7 +216,7 @@ def test_one_that_cannot_say_so_ends_before_another_may_take_it(
 def test_a_release_does_not_take_another_s_lock(store: CloudStorage, output: str) -> None:
     with only_writer(output):
         store.put(output.split("/")[2], "out/.lock.json", b"{}")
-    assert objects.read(f"{output}/.lock.json") is not None
+    assert generations.read(f"{output}/.lock.json") is not None
 
 
 @pytest.mark.parametrize("status", [503, 500])
@@ -233,7 +234,7 @@ def test_a_refresh_whose_answer_was_lost_loses_nothing(
     gave_up: list[str] = []
     monkeypatch.setattr(lock._Keeper, "_give_up", lambda self, reason: gave_up.append(reason))
     with only_writer(output):
-        first = objects.read(f"{output}/.lock.json")
+        first = generations.read(f"{output}/.lock.json")
         store.fail(of_lock("write"), 503, done=True)
         for _ in range(2):
             refresh = store.pause(of_lock("write"))

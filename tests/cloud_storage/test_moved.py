@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.progress import Progress
-from pipeline.recipe import STAGES, load_recipe
-from pipeline.run import run
+from pipeline.report.progress import Progress
+from pipeline.runs.run import run
 from tests.cloud_storage.server import CloudStorage
 from tests.integration.chaos import SHARDS, make_case
+from transforms.core.recipe import STAGES, load_recipe
 
 
 def test_an_output_folder_that_is_copied_there_goes_on(store: CloudStorage, bucket: str, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import threading
 
 import pytest
 
-from pipeline import files, objects, versions
-from pipeline.layout import Layout
+from pipeline.output_folder import versions
+from pipeline.output_folder.layout import Layout
 from tests.cloud_storage.server import CloudStorage, Request
+from transforms.storage import files, generations
 
 
 @pytest.fixture
@@ -74,9 +75,9 @@ def test_versions_of_any_size_are_known_by_few_requests(store: CloudStorage, buc
 
 def test_a_switch_may_be_made_again(store: CloudStorage, output: str) -> None:
     layout = publish(output)
-    before = objects.read(f"{output}/current.json")
+    before = generations.read(f"{output}/current.json")
     versions.switch(layout)
-    assert objects.read(f"{output}/current.json") == before
+    assert generations.read(f"{output}/current.json") == before
 
 
 @pytest.mark.parametrize("status", [503, 500])

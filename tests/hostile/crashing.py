@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-from pipeline.sources import decoder_child, decoding, guarded_decoder, images
+from pipeline.decoding import decoder_child, guarded_decoder, images, watched_decoder
 
 CRASH, HANG, SWELL = b"please crash", b"please hang", b"please swell"
 COMMAND = (sys.executable, "-m", "tests.hostile.crashing")
@@ -30,12 +30,12 @@ def decode(content, *arguments):
 
 def main() -> None:
     decoder_child.decode = decode  # type: ignore[attr-defined]
-    decoding.decode, guarded_decoder.COMMAND = decode, COMMAND  # type: ignore[attr-defined]
+    watched_decoder.decode, guarded_decoder.COMMAND = decode, COMMAND  # type: ignore[attr-defined]
     match sys.argv[1:]:
         case []:
             decoder_child.main()
         case [mark]:
-            with decoding.decoder_of(mark, 1.0) as decode_in_hand:
+            with watched_decoder.decoder_of(mark, 1.0) as decode_in_hand:
                 try:
                     decode_in_hand(HANG, 1, None)
                 except images.UndecodableImage as error:

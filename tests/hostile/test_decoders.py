@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.sources import decoding, guarded_decoder
-from pipeline.sources.decoding import WatchedDecoder, decoder_of
-from pipeline.sources.guarded_decoder import GuardedDecoder, NoDecoder
-from pipeline.sources.images import UndecodableImage, decode
+from pipeline.decoding import guarded_decoder, watched_decoder
+from pipeline.decoding.guarded_decoder import GuardedDecoder, NoDecoder
+from pipeline.decoding.images import UndecodableImage, decode
+from pipeline.decoding.watched_decoder import WatchedDecoder, decoder_of
 from tests.helpers import encode, jpeg, picture, settings, tar_bytes
 from tests.hostile import crashing
 
@@ -82,7 +82,7 @@ def test_the_watch_sees_the_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> N
         for _ in range(3):
             decoder.decode(jpeg(), PIXELS)
         assert not gave_up.wait(1.5)  # together they may take longer
-        monkeypatch.setattr(decoding, "decode", hang)
+        monkeypatch.setattr(watched_decoder, "decode", hang)
         thread = threading.Thread(target=decoder.decode, args=(b"", PIXELS))
         thread.start()
         assert gave_up.wait(20.0)

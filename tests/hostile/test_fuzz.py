@@ -23,13 +23,13 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from pipeline.printable import printable
-from pipeline.recipe import PENN_TAGS, PoolBounds
-from pipeline.records import DeadLetter, Sample, Shard
-from pipeline.sources.images import UndecodableImage, decode
+from pipeline.decoding.images import UndecodableImage, decode
+from pipeline.report.printable import printable
 from pipeline.sources.webdataset import read_samples
 from tests.helpers import encode, picture, sample_members, tar_bytes
 from tests.hostile import malformed
+from transforms.core.recipe import PENN_TAGS, PoolBounds
+from transforms.core.records import DeadLetter, Sample, Shard
 from transforms.single_modality import language, pos_pattern
 from transforms.single_modality.captions import caption_key, caption_length
 from transforms.single_modality.faces import boxes_from_metadata, union_area

@@ -19,8 +19,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.recipe import STAGES
-from pipeline.versions import LINKED
+from pipeline.output_folder.versions import LINKED
 from tests.helpers import settings
 from tests.hostile import malformed
 from tests.hostile.malformed import (
@@ -33,6 +32,7 @@ from tests.hostile.malformed import (
     damaged_tars,
     sound_members,
 )
+from transforms.core.recipe import STAGES
 
 SAMPLES_PER_TAR = 40  # malformed ones, with a sound one after every fourth
 TABLE = "table"  # what tests record under this name, conftest.py prints at the end

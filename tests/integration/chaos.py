@@ -18,10 +18,10 @@ from pathlib import Path
 
 import yaml
 
-from pipeline import files
-from pipeline.recipe import STAGES
 from tests.helpers import Members, sample_members, settings, tar_bytes, uid
-from tests.models import tiny_models
+from tests.transforms.models import tiny_models
+from transforms.core.recipe import STAGES
+from transforms.storage import files
 
 ROOT = Path(__file__).parents[2]
 SHARDS, SAMPLES = 6, 14
@@ -30,7 +30,9 @@ TWO_WORKERS = ("--direct_num_workers=2", "--direct_running_mode=multi_processing
 
 # Forked from a process that has imported everything, a run takes a second where it would take ten.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["pipeline.cli", "pipeline.run", "pipeline.build", "pipeline.progress", __name__])
+_FORKS.set_forkserver_preload(
+    ["pipeline.cli", "pipeline.runs.run", "pipeline.graphs", "pipeline.report.progress", __name__]
+)
 
 
 def _members(shard: int) -> Members:

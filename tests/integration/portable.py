@@ -59,7 +59,7 @@ def worker_pool() -> Iterator[Pool]:
 
 
 @contextlib.contextmanager
-def job_service(module: str = "pipeline.job_service") -> Iterator[str]:
+def job_service(module: str = "pipeline.runners.job_service") -> Iterator[str]:
     """A job service's address."""
     address = f"localhost:{_free_port()}"
     with _started(["-m", module, f"--port={address.rpartition(':')[2]}"]):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import alignment
-from pipeline import build
-from pipeline.layout import Layout
-from pipeline.runners import pipeline_of
+from pipeline import graphs
+from pipeline.output_folder.layout import Layout
+from pipeline.runners.supported import pipeline_of
 from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 
@@ -74,12 +74,12 @@ def test_another_order_of_the_shards_changes_nothing(annotated: Path, one_thread
     folder = tmp_path / "run"
     shutil.copytree(annotated, folder)
     shards = list_shards(str(folder / "pool"))
-    job = build.Job(
+    job = graphs.Job(
         alignment.recipe(ROWS, str(folder / "tasks.npz"), None), tuple(shards[::-1]), Layout(str(folder / "out")), {}
     )
     write_listing(job.layout, job.shards)
     pipeline = pipeline_of([])
-    build.build(build.distribution_alignment, pipeline, job)
+    graphs.build(graphs.distribution_alignment, pipeline, job)
     pipeline.run().wait_until_finish()
     assert len(shards) == ROWS // alignment.SHARD_ROWS
     assert written(folder) == written(one_thread)

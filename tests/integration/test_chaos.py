@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import files
 from tests.integration.chaos import TWO_WORKERS, Case, Moment, Reference, Run, kill_at, moments, tree, undisturbed
+from transforms.storage import files
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 KILLS_MANY = {"one process": 24, "two worker processes": 9}

@@ -17,19 +17,19 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import build
-from pipeline import run as run_module
-from pipeline.layout import Layout
-from pipeline.manifest import clip_identity
-from pipeline.progress import Progress
-from pipeline.recipe import STAGES, Cids, DistributionAlignment, PoolBounds, Target, load_recipe
-from pipeline.records import Sample
-from pipeline.reshard import reshard
+from pipeline import graphs
+from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.manifest import clip_identity
+from pipeline.report.progress import Progress
+from pipeline.reshard.command import reshard
+from pipeline.runs import run as run_module
 from pipeline.sources import listing
 from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards, read_samples
 from tests.demo_run import POOL, RECIPE, demo_output, run_demo, snapshot
 from tests.helpers import least_apart
+from transforms.core.recipe import STAGES, Cids, DistributionAlignment, PoolBounds, Target, load_recipe
+from transforms.core.records import Sample
 from transforms.distribution_alignment.cids import load_tasks_model
 from transforms.models.weights import model_identity
 
@@ -141,9 +141,9 @@ def shares(output, dead_letters, labels) -> dict[str, float]:
 
 def judge_planted(output, dead_letters, labels) -> tuple[dict[str, float], str]:
     """The shares, and a table of them to read."""
-    from pipeline import tables
-    from pipeline.layout import Layout
-    from pipeline.records import Annotation
+    from pipeline.output_folder import tables
+    from pipeline.output_folder.layout import Layout
+    from transforms.core.records import Annotation
     from transforms.rules import Thresholds, rules_of
 
     recipe = load_recipe(str(RECIPE))
@@ -254,7 +254,7 @@ def test_the_digit_task_alone_raises_the_share_of_digit_pictures(output, labels,
     )
     changed = load_recipe(str(RECIPE)).model_copy(update={"distribution_alignment": alone})
     shutil.copytree(output / "annotations", tmp_path / "annotations")
-    job = build.Job(changed, tuple(list_shards(str(POOL))), Layout(str(tmp_path)), {stage: {} for stage in STAGES})
+    job = graphs.Job(changed, tuple(list_shards(str(POOL))), Layout(str(tmp_path)), {stage: {} for stage in STAGES})
     write_listing(job.layout, job.shards)
     run_module._run_stage("distribution_alignment", job, [])
 

@@ -23,9 +23,9 @@ import psutil
 import pytest
 from apache_beam.io.filesystems import FileSystems
 
-import pipeline.run as run_module
-from pipeline import files
+import pipeline.runs.run as run_module
 from tests.integration.chaos import TWO_WORKERS, Case, Reference, Run, tree
+from transforms.storage import files
 
 HANGS_SECONDS = 180.0  # on a machine that does much else, starting takes a minute by itself
 LONG = pytest.mark.chaos  # for `make chaos`

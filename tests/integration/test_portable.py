@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import workers
-from pipeline.runners import EMBED
+from pipeline.runners import workers
+from pipeline.runners.supported import EMBED
 from tests.integration.chaos import Case, Reference, Run, tree
 from tests.integration.portable import Pool, job_service, lives, worker_pool
 from tests.integration.test_faults import LONG, error_of, finishes_like, wait_for

@@ -15,18 +15,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from pipeline import build, files, versions
-from pipeline.layout import Layout
-from pipeline.progress import Progress
-from pipeline.recipe import SINGLE_MODALITY, STAGES, Recipe, parse_recipe
-from pipeline.run import UsageError, run, run_graph, settled_job
-from pipeline.select import select
+from pipeline import graphs
+from pipeline.output_folder import versions
+from pipeline.output_folder.layout import Layout
+from pipeline.report.progress import Progress
+from pipeline.runs.run import UsageError, run, run_graph, settled_job
+from pipeline.runs.select import select
 from pipeline.sinks.publication import Publication, publish
 from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 from tests.helpers import encode, jpeg, picture, sample_members, write_pool
-from tests.models import tiny_models
+from tests.transforms.models import tiny_models
+from transforms.core.recipe import SINGLE_MODALITY, STAGES, Recipe, parse_recipe
 from transforms.models.handler import OnDemand
+from transforms.storage import files
 
 RESULTS = ("decisions", "subset.npy", "funnel.json", "clusters.parquet", "centroids.npy", "manifest.json")
 DECIDED = (*RESULTS, "annotations/single_modality", "annotations/pool_wide", "dead_letters")
@@ -291,7 +293,7 @@ def test_shards_that_were_never_scored_are_told_also_where_nothing_of_them_is_ke
         select_from(nothing, output)
     job = dataclasses.replace(job_on(nothing, pool, output), checks_before=True)
     with pytest.raises(Exception, match="it has no table of scores yet; run stage cross_modality first"):
-        run_graph(build.distribution_alignment, job, [])
+        run_graph(graphs.distribution_alignment, job, [])
 
 
 # versions ---------------------------------------------------------------------------------------------------------
@@ -332,7 +334,7 @@ def test_a_run_that_fails_on_its_way_leaves_the_results_as_they_were(
 # As jobs that nothing waits for ------------------------------------------------------------------------------------
 
 
-def job_on(recipe: Recipe, pool: Path, output: Path) -> build.Job:
+def job_on(recipe: Recipe, pool: Path, output: Path) -> graphs.Job:
     """As the launcher of a cluster builds it: the pool is listed, a version begun, and the graph does the rest."""
     layout = Layout(str(output))
     job, content = settled_job(recipe, str(pool), layout, list_shards(str(pool)), fetch=False)
@@ -345,10 +347,10 @@ def test_three_graphs_as_one_job_leave_the_same_and_resume(
     recipe_with: Callable[..., Recipe], pool: Path, first: Path, tmp_path: Path, seen: Seen
 ) -> None:
     output = tmp_path / "out"
-    counts = run_graph(build.all_stages, job_on(recipe_with(), pool, output), [])
+    counts = run_graph(graphs.all_stages, job_on(recipe_with(), pool, output), [])
     assert bytes_of(output) == bytes_of(first)
     assert counts["tars_opened"] == len(seen.tars) == 6
-    again = run_graph(build.all_stages, job_on(recipe_with(), pool, output), [])
+    again = run_graph(graphs.all_stages, job_on(recipe_with(), pool, output), [])
     assert bytes_of(output) == bytes_of(first)
     assert again["shards_finished_before"] == 6
     assert len(seen.tars) == 6
@@ -358,13 +360,13 @@ def test_a_later_stage_whose_job_comes_too_early_says_which_is_missing(
     recipe_with: Callable[..., Recipe], pool: Path, tmp_path: Path
 ) -> None:
     job = dataclasses.replace(job_on(recipe_with(), pool, tmp_path / "out"), checks_before=True)
-    with pytest.raises(build.NotFinished, match=r"shard [abc]: has no features .* run stage single_modality first"):
-        run_graph(build.cross_modality, job, [])
-    run_graph(build.single_modality, job, [])
-    with pytest.raises(build.NotFinished, match=r"shard [abc]: \d samples have no score .* run stage cross_modality"):
-        run_graph(build.distribution_alignment, job, [])
-    run_graph(build.cross_modality, job, [])
-    run_graph(build.distribution_alignment, job, [])
+    with pytest.raises(graphs.NotFinished, match=r"shard [abc]: has no features .* run stage single_modality first"):
+        run_graph(graphs.cross_modality, job, [])
+    run_graph(graphs.single_modality, job, [])
+    with pytest.raises(graphs.NotFinished, match=r"shard [abc]: \d samples have no score .* run stage cross_modality"):
+        run_graph(graphs.distribution_alignment, job, [])
+    run_graph(graphs.cross_modality, job, [])
+    run_graph(graphs.distribution_alignment, job, [])
     assert (tmp_path / "out" / "funnel.json").exists()
 
 
@@ -375,7 +377,7 @@ def test_publishing_once_more_changes_nothing(
     output = tmp_path / "out"
     shutil.copytree(first, output, symlinks=True)
     job = job_on(recipe_with(), pool, output)
-    run_graph(build.distribution_alignment, job, [])
+    run_graph(graphs.distribution_alignment, job, [])
     assert job.publication
     before = everything_in(output)
     publish(job.layout, job.publication)

@@ -14,20 +14,22 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-import pipeline.run as run_module
-from pipeline import files, lock, runners
-from pipeline.build import Job
+import pipeline.runs.run as run_module
 from pipeline.cli import app
-from pipeline.counts import NAMES, Counts
-from pipeline.layout import Layout
-from pipeline.lock import only_writer
-from pipeline.manifest import identities
-from pipeline.printable import PrintableFormatter
-from pipeline.recipe import STAGES
+from pipeline.graphs import Job
+from pipeline.output_folder import lock
+from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.lock import only_writer
+from pipeline.output_folder.manifest import identities
+from pipeline.report.printable import PrintableFormatter
+from pipeline.runners import supported
 from pipeline.sinks.decisions import funnel
 from pipeline.sinks.publication import publish
 from pipeline.sources.listing import read_listing, write_listing
 from tests.helpers import DEMO_RECIPE, recipe, sample_members, settings, write_pool
+from transforms.core.metrics import NAMES, Counts
+from transforms.core.recipe import STAGES
+from transforms.storage import files
 
 KNOWN: dict[str, dict] = {stage: {} for stage in STAGES} | {"single_modality": {"pos_tagger": {"source": "bundled"}}}
 FUNNEL = funnel(
@@ -285,8 +287,8 @@ def test_a_tar_whose_name_is_no_utf8_is_in_the_run(place: Path) -> None:
 
 def test_select_after_a_run_that_has_just_ended(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pairsift(*run_arguments()).exit_code == 0
-    monkeypatch.setattr("pipeline.select.identities_from", lambda earlier, recipe: KNOWN)
-    monkeypatch.setattr("pipeline.finished.SingleModalityWork.is_finished", lambda work, shard: True)
+    monkeypatch.setattr("pipeline.runs.select.identities_from", lambda earlier, recipe: KNOWN)
+    monkeypatch.setattr("pipeline.output_folder.pending.SingleModalityWork.is_finished", lambda work, shard: True)
     meanwhile(monkeypatch, lambda: write_listing(Layout("out"), []))
     result = pairsift("select", str(DEMO_RECIPE), "--output", "out")
     assert result.exit_code == 2 and "another run has just ended there" in " ".join(result.stderr.split())
@@ -432,7 +434,7 @@ def test_text_of_a_pool_does_not_steer_the_terminal(place: Path, monkeypatch: py
     ],
 )  # fmt: skip
 def test_which_runs_are_here(options: list[str], local: bool) -> None:
-    assert runners.is_here(options) is local
+    assert supported.is_here(options) is local
 
 
 def test_the_demo_runs_the_bundled_recipe_on_the_bundled_pool(place: Path) -> None:

@@ -13,9 +13,9 @@ import tifffile
 from PIL import Image
 from typer.testing import CliRunner
 
+from pipeline.centroids.images import Picture, Unreadable, list_images, read_images
 from pipeline.cli import app
-from pipeline.sources.task_images import Picture, Unreadable, list_images, read_images
-from pipeline.sources.tfio_decoder import TfioDecoder
+from pipeline.decoding.tfio_decoder import TfioDecoder
 from tests.helpers import BOUNDS, DEMO_RECIPE, jpeg, picture, tar_bytes
 from transforms.distribution_alignment.cids import load_tasks
 

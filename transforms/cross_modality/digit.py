@@ -5,10 +5,10 @@ from __future__ import annotations
 import apache_beam as beam
 from apache_beam.ml.inference.base import RunInference
 
-from pipeline import recipe
-from pipeline.records import Annotation, SampleBatch
-from transforms.cross_modality.cascade import match_floor
+from transforms.core import recipe
+from transforms.core.records import Annotation, SampleBatch
 from transforms.models.blip2 import Blip2Handler
+from transforms.models.cascade import match_floor
 
 
 def has_digits(annotation: Annotation, min_probability: float) -> bool:

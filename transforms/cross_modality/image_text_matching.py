@@ -5,8 +5,8 @@ from __future__ import annotations
 import apache_beam as beam
 from apache_beam.ml.inference.base import RunInference
 
-from pipeline import recipe
-from pipeline.records import Annotation, SampleBatch
+from transforms.core import recipe
+from transforms.core.records import Annotation, SampleBatch
 from transforms.models.blip import BlipHandler
 
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import apache_beam as beam
 
-from pipeline import recipe
-from pipeline.records import Sample, SampleBatch
-from transforms.cross_modality.cascade import pending
+from transforms.core import recipe
+from transforms.core.records import Sample, SampleBatch
+from transforms.models.cascade import pending
 
 _FILLED_SHAPES = 16  # full shapes a joined batch holds at least: with 3 buckets half full, a tenth is padding
 _MAX_SAMPLES = 1024  # slim rows wait too

@@ -17,13 +17,13 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
-from pipeline import files
-from pipeline.recipe import Cids, DistributionAlignment
+from transforms.core.recipe import Cids, DistributionAlignment
 from transforms.distribution_alignment import copies, quality_duplication
 from transforms.distribution_alignment.clusters import assign, load_centroids
 from transforms.distribution_alignment.records import Allocation, RankedTile
 from transforms.distribution_alignment.vectors import exact_products_with, unit_rows
 from transforms.models.embedding_identity import parse_identity
+from transforms.storage import files
 
 MODEL_KEY = "__model__"
 """Under which a file of task centroids names its model."""

@@ -19,12 +19,12 @@ import numpy as np
 from apache_beam.pvalue import AsSingleton
 from apache_beam.utils.shared import Shared
 
-from pipeline import files
-from pipeline.recipe import Clusters
+from transforms.core.recipe import Clusters
 from transforms.distribution_alignment.hashing import draw
 from transforms.distribution_alignment.records import CandidateShard, RankKeys
 from transforms.distribution_alignment.vectors import NEAR, exact_products, unit_rows
 from transforms.distribution_alignment.work_folder import MEMBER_COLUMNS, WorkFolder, read_candidates, write_arrays
+from transforms.storage import files
 
 _TRAINING_THREADS = 1  # sums taken by several threads end in other last bits, and k-means magnifies them
 _BATCH_ROWS = 1024

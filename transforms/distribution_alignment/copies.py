@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 import numpy as np
 
-from pipeline.recipe import DistributionAlignment, QualityDuplication, Target
+from transforms.core.recipe import DistributionAlignment, QualityDuplication, Target
 from transforms.distribution_alignment import quality_duplication
 from transforms.distribution_alignment.digit_enhancement import enhance
 from transforms.distribution_alignment.hashing import draw

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.recipe import DigitEnhancement
+from transforms.core.recipe import DigitEnhancement
 
 
 def enhance(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.recipe import QualityDuplication
+from transforms.core.recipe import QualityDuplication
 
 WITHOUT = QualityDuplication(w1=1.0, w2=1.0)
 """Every sample weighs the same: what is used where the rule is off."""

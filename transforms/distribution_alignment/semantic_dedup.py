@@ -13,7 +13,7 @@ import numpy as np
 from apache_beam.pvalue import AsSingleton
 from apache_beam.utils.shared import Shared
 
-from pipeline.recipe import SemanticDedup as Settings
+from transforms.core.recipe import SemanticDedup as Settings
 from transforms.distribution_alignment.records import Candidates, Judged, RankedTile
 from transforms.distribution_alignment.tiles import TilePart, read_ranges
 from transforms.distribution_alignment.vectors import NEAR, exact_products, unit_rows

@@ -16,7 +16,6 @@ import numpy as np
 from apache_beam.pvalue import AsSingleton
 from apache_beam.utils.shared import Shared
 
-from pipeline import files
 from transforms.distribution_alignment.records import Candidates, CandidateShard, RankKeys, best_first
 from transforms.distribution_alignment.work_folder import (
     MEMBER_COLUMNS,
@@ -25,6 +24,7 @@ from transforms.distribution_alignment.work_folder import (
     read_arrays,
     write_arrays,
 )
+from transforms.storage import files
 
 TILE_ROWS = 8192
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline import files
 from transforms.distribution_alignment.records import Candidates
+from transforms.storage import files
 
 MEMBER_COLUMNS = ("clusters", "uids", "shards", "cosines", "digits")
 

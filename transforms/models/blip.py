@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from transformers import BlipForImageTextRetrieval, BlipProcessor
 
-from pipeline import recipe
-from pipeline.records import Annotation, Sample
-from transforms.cross_modality.cascade import wanted
+from transforms.core import recipe
+from transforms.core.records import Annotation, Sample
+from transforms.models.cascade import wanted
 from transforms.models.handler import InMemory, SampleBatchHandler
 from transforms.models.pictures import Processed, grey, normalised, on_device, pixels_of, settings_of
 from transforms.models.precision import dtype_on

@@ -20,8 +20,8 @@ from torch.func import functional_call
 from torch.nn.functional import normalize
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from pipeline import recipe
-from pipeline.records import Annotation, Sample
+from transforms.core import recipe
+from transforms.core.records import Annotation, Sample
 from transforms.models.handler import InMemory, SampleBatchHandler
 from transforms.models.pictures import byte_table, grey, normalised, on_device, pixels_of
 from transforms.models.precision import DTYPES, dtype_on

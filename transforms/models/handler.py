@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from apache_beam.ml.inference.base import ModelHandler
 
-from pipeline import counts
-from pipeline.counts import counter, distribution, timed_ms
-from pipeline.recipe import CROSS_MODALITY
-from pipeline.records import Annotation, DeadLetter, Sample, SampleBatch, dead_letter
+from transforms.core import metrics
+from transforms.core.metrics import counter, distribution, timed_ms
+from transforms.core.recipe import CROSS_MODALITY
+from transforms.core.records import Annotation, DeadLetter, Sample, SampleBatch, dead_letter
 from transforms.models.fixed_batches import PREPARATION_FAILED, Failure, FixedBatches, describe
 from transforms.models.pictures import pixels_of
 
@@ -152,8 +152,8 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
             return [batch]
         started = time.perf_counter()
         if model.load():  # were that to fail below, samples or shapes would get the blame
-            counter(counts.MODELS_LOADED).inc()
-            distribution(counts.load_ms(self.rule)).update(round(1000 * (time.perf_counter() - started)))
+            counter(metrics.MODELS_LOADED).inc()
+            distribution(metrics.load_ms(self.rule)).update(round(1000 * (time.perf_counter() - started)))
         constants = model.constants()
         halvings = batch.attempt.halvings.get(self.rule, 0)
         size = max(1, self._batch_size >> halvings)
@@ -171,10 +171,10 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
         return batch.nbytes
 
     def get_metrics_namespace(self) -> str:
-        return counts.NAMESPACE
+        return metrics.NAMESPACE
 
     def override_metrics(self, metrics_namespace: str = "") -> bool:
-        """`pipeline.counts` says why."""
+        """`transforms.core.metrics` says why."""
         return True
 
     def _annotated(
@@ -192,15 +192,15 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
             else:
                 by_shape.setdefault(self.shape_of(prepared), {})[row] = prepared
         columns: dict[int, dict[str, Any]] = {}
-        counter(counts.samples(self.rule)).inc(len(wanted))
+        counter(metrics.samples(self.rule)).inc(len(wanted))
 
         def score(inputs: list[Any]) -> np.ndarray:
-            with timed_ms(counts.batch_ms(self.rule)):
+            with timed_ms(metrics.batch_ms(self.rule)):
                 return model.score(inputs)
 
         for shape, rows in by_shape.items():
             for start in range(0, len(rows), size):
-                distribution(counts.batch_samples(self.rule)).update(min(size, len(rows) - start))
+                distribution(metrics.batch_samples(self.rule)).update(min(size, len(rows) - start))
             scores, failed = FixedBatches(size, score, functools.partial(model.probe, shape))(rows)
             columns |= {row: self.columns(of_row, constants) for row, of_row in scores.items()}
             failures += failed

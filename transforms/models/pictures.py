@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.records import Sample
+from transforms.core.records import Sample
 
 
 def pixels_of(sample: Sample) -> np.ndarray:

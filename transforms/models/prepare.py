@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from pipeline import recipe
-from pipeline.records import Sample
+from transforms.core import recipe
+from transforms.core.records import Sample
 from transforms.models.blip import BlipHandler, BlipPreparation
 from transforms.models.blip2 import Blip2Handler, Blip2Preparation
 from transforms.models.clip import ClipHandler, ClipPreparation

@@ -21,7 +21,8 @@ import torch
 import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from pipeline import files, recipe
+from transforms.core import recipe
+from transforms.storage import files
 
 _BUNDLED = "bundled:"
 LOCAL = "local-dir:"  # open_clip's own prefixes

@@ -9,9 +9,9 @@ from typing import Any
 
 import apache_beam as beam
 
-from pipeline import recipe
-from pipeline.records import Sample
 from transforms.annotate import AnnotateSamples
+from transforms.core import recipe
+from transforms.core.records import Sample
 
 # Caption length ---------------------------------------------------------------------------------------------------
 

@@ -22,9 +22,10 @@ import cv2
 import numpy as np
 from cv2.data import haarcascades
 
-from pipeline import files, recipe
-from pipeline.records import Sample
 from transforms.annotate import AnnotateByModel
+from transforms.core import recipe
+from transforms.core.records import Sample
+from transforms.storage import files
 
 Box = list[float]
 

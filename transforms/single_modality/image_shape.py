@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline import recipe
+from transforms.core import recipe
 
 # The stored image may be up to this much off the original's ratio through rounding to whole pixels.
 _RATIO_TOLERANCE_PX = 1.0

@@ -7,9 +7,9 @@ from typing import Any
 
 import apache_beam as beam
 
-from pipeline import recipe
-from pipeline.records import Sample
 from transforms.annotate import AnnotateSamples
+from transforms.core import recipe
+from transforms.core.records import Sample
 from transforms.single_modality.image_shape import original_size_px
 from transforms.single_modality.near_duplicate import perceptual_hash
 

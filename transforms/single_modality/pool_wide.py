@@ -15,9 +15,9 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
-from pipeline import recipe
-from pipeline.records import DeadLetter
 from transforms.columns import Columns, Part, buckets_of
+from transforms.core import recipe
+from transforms.core.records import DeadLetter
 from transforms.single_modality import captions, near_duplicate
 from transforms.single_modality.near_duplicate import Ranked, best_of_hashes
 

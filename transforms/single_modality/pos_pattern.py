@@ -24,10 +24,10 @@ import apache_beam as beam
 from nltk.tag.perceptron import PerceptronTagger
 from nltk.tokenize import NLTKWordTokenizer
 
-from pipeline import recipe
-from pipeline.recipe import COMMON_NOUNS, NAMES_NUMBERS_SYMBOLS
-from pipeline.records import Sample
 from transforms.annotate import AnnotateByModel
+from transforms.core import recipe
+from transforms.core.recipe import COMMON_NOUNS, NAMES_NUMBERS_SYMBOLS
+from transforms.core.records import Sample
 
 BUNDLED = Path(__file__).parent / "pos_tagger"
 SOURCES = ("auto", "nltk", "bundled")

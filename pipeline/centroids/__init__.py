@@ -1,0 +1,1 @@
+"""The `centroids` command: embeds the images of downstream tasks."""

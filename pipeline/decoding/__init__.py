@@ -1,0 +1,1 @@
+"""Decoding untrusted image bytes, within bounds and in a watched child process."""

@@ -1,0 +1,1 @@
+"""The `estimate` command: time, cost, and storage of a run on Dataflow."""

@@ -1,0 +1,1 @@
+"""Clients of Google Cloud's REST APIs."""

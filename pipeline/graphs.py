@@ -1,0 +1,328 @@
+"""The three graphs, on one page. They are joined only by the tables that they leave under the output folder.
+
+    pool (tars) --single_modality--> features and pool-wide annotations
+                --cross_modality--> scores and embeddings of what stage 1 kept
+                --distribution_alignment--> decisions, subset, funnel
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.pvalue import AsSingleton
+
+from pipeline.output_folder import tables
+from pipeline.output_folder.accounting import ReconcilePool
+from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.pending import CrossModalityWork, PoolWideWork, SingleModalityWork
+from pipeline.sinks.clusters import WriteClusters
+from pipeline.sinks.decisions import WriteDecisions, WriteFunnel, add_tallies
+from pipeline.sinks.pool_wide import WritePoolWide
+from pipeline.sinks.publication import Publication, holds, publish
+from pipeline.sinks.shard_tables import WriteShardTable
+from pipeline.sinks.subset import WriteSubset
+from pipeline.sources.annotations import ReadCandidates, ReadPoolRows, ReadThresholds, count_samples
+from pipeline.sources.listing import ListShards
+from pipeline.sources.shards import ReadShards
+from transforms.columns import bucket_count
+from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe
+from transforms.core.records import Shard
+from transforms.cross_modality.digit import Digit
+from transforms.cross_modality.flipped_clip import FlippedClip
+from transforms.cross_modality.image_text_matching import ImageTextMatching
+from transforms.cross_modality.join_wanted import JoinWanted
+from transforms.distribution_alignment.cids import ClusterImportance, ReadTasks
+from transforms.distribution_alignment.clusters import AssignClusters, TrainCentroids
+from transforms.distribution_alignment.copies import PLACEMENTS, TALLIES, AssignCopies, ClusterTable
+from transforms.distribution_alignment.records import Placements
+from transforms.distribution_alignment.semantic_dedup import SemanticDedup
+from transforms.distribution_alignment.tiles import FindRanges, ToTiles
+from transforms.distribution_alignment.work_folder import WorkFolder
+from transforms.models.prepare import load_prepare
+from transforms.single_modality.captions import CaptionLength
+from transforms.single_modality.faces import FaceArea
+from transforms.single_modality.images import ImageFeatures
+from transforms.single_modality.language import Language
+from transforms.single_modality.pool_wide import CaptionFrequency, NearDuplicate, UniqueUids
+from transforms.single_modality.pos_pattern import PosPattern
+from transforms.storage import files
+
+READ_BATCH = 64  # samples; stage 1 holds that many small pictures at a time
+DRAFT_SIDE_PX = 320  # enough for hashes and for faces that fill much of the picture
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that the graphs are built from. `identities` says which models and weights stand behind each stage.
+
+    `shards` are those of the pool's listing; a graph holds none of them. `publication`: stage 3 ends by letting readers
+    see its results. `accelerator`: the resource hint of what runs the models. `checks_before`: stages 2 and 3 look
+    themselves whether the stages before them are done, where that is not known before the graph is built.
+    """
+
+    recipe: Recipe
+    shards: tuple[Shard, ...]
+    layout: Layout
+    identities: dict[str, Any]
+    publication: Publication | None = None
+    accelerator: str | None = None
+    checks_before: bool = False
+
+    @property
+    def single_modality_work(self) -> SingleModalityWork:
+        """What stage 1 has to do on a shard."""
+        return SingleModalityWork(self.recipe, self.layout, self.identities)
+
+    @property
+    def pool_wide_work(self) -> PoolWideWork:
+        """What the passes over the whole pool are made from."""
+        return PoolWideWork(self.recipe, self.layout, self.identities, self.shards)
+
+    @property
+    def cross_modality_work(self) -> CrossModalityWork:
+        """What stage 2 has to do on a shard."""
+        return CrossModalityWork(self.recipe, self.layout, self.identities)
+
+
+class NotFinished(ValueError):
+    """A shard that an earlier stage has not done for this recipe."""
+
+
+def single_modality(start: beam.PCollection, job: Job) -> beam.PCollection:
+    """Stage 1. One fused stage per shard: read, decode small, annotate, write. Then passes over slim rows of all."""
+    rules, work = job.recipe.single_modality, job.single_modality_work
+
+    read = (
+        start
+        | "Shards" >> ListShards(job.layout)
+        | "Read shards" >> ReadShards(work, job.recipe.pool, READ_BATCH, DRAFT_SIDE_PX)
+    )
+    batches = read[ReadShards.BATCHES] | "Image features" >> ImageFeatures()
+    if rules.caption_length:
+        batches |= "Caption length" >> CaptionLength()
+    if rules.language:
+        batches |= "Language" >> Language(rules.language)
+    if rules.pos_pattern:
+        batches |= "PoS pattern" >> PosPattern(rules.pos_pattern)
+    if rules.face_area:
+        batches |= "Face area" >> FaceArea(rules.face_area)
+    written = batches | "Write features" >> beam.ParDo(
+        WriteShardTable(job.layout, work, Layout.single_modality, tables.SINGLE_MODALITY)
+    )
+    shards = (read[ReadShards.FINISHED], written) | "All shards" >> beam.Flatten() | "Tables are there" >> _barrier()
+    reconciled = shards | "Reconcile with the tars" >> ReconcilePool(job.layout)
+    return (reconciled, _pool_wide(shards, job)) | "Stage 1" >> beam.Flatten()
+
+
+def pool_wide(start: beam.PCollection, job: Job) -> beam.PCollection:
+    """The second half of stage 1 alone, over features that are there."""
+    return _pool_wide(start | "Shards" >> ListShards(job.layout), job)
+
+
+def _pool_wide(shards: beam.PCollection, job: Job) -> beam.PCollection:
+    rules = job.recipe.single_modality
+    buckets = bucket_count(len(job.shards))
+    features = shards | "Read features" >> ReadPoolRows(job.layout, job.recipe)
+    pool_samples = features | "Samples of shard" >> beam.Map(len) | "Count samples" >> beam.CombineGlobally(sum)
+    named = features | "Unique uids" >> UniqueUids(buckets)
+    rows = named[UniqueUids.UNIQUE]
+    if rules.caption_frequency:
+        rows |= "Caption frequency" >> CaptionFrequency(rules.caption_frequency, pool_samples, buckets)
+    if rules.near_duplicate:
+        rows |= "Near duplicate" >> NearDuplicate(rules.near_duplicate, buckets)
+    return {
+        WritePoolWide.SHARDS: shards,
+        WritePoolWide.ROWS: rows,
+        WritePoolWide.DEAD_LETTERS: named[UniqueUids.REPEATED],
+    } | "Write pool-wide" >> WritePoolWide(job.layout, pool_samples, job.pool_wide_work.made_from)
+
+
+def cross_modality(start: beam.PCollection, job: Job) -> beam.PCollection:
+    """Stage 2. The models, and nothing else, run on GPUs."""
+    shards = start | "Shards" >> ListShards(job.layout)
+    if job.checks_before:
+        shards |= "Features are there" >> beam.Map(_with_features, job.single_modality_work, job.pool_wide_work)
+    scored = ScoreShards(job)
+    if job.accelerator:
+        scored = scored.with_resource_hints(accelerator=job.accelerator)
+    return shards | "Score shards" >> scored
+
+
+class ScoreShards(beam.PTransform):
+    """PCollection[Shard] -> the shards whose scores were written now.
+
+    One fused stage per shard: read what stage 1 kept, decode once, every model, write. Pixels never cross a shuffle, so
+    a GPU hint belongs on all of it."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self._job = job
+
+    def expand(self, shards: beam.PCollection[Shard]) -> beam.PCollection[Shard]:
+        job = self._job
+        models, work = job.recipe.cross_modality, job.cross_modality_work
+
+        read = shards | "Read kept" >> ReadShards(
+            work,
+            job.recipe.pool,
+            models.flipped_clip.batch_size,
+            load_prepare=functools.partial(load_prepare, models),
+            in_turns=models.device == "cpu",  # where the models take every core there is
+        )
+        batches = read[ReadShards.BATCHES] | "Flipped CLIP" >> FlippedClip(models)
+        if models.image_text_matching or models.digit:
+            batches |= "Join wanted" >> JoinWanted(models)
+        if models.image_text_matching:
+            batches |= "Image-text matching" >> ImageTextMatching(models)
+        if models.digit:
+            batches |= "Digit" >> Digit(models)
+        return batches | "Write scores" >> beam.ParDo(
+            WriteShardTable(job.layout, work, Layout.cross_modality, tables.CROSS_MODALITY)
+        )
+
+
+def count_missing(start: beam.PCollection, job: Job) -> beam.PCollection:
+    """How many samples lack a score that stage 3 needs, from tables alone."""
+    return (
+        start
+        | "Shards" >> ListShards(job.layout)
+        | "Count unscored" >> beam.Map(_count_wanted, job.cross_modality_work)
+        | "Add counts" >> beam.CombineGlobally(sum)
+        | "Write count" >> beam.Map(_write_count, job.layout)
+    )
+
+
+def distribution_alignment(start: beam.PCollection, job: Job) -> beam.PCollection:
+    """Stage 3. Slim rows and fp16 embeddings, no images: how often each survivor stands in the training subset."""
+    settings, seed, layout = job.recipe.distribution_alignment, job.recipe.seed, job.layout
+    work = WorkFolder(layout.alignment_work)
+
+    shards = start | "Shards" >> ListShards(layout)
+    if job.checks_before:
+        earlier = job.single_modality_work, job.pool_wide_work, job.cross_modality_work
+        shards |= "Scores are there" >> beam.Map(_with_scores, *earlier)
+    thresholds = shards | "Thresholds" >> ReadThresholds(layout, job.recipe)
+    candidates = shards | "Read candidates" >> ReadCandidates(layout, job.recipe, work, thresholds)
+    pool_count = shards | "Pool size" >> beam.Map(count_samples, layout) | "Add sizes" >> beam.CombineGlobally(sum)
+
+    centroids = candidates | "Train centroids" >> TrainCentroids(settings.clusters, seed, work, layout.centroids)
+    ranges = candidates | "Assign clusters" >> AssignClusters(work, centroids) | "Find ranges" >> FindRanges(work)
+    tiles = candidates | "To tiles" >> ToTiles(work, ranges)
+    ranked = tiles | "Semantic dedup" >> SemanticDedup(settings.semantic_dedup, work, ranges)
+    tasks = start.pipeline | "Task centroids" >> ReadTasks(settings.cids) if settings.cids else None
+    allocation = ranked | "Cluster importance" >> ClusterImportance(settings, centroids, pool_count, tasks)
+    copies = ranked | "Copies" >> AssignCopies(settings, seed, allocation)
+    placements = copies[PLACEMENTS]
+
+    clusters = (
+        copies[TALLIES]
+        | "Cluster table" >> ClusterTable(allocation)
+        | "Write clusters" >> beam.ParDo(WriteClusters(layout))
+    )
+    subset = placements | "Subset" >> WriteSubset(layout, work)
+    funnel = (
+        {
+            WriteDecisions.SHARDS: shards | "Shard names" >> beam.Map(_by_name),
+            WriteDecisions.PLACEMENTS: placements | "By shard" >> beam.FlatMap(_by_shard),
+        }
+        | "Gather shard" >> beam.CoGroupByKey()
+        | "Write decisions" >> beam.ParDo(WriteDecisions(layout, job.recipe), AsSingleton(thresholds))
+        | "Add tallies" >> beam.CombineGlobally(add_tallies)
+        | "Write funnel" >> beam.ParDo(WriteFunnel(layout, job.recipe))
+    )
+    done = (
+        (clusters, subset, funnel)
+        | "All written" >> beam.Flatten()
+        | "When all are" >> beam.combiners.Count.Globally()
+        | "Clear work folder" >> beam.Map(_clear, work, layout, job.publication)
+    )
+    return done | "Publish" >> beam.Map(_publish, layout, job.publication) if job.publication else done
+
+
+Graph = Callable[[beam.PCollection, Job], beam.PCollection]
+"""From one element, with which it starts, to elements that are all there when its work is done."""
+
+GRAPHS: dict[str, Graph] = {
+    SINGLE_MODALITY: single_modality,
+    CROSS_MODALITY: cross_modality,
+    DISTRIBUTION_ALIGNMENT: distribution_alignment,
+}
+
+
+def all_stages(start: beam.PCollection, job: Job) -> beam.PCollection:
+    """The three graphs as one. Each starts when the one before it is done with the whole pool, and looks at tables only
+    then; so what is computed, and what is resumed, is as with three jobs."""
+    for stage in STAGES:
+        done = start | stage.replace("_", " ").capitalize() >> _Stage(stage, job)
+        start = done | f"After {stage}" >> beam.combiners.Count.Globally()
+    return start
+
+
+class _Stage(beam.PTransform):
+    """A stage's graph as one step."""
+
+    def __init__(self, stage: str, job: Job) -> None:
+        super().__init__()
+        self._graph, self._job = GRAPHS[stage], job
+
+    def expand(self, start: beam.PCollection) -> beam.PCollection:
+        return self._graph(start, self._job)
+
+
+def build(graph: Graph, pipeline: beam.Pipeline, job: Job) -> None:
+    """Put a graph into an empty pipeline."""
+    _ = graph(pipeline | "Start" >> beam.Impulse(), job)
+
+
+def _barrier() -> beam.PTransform:
+    """Nothing after it starts on a shard before that shard's table is written."""
+    return beam.Reshuffle()
+
+
+def _with_features(shard: Shard, features: SingleModalityWork, pool_wide: PoolWideWork) -> Shard:
+    shard = Shard(*shard)
+    if not (features.is_finished(shard) and pool_wide.is_finished(shard)):
+        raise NotFinished(f"shard {shard.name}: has no features for this recipe; run stage {SINGLE_MODALITY} first")
+    return shard
+
+
+def _with_scores(
+    shard: Shard, features: SingleModalityWork, pool_wide: PoolWideWork, scores: CrossModalityWork
+) -> Shard:
+    shard = _with_features(shard, features, pool_wide)
+    missing = scores.count_wanted(shard)
+    if missing or not scores.is_begun(shard):
+        raise NotFinished(
+            f"shard {shard.name}: {missing} samples have no score that this recipe needs, or it has no table of scores "
+            f"yet; run stage {CROSS_MODALITY} first"
+        )
+    return shard
+
+
+def _publish(cleared: None, layout: Layout, publication: Publication) -> None:
+    publish(layout, publication)
+
+
+def _count_wanted(shard: Shard, work: CrossModalityWork) -> int:
+    return work.count_wanted(Shard(*shard))
+
+
+def _write_count(count: int, layout: Layout) -> None:
+    files.write_bytes(layout.missing, str(count).encode())
+
+
+def _by_name(shard: Shard) -> tuple[str, None]:
+    return Shard(*shard).name, None
+
+
+def _by_shard(placements: Placements) -> Iterator[tuple[str, Placements]]:
+    return ((shard.decode(), part) for shard, part in placements.groups(placements.shards))
+
+
+def _clear(written: int, work: WorkFolder, layout: Layout, publication: Publication | None) -> None:
+    if holds(layout, publication):
+        files.delete_folder(work.folder)

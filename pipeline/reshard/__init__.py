@@ -1,0 +1,1 @@
+"""The `reshard` command: writes the subset as webdataset tars."""

@@ -1,0 +1,149 @@
+"""Resharding: the training subset of a finished run, as webdataset tars in which copies of one sample lie far apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.io.filesystem import FileSystem
+
+from pipeline.output_folder import versions
+from pipeline.output_folder.layout import Layout
+from pipeline.report.progress import Progress
+from pipeline.reshard.copy_placement import Spread
+from pipeline.reshard.subset import Subset, read_subset
+from pipeline.reshard.tars import ReshardedFolder, WriteResharded
+from pipeline.runners.supported import check, pipeline_of
+from pipeline.runners.workers import run_to_end
+from pipeline.runs.run import UsageError, check_path, claim
+from pipeline.sources.webdataset import list_shards
+from transforms.core.recipe import PoolBounds
+from transforms.core.records import Shard
+from transforms.storage import files
+
+NAME = "reshard"
+
+
+@dataclasses.dataclass(frozen=True)
+class Resharded:
+    """What was written, and how it is spread."""
+
+    subset: Subset
+    spread: Spread
+    folder: ReshardedFolder
+
+
+def reshard(
+    run_output: str,
+    pool: str,
+    output: str,
+    samples_per_shard: int,
+    beam_options: list[str],
+    progress: Progress,
+) -> Resharded:
+    """Write the subset that the run in `run_output` selected from `pool` as tars into `output`.
+    `pipeline.reshard.copy_placement` decides where each copy goes.
+
+    A folder that the same resharding was begun in is gone on with. Raises UsageError (or NoShards) before anything is
+    written where the run is not finished or chose nothing, the pool has no tars, or the folder holds something else.
+    """
+    paths = {"OUT": run_output, "--input": pool, "--output": output}
+    for option, path in paths.items():
+        check_path(option, path)
+    check(beam_options, paths, {}, needs_gpu=False)
+    if _lies_in(pool, output):
+        raise UsageError(f"--output: {output} lies in the pool, whose next run would take the copies for samples")
+    layout = versions.newest(run_output.rstrip("/") or run_output)
+    bounds, subset = _finished_run(layout)
+    tables = _tables_of_decisions(layout)
+    in_pool = {shard.name: shard for shard in list_shards(pool)}
+    shards = [in_pool.get(name, Shard(name, "", "")) for name in tables]
+
+    spread = Spread.plan(subset.samples, subset.most_copies, subset.tally.rows, samples_per_shard)
+    folder = ReshardedFolder(output.rstrip("/") or output, spread.tars)
+    claim(folder, _manifest(tables, layout, subset, spread))
+    if not _is_finished(folder):
+        with progress.following(NAME, _line(folder)):
+            pipeline = pipeline_of(beam_options)
+            _ = (
+                pipeline
+                | "Shards" >> beam.Create(shards)
+                | "Spread shards" >> beam.Reshuffle()
+                | "Write resharded" >> WriteResharded(layout, bounds, subset, spread, folder)
+            )
+            run_to_end(pipeline, NAME)
+    files.delete_folder(folder.places_folder)
+    return Resharded(subset, spread, folder)
+
+
+def _is_finished(folder: ReshardedFolder) -> bool:
+    there = files.names_in(folder.output)
+    return files.exists(folder.sizes) and all(folder.tar_name(index) in there for index in range(folder.tars))
+
+
+def _line(folder: ReshardedFolder) -> Callable[[], str]:
+    """Says how many tars there are, and for how long it has been asked."""
+    started = time.monotonic()
+
+    def line() -> str:
+        tars = sum(name.endswith(".tar") for name in files.names_in(folder.output))
+        return f"{NAME}: {tars}/{folder.tars} tars, {time.monotonic() - started:.0f} s"
+
+    return line
+
+
+def _finished_run(layout: Layout) -> tuple[PoolBounds, Subset]:
+    """What the run read of a sample at most, and its subset. Raises UsageError where there is no finished run, or one
+    that chose nothing."""
+    try:
+        recipe = json.loads(files.read_bytes(layout.manifest))["recipe"]
+        bounds, subset = PoolBounds.model_validate(recipe["pool"]), read_subset(layout.subset)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{layout.output}: holds no finished run ({reason}); finish `pairsift run` first") from error
+    if not subset.samples:
+        raise UsageError(f"{layout.output}: the training subset of this run is empty; there is nothing to reshard")
+    return bounds, subset
+
+
+def _tables_of_decisions(layout: Layout) -> dict[str, int]:
+    """Shard name -> size of its table in bytes, by name."""
+    folder, _, name = layout.decisions("*").rpartition("/")
+    before, _, after = name.partition("*")
+    return {
+        name.removeprefix(before).removesuffix(after): size
+        for name, size in sorted(files.sizes_bytes_in(folder).items())
+        if name.startswith(before) and name.endswith(after)
+    }
+
+
+def _manifest(tables: dict[str, int], layout: Layout, subset: Subset, spread: Spread) -> dict[str, Any]:
+    """What the tars are made from and how: equal for equal tars, wherever run and pool lie. Tables of decisions have
+    equal bytes whenever they are made again, so their sizes stand in for them."""
+    return {
+        "subset_sha256": files.sha256(layout.subset),
+        "decisions_sha256": hashlib.sha256(json.dumps(tables).encode()).hexdigest(),
+        "samples": subset.samples,
+        "copies": subset.tally.rows,
+        "most_copies": subset.most_copies,
+        "tars": spread.tars,
+        "pairsift": version("pairsift"),
+    }
+
+
+def _lies_in(folder: str, path: str) -> bool:
+    """Whether `path` is the pool's `folder` or under it, or a tar in it is one of the pool's pattern."""
+    if folder.endswith(".tar"):
+        pattern = FileSystem.translate_pattern(files.absolute(folder))
+        return re.fullmatch(pattern, files.join(files.absolute(path), "00000.tar")) is not None
+    if files.in_cloud_storage(folder) or files.in_cloud_storage(path):
+        return f"{path}/".startswith(f"{folder.rstrip('/')}/")
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())

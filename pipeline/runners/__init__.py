@@ -1,0 +1,1 @@
+"""The Beam runners that pairsift supports, and their worker processes."""

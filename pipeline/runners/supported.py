@@ -1,0 +1,285 @@
+"""Which of Beam's runners a run is on, and what that one needs and lacks: said at the start, not half-way."""
+
+from __future__ import annotations
+
+import enum
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import apache_beam as beam
+import grpc
+from apache_beam.options.pipeline_options import (
+    GoogleCloudOptions,
+    JobServerOptions,
+    PipelineOptions,
+    PortableOptions,
+    SparkRunnerOptions,
+    StandardOptions,
+    WorkerOptions,
+)
+from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.runners.portability.portable_runner import JobServiceHandle, PortableRunner
+
+from pipeline.runners.job_service import JobService
+from transforms.core.errors import UsageError
+
+EMBED = "embed"
+"""The job endpoint of a service in this process."""
+
+_SERVICE_SECONDS = 20.0
+
+
+class Kind(enum.Enum):
+    """The runners that pairsift knows how to use."""
+
+    LOCAL = "FnApiRunner"
+    PORTABLE = "PortableRunner"
+    FLINK = "FlinkRunner"
+    SPARK = "SparkRunner"
+    DATAFLOW = "DataflowRunner"
+
+
+_KIND_OF = {kind.value.lower(): kind for kind in Kind} | {"directrunner": Kind.LOCAL}
+
+_REFUSED = {
+    "daskrunner": "it writes empty files and reports success, has no stateful steps and no metrics",
+    "prismrunner": "it downloads a program when it starts, and nothing here was ever run on it",
+    "interactiverunner": "it is for notebooks",
+}
+
+
+def check(
+    beam_options: list[str], paths: Mapping[str, str], models: Mapping[str, str | None], needs_gpu: bool
+) -> None:
+    """Raise UsageError where the runner that Beam's options name is not supported, or cannot do what is asked of it.
+
+    `paths` are the folders that every worker reads or writes, by the option that named them; `models` the recipe's
+    files and folders of models, by setting; `needs_gpu` says that a model is to run on one. A job service and a worker
+    pool on this machine are asked whether they are there.
+    """
+    PipelineOptions(beam_options).get_all_options()  # exits with status 2 where Beam refuses a value
+    options, kind = PipelineOptions(beam_options), _kind(beam_options)
+    if kind is Kind.LOCAL:
+        return
+    if kind is Kind.DATAFLOW:
+        _check_dataflow(options, paths, needs_gpu and not any("accelerator" in option for option in beam_options))
+        return
+    _check_service(options, kind)
+    _check_environment(options, kind, paths, models)
+    if not has_metrics(beam_options):
+        logging.warning("%s: tells no metrics of a job in a jar; the counts of run.json will be missing", kind.value)
+
+
+def is_here(beam_options: list[str]) -> bool:
+    """Whether the workers are on this machine, and so what is true of it is true of them."""
+    kind = _kind(beam_options)
+    if kind is Kind.DATAFLOW:
+        return False
+    if kind is Kind.LOCAL:
+        return True
+    options = PipelineOptions(beam_options)
+    environment = _environment(options, kind)
+    return environment == "LOOPBACK" or (environment == "EXTERNAL" and _has_pool_here(options, kind))
+
+
+def has_metrics(beam_options: list[str]) -> bool:
+    """Whether the runner tells what its workers counted."""
+    options = PipelineOptions(beam_options)
+    return not (_kind(beam_options) is Kind.SPARK and options.view_as(SparkRunnerOptions).spark_submit_uber_jar)
+
+
+def pipeline_of(beam_options: list[str]) -> beam.Pipeline:
+    """An empty pipeline on the runner that Beam's options name; on the local one where they name none."""
+    # Named outright, because Beam's DirectRunner first tries to download another runner.
+    ours = {Kind.LOCAL: FnApiRunner, Kind.PORTABLE: _PortableRunner}.get(_kind(beam_options))
+    return beam.Pipeline(runner=ours() if ours else None, options=PipelineOptions(beam_options))
+
+
+class _PortableRunner(PortableRunner):
+    """Beam's, with a job service of ours in this process where one is to be in it."""
+
+    def create_job_service(self, options: PipelineOptions) -> JobServiceHandle:
+        if options.view_as(PortableOptions).job_endpoint == EMBED:
+            return self.create_job_service_handle(JobService(), options)
+        return super().create_job_service(options)
+
+    def create_job_service_handle(self, job_service: Any, options: PipelineOptions) -> JobServiceHandle:
+        return _Handle(job_service, options)
+
+
+class _Handle(JobServiceHandle):
+    def run(self, preparation_id: str) -> Any:
+        # Beam would stop following the job after `job_server_timeout`, and take that for its failure.
+        self.timeout = None
+        return super().run(preparation_id)
+
+
+def _kind(beam_options: list[str]) -> Kind:
+    """Raises UsageError where it is none."""
+    named = PipelineOptions(beam_options).view_as(StandardOptions).runner
+    if named is None:
+        return Kind.LOCAL
+    name = named.rpartition(".")[2].lower()  # as Beam reads it: a class, its name, or that without "Runner"
+    name = name if name.endswith("runner") else f"{name}runner"
+    if name in _KIND_OF:
+        return _KIND_OF[name]
+    why = _REFUSED.get(name, "nothing here was ever run on it")
+    raise UsageError(
+        f"--runner: {named}: {why}; allowed: {', '.join(kind.value for kind in Kind)} (docs/runners.md; "
+        "without --runner it is this machine)"
+    )
+
+
+def _check_dataflow(options: PipelineOptions, paths: Mapping[str, str], lacks_accelerator: bool) -> None:
+    google = options.view_as(GoogleCloudOptions)
+    missing = [
+        f"--{name} ({what})"
+        for name, what, value in (
+            ("project", "whose quota and bill it is", google.project),
+            ("temp_location", "a gs:// folder for what is staged", google.temp_location),
+            (
+                "sdk_container_image",
+                "an image with pairsift in it, which Beam's own has not",
+                options.view_as(WorkerOptions).sdk_container_image,
+            ),
+        )
+        if not value
+    ]
+    faults = [f"say {', '.join(missing)}"] if missing else []
+    faults += [f"{option}: {path}: its workers see gs:// only" for option, path in paths.items() if "://" not in path]
+    if lacks_accelerator:
+        faults.append(
+            "the recipe says cross_modality.device: cuda, and no accelerator is asked for; add "
+            "--dataflow_service_options=worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver, or say cpu"
+        )
+    if faults:
+        raise UsageError(f"DataflowRunner: {'; '.join(faults)} (docs/runners.md)")
+
+
+def _check_service(options: PipelineOptions, kind: Kind) -> None:
+    portable = options.view_as(PortableOptions)
+    if kind is not Kind.PORTABLE and not portable.job_endpoint:
+        java = options.view_as(JobServerOptions).job_server_java_launcher
+        if not shutil.which(java):
+            raise UsageError(
+                f"{kind.value}: starts Beam's job server, and there is no {java} on the PATH; install Java, or name a "
+                "job server that runs with --job_endpoint=HOST:PORT"
+            )
+        return
+    if not portable.job_endpoint:
+        raise UsageError(
+            f"PortableRunner: needs a job service: --job_endpoint={EMBED} for one in this process, or "
+            "--job_endpoint=HOST:PORT"
+        )
+    if portable.job_endpoint != EMBED and not _describes_options(portable.job_endpoint):
+        raise UsageError(
+            f"--job_endpoint: {portable.job_endpoint}: is Beam's own local job service (or another that describes no "
+            "options), which runs one worker and waits for ever where that dies; start "
+            f"`python -m pipeline.runners.job_service` there, or say --job_endpoint={EMBED}"
+        )
+
+
+def _describes_options(endpoint: str) -> bool:
+    """Whether the job service tells of options of its own, as ours and Flink's and Spark's do. Raises UsageError where
+    none answers."""
+    with grpc.insecure_channel(endpoint) as channel:
+        try:
+            stub = beam_job_api_pb2_grpc.JobServiceStub(channel)
+            request = beam_job_api_pb2.DescribePipelineOptionsRequest()
+            return bool(stub.DescribePipelineOptions(request, timeout=_SERVICE_SECONDS).options)
+        except grpc.RpcError as error:
+            raise UsageError(
+                f"--job_endpoint: {endpoint}: no job service answers there; start one: "
+                f"python -m pipeline.runners.job_service --port {endpoint.rpartition(':')[2]} (or say --job_endpoint={EMBED})"
+            ) from error
+
+
+def _environment(options: PipelineOptions, kind: Kind) -> str:
+    """How the workers come to be, as Beam names it."""
+    named = options.view_as(PortableOptions).environment_type
+    if named:
+        return named.upper()
+    # What starts a cluster in this machine takes its workers from here; else Beam's default holds.
+    starts_cluster = {Kind.FLINK: ("flink_master", ("[local]", "[auto]")), Kind.SPARK: ("spark_master_url", ("local",))}
+    option, here = starts_cluster.get(kind, ("", ()))
+    master = str(options.get_all_options().get(option, ""))
+    return "LOOPBACK" if here and master.startswith(here) else "DOCKER"
+
+
+def _check_environment(
+    options: PipelineOptions, kind: Kind, paths: Mapping[str, str], models: Mapping[str, str | None]
+) -> None:
+    environment, config = _environment(options, kind), options.view_as(PortableOptions).environment_config
+    local = {option: path for option, path in (*paths.items(), *models.items()) if path and _is_local_path(path)}
+    if environment == "DOCKER":
+        if not (config or options.view_as(PortableOptions).lookup_environment_option("docker_container_image")):
+            raise UsageError(
+                f"{kind.value}: workers are containers of Beam's own image, which has no pairsift; name an image with "
+                "--environment_config=IMAGE, or say --environment_type=EXTERNAL (a worker pool), or LOOPBACK"
+            )
+        for option in paths.keys() & local.keys():
+            raise UsageError(
+                f"{option}: {local[option]}: lies on this machine's disk, which a container does not see; give a gs:// "
+                "folder, or say --environment_type=EXTERNAL"
+            )
+    if environment == "EXTERNAL":
+        _check_pool(options, kind)
+    if environment == "LOOPBACK":
+        return
+    for option, path in local.items():
+        if not os.path.isabs(path):
+            raise UsageError(f"{option}: {path}: workers have another working folder; give the whole path")
+    if local and not (environment == "EXTERNAL" and _has_pool_here(options, kind)):
+        logging.warning("%s: every worker must see the same there: %s", kind.value, ", ".join(sorted(local.values())))
+
+
+def _is_local_path(path: str) -> bool:
+    return "://" not in path and os.path.exists(path)
+
+
+def _pool(options: PipelineOptions) -> str:
+    """The worker pool's host:port; empty where none is named."""
+    portable = options.view_as(PortableOptions)
+    config = portable.environment_config or portable.lookup_environment_option("external_service_address") or ""
+    try:
+        given = json.loads(config)
+    except ValueError:
+        return config
+    return str(given.get("url", "")) if isinstance(given, dict) else config
+
+
+def _has_pool_here(options: PipelineOptions, kind: Kind) -> bool:
+    """Whether the worker pool is on this machine. To a cluster, `localhost` is each of its own machines."""
+    endpoint = options.view_as(PortableOptions).job_endpoint or ""
+    return kind is Kind.PORTABLE and (endpoint == EMBED or _is_this_host(endpoint)) and _is_this_host(_pool(options))
+
+
+def _check_pool(options: PipelineOptions, kind: Kind) -> None:
+    pool = _pool(options)
+    host, _, port = pool.rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(
+            f"--environment_config: got {pool!r}; EXTERNAL needs the HOST:PORT of a worker pool; start one: python -m "
+            "apache_beam.runners.worker.worker_pool_main --service_port=50000"
+        )
+    if not _has_pool_here(options, kind):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SERVICE_SECONDS).close()
+    except OSError as error:
+        raise UsageError(
+            f"--environment_config: {pool}: no worker pool answers there; start one, with the `python` that has "
+            "pairsift first on its PATH: python -m apache_beam.runners.worker.worker_pool_main "
+            f"--service_port={port}"
+        ) from error
+
+
+def _is_this_host(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    return host in ("localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn())

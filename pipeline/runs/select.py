@@ -1,0 +1,135 @@
+"""Deciding again from kept annotations: other thresholds, weights or targets, without an image or a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from typing import Any
+
+from pipeline import graphs
+from pipeline.output_folder import tables, versions
+from pipeline.output_folder.layout import POOL_WIDE, Layout
+from pipeline.output_folder.manifest import identities_from, manifest
+from pipeline.report.progress import Progress
+from pipeline.runners import supported
+from pipeline.runs.run import (
+    Outcome,
+    UsageError,
+    WorkDone,
+    check_path,
+    decide,
+    only_writer,
+    run_graph,
+    shown,
+    with_tagger,
+)
+from pipeline.sinks.publication import Publication
+from pipeline.sources.listing import read_listing
+from transforms.core.recipe import Recipe
+from transforms.core.records import Shard
+from transforms.models.precision import resolve
+from transforms.storage import files
+
+
+def select(
+    recipe: Recipe,
+    recipe_path: str,
+    output: str,
+    beam_options: list[str],
+    progress: Progress,
+    keep_versions: int = versions.KEPT,
+) -> Outcome:
+    """Decide by `recipe`, whose path is for messages only, over the annotations under `output`; the results are those
+    of a run of that recipe, to the byte.
+
+    Raises UsageError, with nothing changed, where there are no annotations, where features or scores that the recipe
+    needs were never computed (how many, and by which command they are), or where another run writes the folder.
+    """
+    check_path("--output", output)
+    supported.check(beam_options, {"--output": output}, {}, needs_gpu=False)
+    layout = Layout(output.rstrip("/") or output)
+    earlier, shards = _newest_run(layout)
+    try:
+        found = identities_from(earlier, recipe)
+        settled = with_tagger(_with_precision(recipe, earlier), found)
+    except (OSError, ValueError, LookupError) as error:
+        raise UsageError(f"recipe: {error}") from error
+    pool = earlier["pool"]
+    command = shlex.join(["pairsift", "run", recipe_path, "--input", pool, "--output", output])
+    job = graphs.Job(settled, shards, layout, found)
+    features = job.single_modality_work
+    unfinished = files.each(output, features.is_finished, shards).count(False)
+    if unfinished:
+        raise UsageError(
+            f"{output}: {unfinished} of {len(shards)} shards have no features for this recipe; compute them: {command}"
+        )
+    with only_writer(layout):
+        if _newest_run(layout) != (earlier, shards):
+            raise UsageError(f"{output}: another run has just ended there; give the same command again")
+        try:
+            aside = _pool_wide_aside(job, beam_options)
+            missing = _missing(aside, beam_options)
+            if missing:
+                raise UsageError(
+                    f"{output}: {missing} samples have no score that this recipe needs; compute them: {command}"
+                )
+            unscored = files.each(output, aside.cross_modality_work.is_begun, shards).count(False)
+            if unscored:  # of which nothing is kept
+                raise UsageError(
+                    f"{output}: {unscored} of {len(shards)} shards have no scores yet; compute them: {command}"
+                )
+            if aside is not job:
+                _move(aside.layout, layout, shards)
+        finally:
+            files.delete_folder(layout.select_work)
+        content = manifest(recipe, pool, found, settled.cross_modality.precision)
+        work = WorkDone({}, {})
+        funnel = decide(job, Publication(content, keep_versions), beam_options, progress, work)
+        files.write_json(layout.run, {**work.content, "shards": len(shards)})
+    return Outcome(funnel, shown(layout))
+
+
+def _newest_run(layout: Layout) -> tuple[dict[str, Any], tuple[Shard, ...]]:
+    """The manifest of the newest run, and the shards that it found."""
+    try:
+        earlier = json.loads(files.read_bytes(layout.newest_manifest))
+        shards = read_listing(layout)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{layout.output}: holds no annotations to select from; `pairsift run` makes them") from error
+    return earlier, shards
+
+
+def _with_precision(recipe: Recipe, earlier: dict[str, Any]) -> Recipe:
+    """The recipe with `auto` settled as the newest run had it: this machine may have other hardware."""
+    cross, before = recipe.cross_modality, earlier["recipe"]["cross_modality"]
+    same = (cross.device, cross.precision) == (before["device"], before["precision"])
+    precision = earlier["precision"] if same else resolve(cross.precision, cross.device)
+    return recipe.model_copy(update={"cross_modality": cross.model_copy(update={"precision": precision})})
+
+
+def _pool_wide_aside(job: graphs.Job, beam_options: list[str]) -> graphs.Job:
+    """The job with what only the whole pool can tell, judged by its recipe: aside, unless that lies there already."""
+    work = job.pool_wide_work
+    if all(files.each(job.layout.output, work.is_finished, job.shards)):
+        return job
+    aside = dataclasses.replace(job, layout=dataclasses.replace(job.layout, pool_wide_folder=job.layout.select_work))
+    run_graph(graphs.pool_wide, aside, beam_options)
+    return aside
+
+
+def _missing(job: graphs.Job, beam_options: list[str]) -> int:
+    """How many samples lack a score that the recipe needs."""
+    run_graph(graphs.count_missing, job, beam_options)
+    return int(files.read_bytes(job.layout.missing))
+
+
+def _move(source: Layout, target: Layout, shards: tuple[Shard, ...]) -> None:
+    """Put the pool-wide tables and dead letters of `source` in the place of those of `target`."""
+
+    def move(shard: Shard) -> None:
+        letters = tables.read_dead_letters(source.dead_letters(POOL_WIDE, shard.name))
+        tables.write_dead_letters(target.dead_letters(POOL_WIDE, shard.name), letters)
+        files.rename(source.pool_wide(shard.name), target.pool_wide(shard.name))
+
+    files.each(target.output, move, shards)

@@ -1,0 +1,142 @@
+"""The jobs that are handed to Dataflow: machines, GPUs, processes, images, steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from google.cloud import dataflow_v1beta3
+
+from pipeline.dataflow.names import job_name
+from pipeline.dataflow.settings import ALL_STAGES, ALL_WORKERS, RIGHT_FITTING, TEMPLATES, GpuWorker
+from pipeline.output_folder.layout import Layout
+from pipeline.sources.listing import read_listing
+from tests.pipeline.dataflow.jobs import IMAGE, L4, Job, Jobs, handed_over
+from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY
+
+STEP_NAMES = Path(__file__).with_name("step_names.txt")
+T4 = GpuWorker("nvidia-tesla-t4", "n1-standard-16")
+MODELS = [
+    "Read kept/Read and decode/ParDo(_ReadShard)",
+    "Flipped CLIP/Score flipped CLIP/BeamML_RunInference",
+    "Join wanted/Join",
+    "Image-text matching/Score image-text matching/BeamML_RunInference",
+    "Digit/Ask for digits/BeamML_RunInference",
+    "Write scores",
+]
+ONE_PROCESS, MANY_PROCESSES = "no_use_multiple_sdk_containers", "use_multiple_sdk_containers"
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(tmp_path_factory.mktemp("jobs"))
+
+
+def models_in(template: str) -> set[str]:
+    """The steps that have to be together: from reading to writing."""
+    prefix = "Cross modality/" if template == ALL_STAGES else ""
+    return {f"{prefix}Score shards/{step}" for step in MODELS}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("recipe", ["paper", "demo"])
+def test_every_template_builds_for_every_recipe(jobs: Jobs, recipe: str, template: str) -> None:
+    job = jobs.get(recipe, template, RIGHT_FITTING)
+    parsed = dataflow_v1beta3.Job.from_json(json.dumps(job.content))
+    assert parsed.name == job_name(str(job.output), template)
+    assert parsed.type_ == dataflow_v1beta3.JobType.JOB_TYPE_BATCH
+    assert parsed.environment.worker_pools[0].autoscaling_settings.max_num_workers == 50
+    assert parsed.environment.worker_pools[0].disk_size_gb == 100
+    images = {image.container_image for image in parsed.environment.worker_pools[0].sdk_harness_container_images}
+    assert images == {IMAGE}
+
+
+def test_steps_keep_their_names(jobs: Jobs) -> None:
+    """How to write them down anew stands in tests/pipeline/dataflow/jobs.py."""
+    assert jobs.step_names().splitlines() == STEP_NAMES.read_text().splitlines()
+
+
+def test_all_workers_have_the_gpu_by_the_service_option(jobs: Jobs) -> None:
+    job = jobs.get("paper", CROSS_MODALITY, ALL_WORKERS)
+    assert job.service_options == ["worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"]
+    assert job.pool["machineType"] == "g2-standard-8"
+    assert {job.hint_of(step) for step in job.steps} == {""}
+
+
+@pytest.mark.parametrize("template", [CROSS_MODALITY, ALL_STAGES])
+def test_right_fitting_gives_the_gpu_to_the_models_alone(jobs: Jobs, template: str) -> None:
+    job = jobs.get("paper", template, RIGHT_FITTING)
+    assert job.service_options == []
+    assert job.pool["machineType"] == "n2-standard-8"  # of the rest; the hint names that of the models
+    assert {step for step in job.steps if job.hint_of(step)} == models_in(template)
+    assert {job.hint_of(step) for step in models_in(template)} == {L4.option}
+
+
+@pytest.mark.parametrize(
+    ("template", "gpus"),
+    [(CROSS_MODALITY, ALL_WORKERS), (CROSS_MODALITY, RIGHT_FITTING), (ALL_STAGES, RIGHT_FITTING)],
+)
+def test_from_reading_to_writing_is_one_stage_in_one_environment(jobs: Jobs, template: str, gpus: str) -> None:
+    """As Beam's own fusion has it, of the graph that is handed over; pixels would cross whatever lies between."""
+    job = jobs.get("paper", template, gpus)
+    _, stages = FnApiRunner().create_stages(job.graph)
+    (fused,) = [stage for stage in stages if models_in(template) & {one.unique_name for one in stage.transforms}]
+    assert models_in(template) <= {one.unique_name for one in fused.transforms}
+    assert len({one.environment_id for one in fused.transforms if one.environment_id}) == 1
+
+
+@pytest.mark.parametrize("template", [SINGLE_MODALITY, DISTRIBUTION_ALIGNMENT])
+def test_stages_without_models_have_no_gpu_and_a_process_for_each_vcpu(jobs: Jobs, template: str) -> None:
+    job = jobs.get("paper", template, RIGHT_FITTING)
+    assert job.service_options == []
+    assert {job.hint_of(step) for step in job.steps} == {""}
+    assert MANY_PROCESSES in job.experiments
+    assert ONE_PROCESS not in job.experiments
+    assert "numThreadsPerWorker" not in job.pool
+
+
+def processes_and_threads(job: Job) -> tuple[bool, int]:
+    assert (ONE_PROCESS in job.experiments) != (MANY_PROCESSES in job.experiments)
+    return ONE_PROCESS in job.experiments, job.pool["numThreadsPerWorker"]
+
+
+def test_a_gpu_worker_is_one_process_whose_threads_follow_from_its_vcpus(jobs: Jobs) -> None:
+    assert processes_and_threads(jobs.get("paper", CROSS_MODALITY, ALL_WORKERS)) == (True, 2)
+    assert processes_and_threads(jobs.get("paper", CROSS_MODALITY, ALL_WORKERS, T4)) == (True, 4)
+    assert processes_and_threads(jobs.get("paper", ALL_STAGES, RIGHT_FITTING)) == (True, 2)
+
+
+def test_models_on_cpus_take_all_of_a_worker_for_one_shard(jobs: Jobs) -> None:
+    assert processes_and_threads(jobs.get("demo", CROSS_MODALITY, RIGHT_FITTING)) == (True, 1)
+
+
+@pytest.mark.parametrize(("gpu", "precision"), [(L4, "bf16"), (T4, "fp16")])
+def test_the_gpu_that_is_named_settles_the_precision(jobs: Jobs, gpu: GpuWorker, precision: str) -> None:
+    """Where no GPU is; and the recipe in the manifest stays as it was given."""
+    output = jobs.get("paper", CROSS_MODALITY, ALL_WORKERS, gpu).output
+    manifest = json.loads(Path(Layout(str(output)).newest_manifest).read_text())
+    assert manifest["precision"] == precision
+    assert manifest["recipe"]["cross_modality"]["precision"] == "auto"
+
+
+def test_only_the_first_stage_lists_the_pool(jobs: Jobs) -> None:
+    listed = read_listing(Layout(str(jobs.get("paper", SINGLE_MODALITY, RIGHT_FITTING).output)))
+    assert [shard.name for shard in listed] == ["00000", "00001"]
+
+
+def test_shards_that_come_meanwhile_wait_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = handed_over(tmp_path, monkeypatch, "demo", CROSS_MODALITY, shards=2)
+    (tmp_path / "pool" / "00002.tar").write_bytes((tmp_path / "pool" / "00000.tar").read_bytes())
+    assert len(read_listing(Layout(str(job.output)))) == 2
+
+
+def test_a_graph_does_not_grow_with_the_pool(
+    jobs: Jobs, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("many")
+    many = handed_over(folder, monkeypatch, "paper", SINGLE_MODALITY, shards=200)
+    few = jobs.get("paper", SINGLE_MODALITY, RIGHT_FITTING)
+    assert b"00001.tar" not in many.graph.SerializeToString()
+    assert abs(many.graph.ByteSize() - few.graph.ByteSize()) < 2000  # the folders' names stand in it

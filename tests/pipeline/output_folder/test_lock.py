@@ -1,0 +1,70 @@
+"""One writer at a time; a dead one's lock is taken over."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.output_folder.lock import Held, only_writer
+
+HOLDER = """
+import sys, time
+from pipeline.output_folder.lock import only_writer
+with only_writer(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(output: Path) -> None:
+    with only_writer(str(output)):
+        pass
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    """Another process that holds the folder."""
+    root = str(Path(__file__).parents[3])
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "out")], cwd=root, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_second_is_refused_with_who_and_since_when(holder: subprocess.Popen, tmp_path: Path) -> None:
+    with pytest.raises(Held, match=rf"out: process {holder.pid} of {getpass.getuser()} on \S+, since 20\d\d-"):
+        hold(tmp_path / "out")
+
+
+def test_a_dead_holder_s_lock_is_taken_over(holder: subprocess.Popen, tmp_path: Path) -> None:
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / "out" / ".lock.json").exists()  # it had no time to clear up
+    hold(tmp_path / "out")
+    hold(tmp_path / "out")
+    assert not (tmp_path / "out" / ".lock.json").exists()
+
+
+def test_two_runs_of_one_process_are_two(tmp_path: Path) -> None:
+    with only_writer(str(tmp_path / "out")), pytest.raises(Held, match=f"process {os.getpid()}"):
+        hold(tmp_path / "out")
+
+
+def test_other_folders_are_free(holder: subprocess.Popen, tmp_path: Path) -> None:
+    hold(tmp_path / "other")
+
+
+def test_a_run_that_fails_lets_go(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="boom"), only_writer(str(tmp_path / "out")):
+        raise RuntimeError("boom")
+    hold(tmp_path / "out")

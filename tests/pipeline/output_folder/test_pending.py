@@ -1,0 +1,273 @@
+"""What is done again, and what is not: only what the shard, a feature or a model gives cause for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.output_folder import tables
+from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.pending import CrossModalityWork, PoolWideWork, SingleModalityWork, as_asked
+from tests.helpers import annotation, recipe, uid
+from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY, STAGES
+from transforms.core.records import DeadLetter, Shard
+from transforms.rules import rules_of
+
+SHARD = Shard("00000", "/p/00000.tar", "1")
+KNOWN: dict[str, Any] = {stage: {} for stage in STAGES}
+PROMPTS = {"min_probability": 0.5}
+
+
+def single(**changes: Any) -> dict[str, str]:
+    return SingleModalityWork(recipe(**changes), Layout("/out"), KNOWN).made_from(SHARD)
+
+
+def cross(**changes: Any) -> dict[str, str]:
+    return CrossModalityWork(recipe(**changes), Layout("/out"), KNOWN).made_from(SHARD)
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, set()),
+        ({"pool": {"max_image_bytes": 10}}, {"shard"}),
+        ({"single_modality__language": {"allowed": ["en"], "model": "other.bin"}}, {"language"}),
+        ({"single_modality__pos_pattern__max_words": 3}, {"pos_pattern"}),
+        ({"single_modality__face_area": ...}, {"face_area"}),
+        # what only decides
+        ({"single_modality__caption_length": {"min_words": 1, "min_characters": 1}}, set()),
+        ({"single_modality__language": {"allowed": ["de"]}}, set()),
+        ({"single_modality__pos_pattern": {"tagger": "bundled", "any_of": ["JJ"], "only_of": []}}, set()),
+        ({"single_modality__face_area": {"max_share": 0.1}}, set()),
+        ({"single_modality__near_duplicate": {"max_hamming": 1}, "single_modality__min_side": ...}, set()),
+        ({"seed": 5, "name": "other", "cross_modality__flipped_clip__min": 0.3}, set()),
+    ],
+)
+def test_what_changes_the_features(changes: dict[str, Any], names: set[str]) -> None:
+    assert changed(single(), single(**changes)) == names
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"pool": {"max_image_pixels": 10}}, {"shard"}),
+        ({"cross_modality__precision": "bf16"}, {"shard"}),
+        ({"cross_modality__flipped_clip__batch_size": 3}, {"flipped_clip"}),
+        ({"cross_modality__flipped_clip__score_unflipped": False}, {"flipped_clip"}),
+        ({"cross_modality__image_text_matching": {"model": "other", "min": 0.0071}}, {"image_text_matching"}),
+        ({"cross_modality__image_text_matching": {"model": "bundled:itm", "min": 0.1, "max_tokens": 9}},
+         {"image_text_matching"}),
+        ({"cross_modality__digit": {"model": "bundled:digit", "prompts": ["?"]}}, {"digit"}),
+        ({"cross_modality__digit": {"model": "bundled:digit", "clip_prompts": PROMPTS}}, {"digit_prompts"}),
+        # what only decides
+        ({"cross_modality__flipped_clip__min": 0.1}, set()),
+        ({"cross_modality__flipped_clip__digit_rescue": {"min_cosine": 0.1}}, set()),
+        ({"cross_modality__image_text_matching": {"model": "bundled:itm", "keep_fraction": 0.5}}, set()),
+        ({"single_modality__face_area": ..., "distribution_alignment__max_copies": 20, "seed": 3}, set()),
+    ],
+)  # fmt: skip
+def test_what_changes_the_scores(changes: dict[str, Any], names: set[str]) -> None:
+    assert changed(cross(), cross(**changes)) == names
+
+
+def test_the_share_of_prompts_that_is_asked_for_only_decides() -> None:
+    one, other = (
+        cross(cross_modality__digit={"model": "bundled:digit", "clip_prompts": {"min_probability": share}})
+        for share in (0.1, 0.5)
+    )
+    assert changed(one, other) == set()
+
+
+def test_another_file_behind_a_name_is_another_model() -> None:
+    known = KNOWN | {CROSS_MODALITY: {"digit": {"sha256": "x"}}, SINGLE_MODALITY: {"pos_tagger": {"sha256": "x"}}}
+    layout = Layout("/out")
+    assert changed(cross(), CrossModalityWork(recipe(), layout, known).made_from(SHARD)) == {"digit"}
+    assert changed(single(), SingleModalityWork(recipe(), layout, known).made_from(SHARD)) == {"pos_pattern"}
+
+
+def test_a_changed_shard_is_looked_at_again_wherever_it_and_the_outputs_lie() -> None:
+    work, elsewhere = (SingleModalityWork(recipe(), Layout(output), KNOWN) for output in ("/out", "/elsewhere"))
+    assert changed(work.made_from(SHARD), work.made_from(SHARD._replace(fingerprint="2"))) == {"shard"}
+    assert elsewhere.made_from(SHARD._replace(path="/elsewhere/00000.tar")) == work.made_from(SHARD)
+
+
+def test_what_only_the_pool_can_tell_hangs_on_every_shard_and_on_stage_1_s_thresholds() -> None:
+    def over(*shards: Shard, **changes: Any) -> dict[str, str]:
+        return PoolWideWork(recipe(**changes), Layout("/out"), KNOWN, shards).made_from
+
+    other = Shard("00001", "/p/00001.tar", "1")
+    assert over(SHARD, other) == over(other, SHARD) == over(SHARD, other, seed=4)
+    assert over(SHARD) != over(SHARD, other)
+    assert over(SHARD) != over(SHARD, single_modality__aspect_ratio={"max_ratio": 2.0})
+
+
+# Stage 2 on a shard -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    """A shard of 6 samples, of which stage 1 keeps k0, k2 and k4, and k1 too where one word will do. k5's uid stands
+    elsewhere."""
+    layout = Layout(str(tmp_path))
+    rows = [annotation(uid=uid(n), shard="00000", key=f"k{n}", word_count=6 if n % 2 == 0 else 1) for n in range(6)]
+    written = [tables.annotation_row(row) for row in rows]
+    tables.write_table(layout.single_modality("00000"), written, tables.SINGLE_MODALITY)
+    tables.write_table(layout.pool_wide("00000"), written[:5], tables.POOL_WIDE)
+    return layout
+
+
+ONE_WORD: dict[str, Any] = {"single_modality__caption_length": {"min_words": 1, "min_characters": 1}}
+HIGH: dict[str, Any] = {"cross_modality__flipped_clip__min": 0.5}
+LOW: dict[str, Any] = {"cross_modality__flipped_clip__min": 0.1}
+
+
+def scored(layout: Layout, key: str, **scores: Any) -> dict[str, Any]:
+    known = {"uid": uid(int(key[1:])), "key": key, "flipped_clip_cosine": 0.25, "embedding": b"e" + key.encode()}
+    return dict.fromkeys(tables.CROSS_MODALITY.names) | known | scores
+
+
+def write(
+    layout: Layout, rows: list[dict[str, Any]], letters: tuple[DeadLetter, ...] = (), **changes: Any
+) -> CrossModalityWork:
+    """What stage 2 leaves having found `rows`."""
+    work = CrossModalityWork(recipe(**changes), layout, KNOWN)
+    table = work.table(SHARD, rows, list(letters), {})
+    tables.write_dead_letters(layout.dead_letters(CROSS_MODALITY, "00000"), table.dead_letters)
+    tables.write_table(layout.cross_modality("00000"), table.rows, tables.CROSS_MODALITY, table.made_from)
+    return work
+
+
+def work(layout: Layout, **changes: Any) -> CrossModalityWork:
+    return CrossModalityWork(recipe(**changes), layout, KNOWN)
+
+
+def test_stage_2_wants_what_stage_1_kept(layout: Layout) -> None:
+    wanted = work(layout).wanted(SHARD)
+    assert {key: a.uid for key, a in wanted.items()} == {"k0": uid(0), "k2": uid(2), "k4": uid(4)}
+    assert not work(layout).is_finished(SHARD)
+
+
+def test_only_what_is_missing_is_wanted(layout: Layout) -> None:
+    done = write(layout, [scored(layout, key) for key in ("k0", "k2", "k4")], **HIGH)
+    assert done.is_finished(SHARD)
+    assert not done.is_finished(SHARD._replace(fingerprint="2"))
+    assert set(work(layout, **HIGH, **ONE_WORD).wanted(SHARD)) == {"k1", "k3"}
+    assert set(work(layout, **LOW).wanted(SHARD)) == {"k0", "k2", "k4"}
+    assert {a.flipped_clip_cosine for a in work(layout, **LOW).wanted(SHARD).values()} == {0.25}
+    assert work(layout, **HIGH, distribution_alignment__max_copies=20, seed=3).is_finished(SHARD)
+
+
+def test_merged_scores_stand_as_if_made_at_once(layout: Layout, tmp_path: Path) -> None:
+    whole = {"match_probability": 0.75, "digit_probability": 0.5}
+    write(layout, [scored(layout, key) for key in ("k4", "k0", "k2")], **HIGH)
+    more = [scored(layout, "k0", **whole), scored(layout, "k3", **whole), scored(layout, "k1", **whole)]
+    table = work(layout, **LOW, **ONE_WORD).table(SHARD, more, [], {})
+    assert table.samples_back == 2
+    at_once = [scored(layout, f"k{n}", **(whole if n in (0, 1, 3) else {})) for n in range(5)]
+    assert table.rows == at_once
+    write(layout, more, **LOW, **ONE_WORD)
+    merged = Path(layout.cross_modality("00000")).read_bytes()
+    Path(layout.cross_modality("00000")).unlink()
+    write(layout, at_once, **LOW, **ONE_WORD)
+    assert Path(layout.cross_modality("00000")).read_bytes() == merged
+
+
+def test_smaller_batch_shapes_are_remembered_as_long_as_their_model_stays(layout: Layout) -> None:
+    def table(halvings: dict[str, int], **changes: Any) -> dict[str, int]:
+        found = work(layout, **changes).table(SHARD, [scored(layout, "k0")], [], halvings)
+        path = layout.cross_modality("00000")
+        tables.write_table(path, found.rows, tables.CROSS_MODALITY, found.made_from, found.halvings)
+        return dict(found.halvings)
+
+    assert table({"flipped_clip": 2}) == {"flipped_clip": 2}
+    assert table({"flipped_clip": 1, "digit": 1}) == {"flipped_clip": 2, "digit": 1}
+    assert table({}, cross_modality__flipped_clip__batch_size=3) == {"digit": 1}
+
+
+def test_another_model_loses_its_own_scores_only(layout: Layout) -> None:
+    whole = {"match_probability": 0.75, "digit_probability": 0.5}
+    write(layout, [scored(layout, key, **whole) for key in ("k0", "k2", "k4")], **LOW)
+    other = {"cross_modality__image_text_matching": {"model": "other", "min": 0.0071}}
+    wanted = work(layout, **LOW, **other).wanted(SHARD)
+    assert {(a.flipped_clip_cosine, a.match_probability, a.digit_probability) for a in wanted.values()} == {
+        (0.25, None, 0.5)
+    }
+    without = work(layout, **LOW, cross_modality__image_text_matching=...)
+    assert without.is_finished(SHARD)
+    assert without.table(SHARD, [], [], {}).rows[0]["match_probability"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("reason", "wanted_again"), [("undecodable_image", set()), ("model_failed", {"k2"}), ("preparation_failed", {"k2"})]
+)
+def test_what_broke_is_tried_again_only_where_another_model_may_be_asked(
+    layout: Layout, reason: str, wanted_again: set[str]
+) -> None:
+    letter = DeadLetter("00000", "k2", uid(2), CROSS_MODALITY, reason, "m")
+    done = write(layout, [scored(layout, key) for key in ("k0", "k4")], (letter,), **HIGH)
+    assert done.is_finished(SHARD)
+    higher = work(layout, cross_modality__flipped_clip__min=0.6)
+    assert set(higher.wanted(SHARD)) == wanted_again
+    assert higher.is_finished(SHARD) is not bool(wanted_again)
+
+
+def test_a_dead_letter_of_a_sample_that_stage_1_drops_now_goes(layout: Layout) -> None:
+    letter = DeadLetter("00000", "k1", uid(1), CROSS_MODALITY, "undecodable_image", "m")
+    write(layout, [scored(layout, key) for key in ("k0", "k2", "k3", "k4")], (letter,), **HIGH, **ONE_WORD)
+    stricter = work(layout, **HIGH)
+    assert not stricter.is_finished(SHARD)
+    assert stricter.wanted(SHARD) == {}
+    write(layout, [], **HIGH)
+    assert stricter.is_finished(SHARD)
+    assert set(work(layout, **HIGH, **ONE_WORD).wanted(SHARD)) == {"k1"}
+
+
+def test_a_sample_that_broke_on_a_rule_that_is_off_now_has_no_features_yet(layout: Layout) -> None:
+    with_language = SingleModalityWork(recipe(), layout, KNOWN)
+    tables.write_table(layout.single_modality("00000"), [], tables.SINGLE_MODALITY, with_language.made_from(SHARD))
+    without = SingleModalityWork(recipe(single_modality__language=...), layout, KNOWN)
+    assert without.is_finished(SHARD)
+    letter = DeadLetter("00000", "k2", uid(2), SINGLE_MODALITY, "language_failed", "m")
+    tables.write_dead_letters(layout.dead_letters(SINGLE_MODALITY, "00000"), [letter])
+    assert with_language.is_finished(SHARD)
+    assert not without.is_finished(SHARD)
+
+
+# What a recipe did not ask for is not shown ------------------------------------------------------------------------
+
+WHOLE = annotation(digit_prompt_probability=0.5, embedding=b"e", unflipped_clip_cosine=0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "unknown"),
+    [
+        ({}, {"digit_prompt_probability"}),
+        ({"cross_modality__digit": {"model": "m", "clip_prompts": PROMPTS}}, set()),
+        ({"cross_modality__digit": {"model": "m", "clip_prompts": {"min_probability": 0.6}}}, {"digit_probability"}),
+        (HIGH, {"digit_prompt_probability", "match_probability", "digit_probability"}),
+        ({"cross_modality__image_text_matching": {"model": "m", "min": 0.95}},
+         {"digit_prompt_probability", "digit_probability"}),
+        ({"cross_modality__image_text_matching": ...}, {"digit_prompt_probability", "match_probability"}),
+        ({"single_modality__language": ...},
+         {"digit_prompt_probability", "language", "language_probability"}),
+        ({"single_modality__caption_length": {"min_words": 9}},
+         {"flipped_clip_cosine", "unflipped_clip_cosine", "match_probability", "digit_prompt_probability",
+          "digit_probability", "embedding"}),
+    ],
+)  # fmt: skip
+def test_only_what_the_recipe_asks_for_is_known(changes: dict[str, Any], unknown: set[str]) -> None:
+    changes = {"cross_modality__flipped_clip__min": 0.3} | changes
+    if "cross_modality__digit" not in changes and "distribution_alignment" not in changes:
+        changes.setdefault("cross_modality__digit", {"model": "m"})
+    settled = recipe(**changes)
+    found = as_asked(WHOLE, settled, rules_of(settled, SINGLE_MODALITY))
+    before, after = dataclasses.asdict(WHOLE), dataclasses.asdict(found)
+    assert {name for name in before if before[name] != after[name]} == unknown
+    assert all(after[name] is None for name in unknown)

@@ -1,0 +1,156 @@
+"""Tables: what is written is read again, unchanged, and says what it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.output_folder import tables
+from pipeline.output_folder.layout import Layout
+from tests.helpers import annotation, uid
+from transforms.core.records import Annotation, DeadLetter
+from transforms.storage import files
+
+HOSTILE = ["", "a\x00b", "\u2028\n\r\t", '"quoted\\', "\U0001f600", "‮abc", "x" * 100_000]
+
+
+def write_single(layout: Layout, annotations: list[Annotation]) -> None:
+    rows = [tables.annotation_row(a) for a in annotations]
+    tables.write_table(layout.single_modality("s"), rows, tables.SINGLE_MODALITY)
+
+
+def test_rows_are_read_again_in_order(tmp_path: Path) -> None:
+    layout = Layout(str(tmp_path))
+    written = [annotation(uid=uid(n), key=f"k{n}", caption=text, width_px=2**31 - 1) for n, text in enumerate(HOSTILE)]
+    write_single(layout, written[::-1])
+    rows = tables.read_table(layout.single_modality("s"))
+    assert [row["caption"] for row in rows] == HOSTILE[::-1]
+    assert [row["uid"] for row in rows] == [uid(n) for n in range(len(HOSTILE))][::-1]
+    assert rows[0]["width_px"] == 2**31 - 1
+
+
+def test_what_was_never_computed_stays_unknown(tmp_path: Path) -> None:
+    layout = Layout(str(tmp_path))
+    write_single(layout, [Annotation(uid(1), "s", "k", "")])
+    (row,) = tables.read_table(layout.single_modality("s"))
+    assert row["caption"] == ""
+    assert all(value is None for name, value in row.items() if name not in ("uid", "shard", "key", "caption"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1 / 3, 1.0])
+def test_a_share_on_its_threshold_stays_there(tmp_path: Path, share: float) -> None:
+    layout = Layout(str(tmp_path))
+    write_single(layout, [annotation(face_area_share=share)])
+    (row,) = tables.read_table(layout.single_modality("s"))
+    assert row["face_area_share"] == share  # else `<= 0.4` would drop a picture of exactly 0.4
+
+
+def test_an_empty_table_is_a_table(tmp_path: Path) -> None:
+    path = str(tmp_path / "t.parquet")
+    tables.write_table(path, [], tables.CROSS_MODALITY, {"made": "x"})
+    assert tables.read_table(path) == []
+    assert tables.is_finished(path, {"made": "x"})
+
+
+def test_columns_of_other_tables_are_left_out_and_missing_ones_are_unknown(tmp_path: Path) -> None:
+    path = str(tmp_path / "t.parquet")
+    given = {"uid": uid(1), "key": "k", "caption": "not here", "embedding": b"\0\1"}
+    tables.write_table(path, [given], tables.CROSS_MODALITY)
+    (row,) = tables.read_table(path)
+    assert set(row) == set(tables.CROSS_MODALITY.names)
+    assert row["embedding"] == b"\0\1"
+    assert row["match_probability"] is None
+    assert tables.read_table(path, ["key"]) == [{"key": "k"}]
+
+
+def test_a_value_of_another_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"integer|int32|convert"):
+        tables.write_table(str(tmp_path / "t"), [{"uid": uid(1), "width_px": "wide"}], tables.SINGLE_MODALITY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_is_finished_when_it_was_made_from_the_same(tmp_path: Path) -> None:
+    path = str(tmp_path / "t.parquet")
+    assert not tables.is_finished(path, {"made": "this"})
+    tables.write_table(path, [], tables.POOL_WIDE, {"made": "this"})
+    assert tables.is_finished(path, {"made": "this"})
+    assert not tables.is_finished(path, {"made": "that"})
+    assert not tables.is_finished(path, {"made": ""})
+
+
+@pytest.mark.parametrize("kept", [0, 1, 0.5])
+def test_a_broken_table_is_not_finished(tmp_path: Path, kept: float) -> None:
+    path = tmp_path / "t.parquet"
+    tables.write_table(str(path), [{"uid": uid(1)}], tables.POOL_WIDE, {"made": "this"})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept) if kept < 1 else -1])
+    assert not tables.is_finished(str(path), {"made": "this"})
+
+
+def test_equal_rows_make_equal_files(tmp_path: Path) -> None:
+    rows = [tables.annotation_row(annotation(uid=uid(n), key=f"k{n}")) for n in range(100)]
+    for name in ("a", "b"):
+        tables.write_table(str(tmp_path / name), rows, tables.DECISIONS, {"made": "x"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_every_column_of_an_annotation_has_its_table() -> None:
+    names = {field.name for field in dataclasses.fields(Annotation)}
+    by_stage = {*tables.SINGLE_MODALITY.names, *tables.POOL_WIDE.names, *tables.CROSS_MODALITY.names}
+    assert names - by_stage == {"cluster", "semantic_duplicate_of"}
+    assert by_stage <= names
+    assert set(tables.DECISIONS.names) == names - {"embedding"} | {"dropped_by", "expected_copies", "copies"}
+
+
+def test_annotations_are_joined_by_key_in_tar_order(tmp_path: Path) -> None:
+    layout = Layout(str(tmp_path))
+    single = [annotation(uid=uid(9 - n), shard="s", key=f"k{n}", pool_samples=None, flipped_clip_cosine=None,
+                         match_probability=None, digit_probability=None) for n in range(4)]  # fmt: skip
+    write_single(layout, single)
+    pool_wide = [{"uid": a.uid, "key": a.key, "pool_samples": 4, "caption_image_count": n, "duplicate_of": None}
+                 for n, a in enumerate(single) if n != 1]  # fmt: skip
+    tables.write_table(layout.pool_wide("s"), pool_wide[::-1], tables.POOL_WIDE)
+    scores = [{"uid": single[2].uid, "key": "k2", "flipped_clip_cosine": 0.5, "embedding": b"e"}]
+    tables.write_table(layout.cross_modality("s"), scores, tables.CROSS_MODALITY)
+
+    unscored = tables.read_annotations(layout, "s", with_scores=False)
+    assert [a.key for a in unscored] == ["k0", "k2", "k3"]  # k1's uid stands twice in the pool: a dead letter
+    assert [a.caption_image_count for a in unscored] == [0, 2, 3]
+    scored = tables.read_annotations(layout, "s")
+    assert [a.flipped_clip_cosine for a in scored] == [None, 0.5, None]
+    assert [a.embedding for a in scored] == [None] * 3
+    assert [a.embedding for a in tables.read_annotations(layout, "s", with_embeddings=True)] == [None, b"e", None]
+    assert [a.width_px for a in scored] == [640] * 3
+
+
+def test_dead_letters_are_read_again(tmp_path: Path) -> None:
+    path = str(tmp_path / "d.jsonl")
+    letters = [DeadLetter("s", text, uid(n), "stage", "reason", text) for n, text in enumerate(HOSTILE)]
+    tables.write_dead_letters(path, letters)
+    assert tables.read_dead_letters(path) == letters
+    lines = Path(path).read_text("ascii").split("\n")
+    assert lines.pop() == ""
+    assert len(lines) == len(letters)
+    assert all(list(json.loads(line)) == ["shard", "key", "uid", "stage", "reason", "message"] for line in lines)
+
+
+def test_no_dead_letters_leave_no_file_and_take_an_older_one_away(tmp_path: Path) -> None:
+    path = str(tmp_path / "d.jsonl")
+    assert tables.read_dead_letters(path) == []
+    tables.write_dead_letters(path, [])
+    assert not files.exists(path)
+    tables.write_dead_letters(path, [DeadLetter("s", "k", uid(1), "stage", "reason", "m")])
+    tables.write_dead_letters(path, iter([]))
+    assert not files.exists(path)
+    assert tables.read_dead_letters(path) == []
+
+
+def test_tables_name_no_machine_and_no_time(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    tables.write_table(str(path), [{"uid": uid(1)}], tables.POOL_WIDE, {"made": "this"})
+    assert set(pq.read_schema(path).metadata) == {b"pairsift.made_from"}
+    assert str(tmp_path).encode() not in path.read_bytes()

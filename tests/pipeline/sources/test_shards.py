@@ -1,0 +1,217 @@
+"""From shards to batches: every sample once, in tar order, and the last batch says that it is the last."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pytest
+from apache_beam.testing.util import assert_that, equal_to
+
+from pipeline.output_folder.pending import ShardTable
+from pipeline.sources.shards import ReadShards
+from pipeline.sources.webdataset import list_shards
+from tests.helpers import BOUNDS, Members, annotation, encode, picture, sample_members, uid, write_pool
+from transforms.core.recipe import PoolBounds
+from transforms.core.records import Annotation, DeadLetter, SampleBatch, Shard
+from transforms.storage import files
+
+
+@dataclasses.dataclass
+class FakeWork:
+    """Work as a test says it."""
+
+    stage: str = "a_stage"
+    finished: frozenset[str] = frozenset()
+    wants: dict[str, Annotation] | None = None
+
+    def is_finished(self, shard: Shard) -> bool:
+        return shard.name in self.finished
+
+    def wanted(self, shard: Shard) -> dict[str, Annotation] | None:
+        return self.wants
+
+    def in_hand(self, shard: Shard) -> str:
+        return f"{shard.path}.mark"
+
+    def table(
+        self, shard: Shard, rows: list[dict[str, Any]], letters: list[DeadLetter], halvings: Mapping[str, int]
+    ) -> ShardTable:
+        return ShardTable(rows, letters, {"shard": shard.fingerprint}, halvings)
+
+
+def read(
+    work: FakeWork, shards: list[Shard], batch_size: int = 2, draft: int | None = None, bounds: PoolBounds = BOUNDS
+) -> tuple[list[SampleBatch], list[Shard]]:
+    """The batches and the finished shards, by running the DoFn that the transform wraps."""
+    transform = ReadShards(work, bounds, batch_size, draft)
+    batches, finished = [], []
+    for shard in shards:
+        for out in transform._read.process(shard):
+            if isinstance(out, beam.pvalue.TaggedOutput):
+                assert out.tag == ReadShards.FINISHED
+                finished.append(out.value)
+            else:
+                batches.append(out)
+    return batches, finished
+
+
+def names(batch: SampleBatch) -> list[str]:
+    return [sample.annotation.key for sample in batch]
+
+
+def samples(*keys: str) -> Members:
+    return [member for key in keys for member in sample_members(key)]
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(0, [0]), (1, [1]), (2, [2]), (3, [2, 1]), (4, [2, 2]), (5, [2, 2, 1]), (6, [2, 2, 2])]
+)
+def test_batches_are_full_but_for_the_last(tmp_path: Path, count: int, sizes: list[int]) -> None:
+    keys = [f"k{9 - n}" for n in range(count)]
+    shards = write_pool(tmp_path, {"a.tar": samples(*keys)})
+    batches, finished = read(FakeWork(), shards)
+    assert finished == []
+    assert [len(batch) for batch in batches] == sizes
+    assert [batch.index for batch in batches] == list(range(len(sizes)))
+    assert [batch.last for batch in batches] == [False] * (len(sizes) - 1) + [True]
+    assert [key for batch in batches for key in names(batch)] == keys
+    assert {batch.shard for batch in batches} == set(shards)
+
+
+def test_a_batch_belongs_to_one_shard(tmp_path: Path) -> None:
+    shards = write_pool(tmp_path, {"a.tar": samples("a0", "a1", "a2"), "b.tar": samples("b0")})
+    batches, _ = read(FakeWork(), shards)
+    assert [(batch.shard.name, batch.index, batch.last, names(batch)) for batch in batches] == [
+        ("a", 0, False, ["a0", "a1"]), ("a", 1, True, ["a2"]), ("b", 0, True, ["b0"])
+    ]  # fmt: skip
+
+
+def test_samples_come_decoded(tmp_path: Path) -> None:
+    big = encode(picture(900, 700), "JPEG")
+    shards = write_pool(tmp_path, {"a.tar": [("k.jpg", big), ("k.txt", b"c"), ("k.json", b'{"a": 1}')]})
+    for draft, shape in ((None, (700, 900, 3)), (320, (350, 450, 3))):
+        ((batch,), _) = read(FakeWork(), shards, draft=draft)
+        (sample,) = batch
+        assert sample.pixels is not None
+        assert sample.pixels.shape == shape
+        assert (sample.annotation.width_px, sample.annotation.height_px) == (900, 700)
+        assert sample.image_bytes == big
+        assert sample.metadata == {"a": 1}
+
+
+def broken(key: str) -> Members:
+    return [(f"{key}.jpg", b"\xff\xd8 no picture"), (f"{key}.txt", b"c")]
+
+
+def test_what_broke_travels_along_and_takes_no_place(tmp_path: Path) -> None:
+    members = [*broken("x0"), *samples("k0"), *broken("x1"), ("x2.txt", b"c"), *samples("k1", "k2"), *broken("x3")]
+    batches, _ = read(FakeWork(), write_pool(tmp_path, {"a.tar": members}))
+    assert [names(batch) for batch in batches] == [["k0", "k1"], ["k2"]]
+    letters = [letter for batch in batches for letter in batch.dead_letters]
+    assert [(letter.key, letter.reason) for letter in letters] == [
+        ("x0", "undecodable_image"), ("x1", "undecodable_image"), ("x2", "missing_image"), ("x3", "undecodable_image")
+    ]  # fmt: skip
+    assert all(letter.stage == "a_stage" and len(letter.uid) == 32 for letter in letters)
+
+
+def test_a_shard_of_which_nothing_is_left_still_ends(tmp_path: Path) -> None:
+    write_pool(tmp_path, {"a.tar": broken("x0"), "b.tar": []})
+    (tmp_path / "c.tar").write_bytes(b"not a tar")
+    batches, _ = read(FakeWork(), list_shards(str(tmp_path)))
+    assert [(b.shard.name, b.index, b.last, len(b), [x.reason for x in b.dead_letters]) for b in batches] == [
+        ("a", 0, True, 0, ["undecodable_image"]), ("b", 0, True, 0, []), ("c", 0, True, 0, ["broken_tar"])
+    ]  # fmt: skip
+
+
+def test_pictures_beyond_the_bound(tmp_path: Path) -> None:
+    shards = write_pool(tmp_path, {"a.tar": samples("k")})
+    ((batch,), _) = read(FakeWork(), shards, bounds=PoolBounds(max_image_pixels=96 * 64 - 1))
+    assert [letter.reason for letter in batch.dead_letters] == ["image_too_large"]
+
+
+def test_a_finished_shard_is_told_and_not_opened(tmp_path: Path) -> None:
+    gone = Shard("gone", str(tmp_path / "gone.tar"), "f")
+    (here,) = write_pool(tmp_path, {"here.tar": samples("k")})
+    batches, finished = read(FakeWork(finished=frozenset({"gone"})), [gone, here])
+    assert finished == [gone]
+    assert [batch.shard for batch in batches] == [here]
+
+
+def test_only_what_is_wanted_is_read_and_keeps_what_is_known(tmp_path: Path) -> None:
+    shards = write_pool(tmp_path, {"a.tar": [*samples("k0"), *broken("k1"), *samples("k2", "k3")]})
+    wants = {key: annotation(uid=uid(n), shard="a", key=key, caption="as stage 1 saw it", language="de")
+             for n, key in enumerate(("k3", "k0"))}  # fmt: skip
+    ((batch,), _) = read(FakeWork(wants=wants), shards)
+    assert names(batch) == ["k0", "k3"]  # in tar order
+    assert batch.dead_letters == ()  # k1 was told by the stage that looked at all
+    for sample in batch:
+        assert sample.annotation == wants[sample.annotation.key].with_columns(width_px=96, height_px=64)
+        assert sample.pixels is not None
+
+
+def test_where_nothing_is_wanted_the_tar_is_not_opened(tmp_path: Path) -> None:
+    gone = Shard("gone", str(tmp_path / "gone.tar"), "f")
+    ((batch,), finished) = read(FakeWork(wants={}), [gone])
+    assert finished == []
+    assert (batch.shard, batch.index, batch.last, len(batch), batch.dead_letters) == (gone, 0, True, 0, ())
+
+
+def test_what_has_vanished_or_broken_since_is_a_dead_letter(tmp_path: Path) -> None:
+    members = [*samples("k0"), *broken("k1"), ("k2.jpg", b"x"), *samples("k4")]
+    (shard,) = write_pool(tmp_path, {"a.tar": members})
+    wants = {f"k{n}": annotation(uid=uid(n), shard="a", key=f"k{n}") for n in range(5)}
+    batches, _ = read(FakeWork(wants=wants), [shard])
+    assert [key for batch in batches for key in names(batch)] == ["k0", "k4"]
+    letters = [letter for batch in batches for letter in batch.dead_letters]
+    assert {(letter.key, letter.uid, letter.reason, letter.stage, letter.shard) for letter in letters} == {
+        ("k1", uid(1), "undecodable_image", "a_stage", "a"),
+        ("k2", uid(2), "missing_caption", "a_stage", "a"),
+        ("k3", uid(3), "vanished", "a_stage", "a"),
+    }
+
+
+@pytest.mark.usefixtures("waits")
+def test_a_tar_that_is_gone_fails_the_run_and_no_sample(tmp_path: Path) -> None:
+    gone = Shard("gone", str(tmp_path / "gone.tar"), "f")
+    wants = {f"k{n}": annotation(uid=uid(n), shard="gone", key=f"k{n}") for n in range(3)}
+    with pytest.raises(OSError, match=r"gone\.tar"):
+        read(FakeWork(wants=wants), [gone])
+
+
+def test_a_key_that_comes_again_is_read_once(tmp_path: Path) -> None:
+    (shard,) = write_pool(tmp_path, {"a.tar": samples("k0", "k1", "k0")})
+    ((batch,), _) = read(FakeWork(wants={"k0": annotation(uid=uid(1), shard="a", key="k0")}), [shard])
+    assert names(batch) == ["k0"]
+    assert batch.dead_letters == ()
+
+
+@pytest.mark.parametrize("wants", [None, {f"k{n}": annotation(uid=uid(n), shard="a", key=f"k{n}") for n in range(3)}])
+@pytest.mark.parametrize("change", [lambda tar: tar.unlink(), lambda tar: os.utime(tar, (0, 0))])
+def test_a_tar_that_is_changed_while_it_is_read_fails_the_run(
+    tmp_path: Path, wants: dict[str, Annotation] | None, change: Callable[[Path], None]
+) -> None:
+    (shard,) = write_pool(tmp_path, {"a.tar": samples("k0", "k1", "k2")})
+    batches = ReadShards(FakeWork(wants=wants), BOUNDS, 1)._read.process(shard)
+    assert next(batches).last is False
+    change(tmp_path / "a.tar")
+    with pytest.raises(files.ReadFailed, match=r"a\.tar: was changed or deleted .* give the same command again"):
+        list(batches)
+
+
+def summary(batch: Any) -> tuple[str, int, bool, int, tuple[DeadLetter, ...]]:
+    return batch.shard.name, batch.index, batch.last, len(batch), batch.dead_letters
+
+
+def test_in_a_pipeline(tmp_path: Path) -> None:
+    shards = write_pool(tmp_path, {"a.tar": samples("a0", "a1", "a2"), "b.tar": samples("b0"), "c.tar": []})
+    with beam.Pipeline("FnApiRunner") as p:
+        work = FakeWork(finished=frozenset({"b"}))
+        read_ = p | beam.Create(shards) | "Read" >> ReadShards(work, BOUNDS, 2)
+        found = read_[ReadShards.BATCHES] | "Summary" >> beam.Map(summary)
+        assert_that(found, equal_to([("a", 0, False, 2, ()), ("a", 1, True, 1, ()), ("c", 0, True, 0, ())]), "batches")
+        assert_that(read_[ReadShards.FINISHED], equal_to([shards[1]]), "finished")

@@ -1,0 +1,164 @@
+"""The three graphs: their labels, and that pixels never leave the fused stage that read them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+import pytest
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+from pipeline import graphs
+from pipeline.output_folder.layout import Layout
+from tests.helpers import recipe
+from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY, STAGES, Recipe
+from transforms.core.records import Shard
+
+SHARDS = tuple(Shard(f"{n:05d}", f"/p/{n:05d}.tar", f"{n}") for n in range(3))
+NOTHING: dict[str, Any] = {stage: {} for stage in STAGES}
+
+
+def job(
+    recipe_: Recipe | None = None, shards: tuple[Shard, ...] = SHARDS, output: str = "/out", **known: Any
+) -> graphs.Job:
+    return graphs.Job(recipe_ or recipe(), shards, Layout(output), NOTHING | known)
+
+
+def graph(stage: str, job_: graphs.Job | None = None) -> beam.Pipeline:
+    pipeline = beam.Pipeline(FnApiRunner())
+    graphs.build(graphs.GRAPHS[stage], pipeline, job_ or job())
+    return pipeline
+
+
+def own_steps(node: Any) -> Iterator[str]:
+    """Labels of the steps that our code applies; what Beam's own composites do inside is Beam's."""
+    for part in node.parts:
+        yield part.full_label
+        if type(part.transform).__module__.startswith(("pipeline.", "transforms.")):
+            yield from own_steps(part)
+
+
+def labels(stage: str, job_: graphs.Job | None = None) -> list[str]:
+    return list(own_steps(graph(stage, job_).transforms_stack[0]))
+
+
+RECIPES = {
+    "demo": recipe(),
+    "keep_fraction": recipe(
+        cross_modality__flipped_clip={"model": "bundled:clip", "keep_fraction": 0.3},
+        cross_modality__image_text_matching={"model": "bundled:itm", "keep_fraction": 0.3},
+    ),
+    "least": recipe(
+        single_modality={}, cross_modality={"flipped_clip": {"model": "bundled:clip", "min": 0.0}},
+        distribution_alignment={"target": {"survivors": True}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_step_has_a_label_of_its_own(stage: str, name: str) -> None:
+    found = labels(stage, job(RECIPES[name]))
+    assert len(found) == len(set(found)) > 3
+    unnamed = [label for label in found if re.search(r"lambda|\(|<|\[", label.rpartition("/")[2])]
+    assert unnamed == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_labels_do_not_change_from_run_to_run(stage: str) -> None:
+    assert labels(stage) == labels(stage, job(recipe(seed=7), SHARDS[:1], "/elsewhere"))
+
+
+def test_an_unlabelled_step_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unlabelled(beam.PTransform):
+        __module__ = "transforms.somewhere"
+
+        def expand(self, batches: beam.PCollection) -> beam.PCollection:
+            return batches | beam.Map(lambda batch: batch)
+
+    monkeypatch.setattr(graphs, "CaptionLength", Unlabelled)
+    assert any("lambda" in label for label in labels(SINGLE_MODALITY))
+
+
+def test_a_rule_that_is_off_costs_no_step() -> None:
+    names = ("Caption length", "Language", "PoS pattern", "Face area", "Caption frequency", "Near duplicate")
+    assert set(names) <= set(labels(SINGLE_MODALITY))
+    assert not [label for label in labels(SINGLE_MODALITY, job(RECIPES["least"])) if label.startswith(names)]
+    assert {"Score shards/Image-text matching", "Score shards/Digit"} <= set(labels(CROSS_MODALITY))
+    assert not [
+        label
+        for label in labels(CROSS_MODALITY, job(RECIPES["least"]))
+        if label.startswith(("Score shards/Image-text matching", "Score shards/Digit"))
+    ]
+
+
+# Fusion -----------------------------------------------------------------------------------------------------------
+
+
+def fused_stages(pipeline: beam.Pipeline) -> list[set[str]]:
+    """The steps of each executable stage, as the local runner's optimiser joins them."""
+    _, stages = FnApiRunner().create_stages(pipeline.to_runner_api())
+    return [{transform.unique_name for transform in stage.transforms} for stage in stages]
+
+
+def in_one_stage(pipeline: beam.Pipeline, steps: list[str]) -> bool:
+    """Whether steps (named by the start of their label) are fused. Raises where one is not there at all."""
+    stages = fused_stages(pipeline)
+    places = []
+    for step in steps:
+        found = [n for n, stage in enumerate(stages) if any(name.startswith(step) for name in stage)]
+        assert found, step
+        places += found
+    return len(set(places)) == 1
+
+
+PER_SHARD = {
+    SINGLE_MODALITY: [
+        "Read shards/Read and decode", "Image features/", "Caption length/", "Language/", "PoS pattern/", "Face area/",
+        "Write features",
+    ],
+    CROSS_MODALITY: [
+        "Score shards/Read kept/Read and decode", "Score shards/Flipped CLIP/", "Score shards/Image-text matching/",
+        "Score shards/Digit/", "Score shards/Write scores",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", PER_SHARD)
+def test_read_decode_score_and_write_are_one_fused_stage(stage: str) -> None:
+    assert in_one_stage(graph(stage), PER_SHARD[stage])
+
+
+@pytest.mark.parametrize(("stage", "step"), [(SINGLE_MODALITY, "Language"), (CROSS_MODALITY, "ImageTextMatching")])
+def test_a_shuffle_between_would_be_seen(stage: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = getattr(graphs, step)
+
+    class Torn(beam.PTransform):
+        def __init__(self, *settings: Any) -> None:
+            super().__init__()
+            self._settings = settings
+
+        def expand(self, batches: beam.PCollection) -> beam.PCollection:
+            return batches | "Tear" >> beam.Reshuffle() | "Whole" >> plain(*self._settings)
+
+    monkeypatch.setattr(graphs, step, Torn)
+    assert not in_one_stage(graph(stage), PER_SHARD[stage])
+
+
+def test_a_hint_on_one_model_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another environment breaks fusion; a hint belongs on the whole of the stage."""
+    plain: Any = getattr(graphs, "Digit")  # noqa: B009 (the graph's own name for it)
+    hint = "type:nvidia-tesla-t4;count:1;install-nvidia-driver"
+    monkeypatch.setattr(graphs, "Digit", lambda *settings: plain(*settings).with_resource_hints(accelerator=hint))
+    assert not in_one_stage(graph(CROSS_MODALITY), PER_SHARD[CROSS_MODALITY])
+
+
+@pytest.mark.parametrize("stage", PER_SHARD)
+def test_the_shards_are_spread_before_they_are_read(stage: str) -> None:
+    assert not in_one_stage(graph(stage), ["Shards/", PER_SHARD[stage][0]])
+
+
+def test_the_pool_s_rows_are_read_after_the_tables_are_written() -> None:
+    assert not in_one_stage(graph(SINGLE_MODALITY), ["Write features", "Read features/"])

@@ -1,0 +1,62 @@
+"""Architectures of full size, random weights in the real on-disk formats: loaded by the real code, equal to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from benchmarks import random_models
+from tests.transforms.models.model_batches import make_batch, make_sample, scores
+from transforms.core import recipe
+from transforms.models.blip import BlipHandler
+from transforms.models.blip2 import Blip2Handler
+from transforms.models.clip import ClipHandler
+from transforms.models.handler import SampleBatchHandler
+
+
+def assert_bits_stay(handler: SampleBatchHandler) -> None:
+    """Alone, among others, and in another order."""
+    model = handler.load_model()
+    samples = [make_sample(i) for i in range(3)]
+    together = scores(handler.run_inference(make_batch(samples), model)[0])
+    assert scores(handler.run_inference(make_batch(samples[::-1]), model)[0]) == together
+    alone = scores(handler.run_inference(make_batch(samples[1:2]), model)[0])
+    assert alone == {uid: together[uid] for uid in alone}
+    assert len(set(together.values())) == len(samples)
+
+
+@pytest.fixture(autouse=True)
+def _all_threads(_one_thread: None) -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "precision"), [("ViT-B-32", "fp32"), ("ViT-B-32", "bf16"), ("ViT-L-14", "bf16")]
+)
+def test_clip(tmp_path: Path, architecture: str, precision: str):
+    random_models.save_open_clip(tmp_path / "clip", open_clip.get_model_config(architecture))
+    settings = recipe.FlippedClip(model=str(tmp_path / "clip"), min=0.0, batch_size=4)
+    assert_bits_stay(ClipHandler(settings, "cpu", precision))
+
+
+def test_siglip(tmp_path: Path):
+    random_models.save_siglip(tmp_path / "siglip")
+    settings = recipe.FlippedClip(model=str(tmp_path / "siglip"), min=-1.0, batch_size=4)
+    assert_bits_stay(ClipHandler(settings, "cpu", "bf16"))
+
+
+@pytest.mark.parametrize("vision", [{}, random_models.LARGE_VISION], ids=["base", "large"])
+def test_blip_itm(tmp_path: Path, vision: dict):
+    random_models.save_itm(tmp_path / "itm", ["a", "red", "square", "number", "picture", "of"], **vision)
+    settings = recipe.ImageTextMatching(model=str(tmp_path / "itm"), min=0.0, batch_size=2)
+    assert_bits_stay(BlipHandler(settings, "cpu", None, "bf16"))
+
+
+@pytest.mark.large
+def test_blip2_opt_2_7b(tmp_path: Path):
+    random_models.save_digit(tmp_path / "digit", random_models.word_tokenizer())
+    settings = recipe.Digit(model=str(tmp_path / "digit"), prompts=[random_models.PROMPT], batch_size=2)
+    assert_bits_stay(Blip2Handler(settings, "cpu", None, None, "bf16"))

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from apache_beam.io.filesystem import FileMetadata
+from apache_beam.io.localfilesystem import LocalFileSystem
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from transforms.core import recipe
+from transforms.models import weights
+from transforms.models.clip import ClipHandler
+
+
+class FakeStore(LocalFileSystem):
+    """An object store under `fakestore://`, kept in a folder."""
+
+    root = Path()
+    opened: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def scheme(cls):
+        return "fakestore"
+
+    def _list(self, dir_or_prefix: str) -> Iterator[FileMetadata]:
+        for file in sorted(self.root.rglob("*")):
+            path = f"fakestore://{file.relative_to(self.root)}"
+            if file.is_file() and path.startswith(dir_or_prefix):
+                yield FileMetadata(path, file.stat().st_size, file.stat().st_mtime)
+
+    def _url_dirname(self, url_or_path: str) -> str:
+        return url_or_path.rsplit("/", 1)[0] + "/"
+
+    def has_dirs(self) -> bool:
+        return False
+
+    def exists(self, path: str) -> bool:
+        return (self.root / path.removeprefix("fakestore://")).is_file()
+
+    def metadata(self, path: str) -> FileMetadata:
+        return next(self._list(path))
+
+    def open(self, path, mime_type="application/octet-stream", compression_type="auto"):
+        self.opened.append(path)
+        return (self.root / path.removeprefix("fakestore://")).open("rb")
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(FakeStore, "root", tmp_path / "store")
+    monkeypatch.setattr(FakeStore, "opened", [])
+    monkeypatch.setenv("PAIRSIFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "store"
+
+
+def test_a_remote_folder_is_copied_once_and_again_where_it_changed(store: Path):
+    (store / "bucket/model/sub").mkdir(parents=True)
+    (store / "bucket/model/config.json").write_text("{}")
+    (store / "bucket/model/sub/w.bin").write_bytes(b"12")
+    (store / "bucket/model-other").mkdir()
+    (store / "bucket/model-other/x").write_text("not this")
+
+    first = Path(weights.local_path("fakestore://bucket/model/"))
+    assert sorted(str(f.relative_to(first)) for f in first.rglob("*") if f.is_file()) == ["config.json", "sub/w.bin"]
+    assert (first / "sub/w.bin").read_bytes() == b"12"
+    assert len(FakeStore.opened) == 2
+    assert weights.local_path("fakestore://bucket/model") == str(first)
+    assert len(FakeStore.opened) == 2
+
+    (store / "bucket/model/sub/w.bin").write_bytes(b"123")
+    second = Path(weights.local_path("fakestore://bucket/model"))
+    assert (second / "sub/w.bin").read_bytes() == b"123"
+    assert not list(first.parent.glob("*.tmp-*"))
+
+
+def test_a_remote_file_keeps_its_name(store: Path):
+    (store / "bucket").mkdir(parents=True)
+    (store / "bucket/vit.safetensors").write_bytes(b"1")
+    assert Path(weights.local_path("fakestore://bucket/vit.safetensors")).name == "vit.safetensors"
+
+
+def test_a_remote_folder_that_is_not_there(store: Path):
+    with pytest.raises(FileNotFoundError, match="fakestore://bucket/nothing: nothing there"):
+        weights.local_path("fakestore://bucket/nothing")
+
+
+def test_a_model_loads_from_a_remote_folder(store: Path, clip_folder: Path):
+    shutil.copytree(clip_folder, store / "bucket" / "clip")
+    settings = recipe.FlippedClip(model="fakestore://bucket/clip", min=0.2)
+    assert ClipHandler(settings, "cpu").load_on(torch.device("cpu")).preparation.tokens("a").shape == (24,)
+    assert set(weights.model_identity(settings)["sha256"]) == {"open_clip_model.safetensors"}
+
+
+def test_a_bundled_model_that_this_installation_lacks():
+    with pytest.raises(FileNotFoundError, match="bundled:nothing: this installation holds no such file"):
+        weights.local_path("bundled:nothing")
+
+
+def test_identity_holds_the_hash_of_the_weights(itm_folder: Path):
+    settings = recipe.ImageTextMatching(model=str(itm_folder), revision="abc", min=0.5)
+    digest = hashlib.sha256((itm_folder / "model.safetensors").read_bytes()).hexdigest()
+    assert weights.model_identity(settings) == {
+        "name": str(itm_folder),
+        "revision": "abc",
+        "sha256": {"model.safetensors": digest},
+    }
+
+
+def test_identity_resolves_a_hub_model_through_the_hubs_cache(
+    itm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--itm"
+    shutil.copytree(itm_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = weights.model_identity(recipe.ImageTextMatching(model="someone/itm", min=0.5))
+    assert cached["revision"] == commit
+    assert set(cached["sha256"]) == {"model.safetensors"}
+    absent = weights.model_identity(recipe.Digit(model="someone/other", revision="v1"))
+    assert absent == {"name": "someone/other", "revision": "v1", "sha256": {}}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tag", "quick"),
+    [("ViT-L-14", "openai", True), ("ViT-L/14", "openai", True), ("ViT-B-32", "laion2b_s34b_b79k", False)],
+)
+def test_a_tag_trained_with_quick_gelu_gets_it(architecture: str, tag: str, quick: bool):
+    settings = recipe.FlippedClip(model=architecture, weights=tag, min=0.2)
+    assert weights.clip_source(settings) == (architecture, tag, quick)
+    assert not open_clip.get_model_config(architecture.replace("/", "-")).get("quick_gelu", False)
+
+
+def test_a_file_of_weights_cannot_say_whether_it_needs_quick_gelu(tmp_path: Path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"")
+    given: dict = {"model": "ViT-L-14", "weights": str(file), "min": 0.2}
+    with pytest.raises(ValueError, match="say `quick_gelu: true`"):
+        weights.clip_source(recipe.FlippedClip(**given))
+    for quick in (True, False):
+        assert weights.clip_source(recipe.FlippedClip(**given, quick_gelu=quick)).quick_gelu is quick
+    never = given | {"model": "ViT-B-16-SigLIP"}  # none of its tags has it
+    assert not weights.clip_source(recipe.FlippedClip(**never)).quick_gelu
+
+
+def test_a_tag_that_open_clip_does_not_know():
+    with pytest.raises(ValueError, match="neither a file nor a known tag; tags of ViT-L-14: openai"):
+        weights.clip_source(recipe.FlippedClip(model="ViT-L-14", weights="opnai", min=0.2))
+
+
+@pytest.mark.parametrize("fetch", [True, False])
+def test_a_branch_is_pinned_to_its_commit_and_weights_are_fetched_where_asked(
+    itm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_folder: Path, fetch: bool
+):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / commit
+    asked: list[tuple[str | None, list[str]]] = []
+
+    def download(repository: str, revision: str | None, local_files_only: bool = False, **more: list[str]) -> str:
+        if local_files_only:
+            if not snapshot.exists():
+                raise LocalEntryNotFoundError(repository)
+        else:
+            asked.append((revision, more["allow_patterns"]))
+            shutil.copytree(itm_folder, snapshot, dirs_exist_ok=True)
+            if "*.safetensors" not in more["allow_patterns"]:
+                (snapshot / "model.safetensors").unlink()
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    given = recipe.CrossModality(
+        flipped_clip=recipe.FlippedClip(model=str(clip_folder), min=0.2),
+        image_text_matching=recipe.ImageTextMatching(model="someone/itm", min=0.5),
+    )
+    first = weights.pinned(given, fetch)
+    assert first.image_text_matching and first.image_text_matching.revision == commit
+    assert asked[0][0] is None
+    assert ("*.safetensors" in asked[0][1]) is fetch
+    if fetch:  # as where fetching was interrupted
+        (snapshot / "model.safetensors").unlink()
+    before = len(asked)
+    weights.pinned(given, fetch)
+    assert {revision for revision, _ in asked[before:]} == ({commit} if fetch else set())
+    identity = weights.model_identity(first.image_text_matching)
+    assert set(identity["sha256"]) == ({"model.safetensors"} if fetch else set())
+    again = weights.pinned(given, fetch)  # as an interrupted run is gone on with
+    assert again == first
+    assert again.image_text_matching
+    assert weights.model_identity(again.image_text_matching) == identity
+
+
+def test_an_open_clip_model_on_a_hub_is_taken_at_its_revision(clip_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def snapshot(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision))
+        return str(clip_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    settings = recipe.FlippedClip(model="hf-hub:someone/clip", revision="0123abcd", min=0.2)
+    assert weights.clip_source(settings) == (f"local-dir:{clip_folder}", None, False)
+    assert asked == [("someone/clip", "0123abcd")]

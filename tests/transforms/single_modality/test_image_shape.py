@@ -1,0 +1,100 @@
+"""The image's shape: what the pool says of the original is believed only where it can be true."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pytest
+from apache_beam.testing.util import assert_that, equal_to
+
+from tests.helpers import annotation, jpeg, picture
+from transforms.core import recipe
+from transforms.core.records import Sample, SampleBatch, Shard
+from transforms.single_modality.image_shape import keeps_aspect_ratio, keeps_min_side, original_size_px
+from transforms.single_modality.images import ImageFeatures
+from transforms.single_modality.near_duplicate import perceptual_hash
+
+STORED = (300, 200)
+
+
+@pytest.mark.parametrize(
+    "original",
+    [(300, 200), (600, 400), (601, 400), (3000, 2000), (3010, 2000), (2**31 - 1, (2**31 - 1) * 2 // 3)],
+)
+def test_an_original_of_the_same_shape_is_believed(original: tuple[int, int]) -> None:
+    assert original_size_px({"original_width": original[0], "original_height": original[1]}, STORED) == original
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [
+        (None, None), (600, None), (None, 400), ("600", "400"), (600.0, 400.0), (True, True), ([600], [400]),
+        (299, 200), (300, 199), (150, 100), (-600, -400), (0, 0),
+        (600, 600), (200 * 3, 300 * 3), (3100, 2000), (2**31, 2**31 * 2 // 3), (10**400, 10**400),
+        (float("nan"), float("inf")),
+    ],
+)  # fmt: skip
+def test_else_the_stored_size_counts(width: Any, height: Any) -> None:
+    assert original_size_px({"original_width": width, "original_height": height}, STORED) == STORED
+
+
+def test_without_metadata_the_stored_size_counts() -> None:
+    assert original_size_px({}, STORED) == STORED
+
+
+@pytest.mark.parametrize(("stored", "original"), [((1, 1), (5000, 1)), ((1, 512), (1, 5000)), ((512, 1), (50_000, 98))])
+def test_tiny_sides_do_not_break_it(stored: tuple[int, int], original: tuple[int, int]) -> None:
+    found = original_size_px({"original_width": original[0], "original_height": original[1]}, stored)
+    assert found in (stored, original)
+
+
+def test_a_shrunk_picture_rounded_to_whole_pixels_is_believed() -> None:
+    for width, height in ((1021, 683), (4032, 3024), (977, 1999), (801, 600)):
+        scale = 256 / min(width, height)
+        stored = (round(width * scale), round(height * scale))
+        assert original_size_px({"original_width": width, "original_height": height}, stored) == (width, height)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "kept"),
+    [(300, 100, True), (100, 300, True), (301, 100, False), (100, 301, False), (1, 1, True), (1, 4, False),
+     (99, 297, True), (99, 298, False)],
+)  # fmt: skip
+def test_aspect_ratio(width: int, height: int, kept: bool) -> None:
+    assert keeps_aspect_ratio(width, height, recipe.AspectRatio()) is kept
+
+
+def test_only_squares_pass_a_ratio_of_one() -> None:
+    assert keeps_aspect_ratio(7, 7, recipe.AspectRatio(max_ratio=1.0))
+    assert not keeps_aspect_ratio(7, 8, recipe.AspectRatio(max_ratio=1.0))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "kept"), [(200, 200, True), (199, 200, False), (200, 199, False), (5000, 199, False)]
+)
+def test_min_side(width: int, height: int, kept: bool) -> None:
+    assert keeps_min_side(width, height, recipe.MinSide()) is kept
+
+
+def features(sample: Sample) -> tuple[Any, ...]:
+    a = sample.annotation
+    return a.key, a.original_width_px, a.original_height_px, a.image_sha256, a.perceptual_hash
+
+
+def test_features_of_a_batch_and_a_sample_that_breaks() -> None:
+    pixels = np.asarray(picture())
+    known = {"width_px": 96, "height_px": 64, "original_width_px": None, "original_height_px": None}
+    good = Sample(annotation(key="good", **known), {"original_width": 192, "original_height": 128}, jpeg(), pixels)
+    bad = Sample(annotation(key="bad", **known), {}, jpeg(), np.zeros((2, 2, 7), np.uint8))
+    batch = SampleBatch(Shard("s", "p", "f"), 2, True, (bad, good))
+    sha256 = hashlib.sha256(jpeg()).hexdigest()
+    with beam.Pipeline("FnApiRunner") as p:
+        done = p | beam.Create([batch]) | ImageFeatures()
+        found = done | "Samples" >> beam.FlatMap(iter) | "Features" >> beam.Map(features)
+        assert_that(found, equal_to([("good", 192, 128, sha256, perceptual_hash(pixels))]), "features")
+        letters = done | "Letters" >> beam.FlatMap(lambda b: [(x.key, x.reason, x.stage) for x in b.dead_letters])
+        assert_that(letters, equal_to([("bad", "image_features_failed", "single_modality")]), "letters")
+        assert_that(done | "Place" >> beam.Map(lambda b: (b.index, b.last)), equal_to([(2, True)]), "place")

@@ -1,0 +1,298 @@
+"""Files: whoever sees the final name sees all of it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+from pathlib import Path
+
+import pytest
+from apache_beam.io.filesystems import FileSystems
+
+from pipeline.output_folder.layout import Layout
+from transforms.storage import files
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def write_half(path: str, error: type[BaseException]) -> None:
+    with files.write_aside(path) as file:
+        file.write(b"half")
+        raise error
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"x" * 3_000_000])
+def test_written_bytes_are_read_again(tmp_path: Path, content: bytes) -> None:
+    path = str(tmp_path / "a" / "b" / "c.bin")
+    files.write_bytes(path, content)
+    assert files.read_bytes(path) == content
+    assert files.sha256(path) == hashlib.sha256(content).hexdigest()
+    assert everything(tmp_path) == ["a/b/c.bin"]
+
+
+def test_the_final_name_is_not_there_before_the_file_is_whole(tmp_path: Path) -> None:
+    path = str(tmp_path / "c.bin")
+    with files.write_aside(path) as file:
+        file.write(b"half")
+        assert not files.exists(path)
+        file.write(b"whole")
+    assert files.read_bytes(path) == b"halfwhole"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_crash_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    path = str(tmp_path / "c.bin")
+    with pytest.raises(error):
+        write_half(path, error)
+    assert everything(tmp_path) == []
+
+
+def test_a_crash_leaves_what_was_there_before(tmp_path: Path) -> None:
+    path = str(tmp_path / "c.bin")
+    files.write_bytes(path, b"old")
+    with pytest.raises(RuntimeError):
+        write_half(path, RuntimeError)
+    assert files.read_bytes(path) == b"old"
+    assert everything(tmp_path) == ["c.bin"]
+
+
+def test_an_older_file_is_replaced(tmp_path: Path) -> None:
+    path = str(tmp_path / "c.bin")
+    files.write_bytes(path, b"something long")
+    files.write_bytes(path, b"new")
+    assert files.read_bytes(path) == b"new"
+    assert everything(tmp_path) == ["c.bin"]
+
+
+def test_a_rename_that_did_not_happen_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FileSystems, "rename", lambda sources, destinations: None)
+    with pytest.raises(files.IncompleteWrite, match=r"c\.bin"):
+        files.write_bytes(str(tmp_path / "c.bin"), b"new")
+
+
+def test_a_rename_that_fails_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(sources: list[str], destinations: list[str]) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(FileSystems, "rename", fail)
+    with pytest.raises(OSError, match="no space"):
+        files.write_bytes(str(tmp_path / "c.bin"), b"new")
+    assert everything(tmp_path) == []
+
+
+def test_a_file_that_lost_bytes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lossy(sources: list[str], destinations: list[str]) -> None:
+        Path(destinations[0]).write_bytes(Path(sources[0]).read_bytes()[:-1])
+
+    monkeypatch.setattr(FileSystems, "rename", lossy)
+    with pytest.raises(files.IncompleteWrite, match="wrote 3 bytes"):
+        files.write_bytes(str(tmp_path / "c.bin"), b"new")
+
+
+def test_two_writers_of_one_name_both_leave_it_whole(tmp_path: Path) -> None:
+    path = str(tmp_path / "c.bin")
+    with files.write_aside(path) as one, files.write_aside(path) as other:
+        one.write(b"one")
+        other.write(b"other")
+    assert files.read_bytes(path) in (b"one", b"other")
+    assert everything(tmp_path) == ["c.bin"]
+
+
+@pytest.mark.parametrize("folder", ["out [1]", "o*t", "what?", "ünï", "a%2Fb", "with space"])
+def test_folders_may_be_named_anything(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "out 1").mkdir()
+    path = files.join(str(tmp_path / folder), "c.bin")
+    files.write_bytes(path, b"x")
+    assert files.read_bytes(path) == b"x"
+    files.delete_if_there(path)
+    assert not files.exists(path)
+
+
+def test_a_name_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files.write_bytes("c.bin", b"x")
+    assert (tmp_path / "c.bin").read_bytes() == b"x"
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(OSError):  # noqa: PT011 (which one is the filesystem's matter)
+        files.write_bytes(str(tmp_path / "a" / "c.bin"), b"x")
+    assert everything(tmp_path) == ["a"]
+
+
+# What killed processes leave -------------------------------------------------------------------------------------
+
+
+def killed_while_writing(path: str) -> None:
+    """A process that dies before its file is whole."""
+    with files.write_aside(path) as file:
+        file.write(b"half")
+        os._exit(1)
+
+
+def test_what_a_killed_process_was_writing_is_cleared_and_nothing_else(tmp_path: Path) -> None:
+    kept = ["a.parquet", ".a.parquet.tmp-1", "x.tmp-" + "0" * 32, f".a.tmp-{'g' * 32}", ".progress/a.count"]
+    for name in kept:
+        files.write_bytes(str(tmp_path / name), b"x")
+    for path in (tmp_path / "sub" / "b.parquet", tmp_path / "sub [1]" / "odd\nname"):
+        process = multiprocessing.get_context("fork").Process(target=killed_while_writing, args=(str(path),))
+        process.start()
+        process.join()
+    assert len(everything(tmp_path)) == len(kept) + 2
+    files.clear_aside(str(tmp_path))
+    assert everything(tmp_path) == sorted(kept)
+    files.clear_aside(str(tmp_path / "nowhere"))
+
+
+def test_what_a_living_writer_writes_is_never_cleared(tmp_path: Path) -> None:
+    path = str(tmp_path / "c.bin")
+    with files.write_aside(path) as file:
+        file.write(b"whole")
+        files.clear_aside(str(tmp_path))
+    assert files.read_bytes(path) == b"whole"
+    with files.write_aside(path) as file:
+        file.write(b"closed already")
+        file.close()
+        files.clear_aside(str(tmp_path))
+    assert files.read_bytes(path) == b"closed already"
+
+
+# What the machine does -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "reason", "advice"),
+    [
+        (errno.ENOSPC, "No space left on device", "make room there"),
+        (errno.EDQUOT, "Disk quota exceeded", "make room there"),
+        (errno.EACCES, "Permission denied", "give this user the right to write there"),
+        (errno.EROFS, "Read-only file system", "give this user the right to write there"),
+        (errno.EIO, "Input/output error", "mend that"),
+    ],
+)
+@pytest.mark.parametrize("when", ["create", "write", "rename"])
+def test_a_write_that_fails_says_what_where_and_what_to_do_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, number: int, reason: str, advice: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    class Failing(io.FileIO):
+        def write(self, content: object) -> int:
+            raise OSError(number, os.strerror(number))
+
+    path = str(tmp_path / "c.bin")
+    if when == "write":
+        monkeypatch.setattr(FileSystems, "create", lambda path, **_: Failing(path, "wb"))
+    elif when == "create":
+        monkeypatch.setattr(FileSystems, "create", fail)
+    else:
+        monkeypatch.setattr(os, "rename", fail)  # below Beam, which wraps what it raises
+    expected = f"{path}: cannot be written: {reason}; {advice}, then give the same command again"
+    with pytest.raises(files.WriteFailed, match=re.escape(expected)):
+        files.write_bytes(path, b"new")
+    assert everything(tmp_path) == []
+
+
+def test_an_error_of_the_content_is_none_of_writing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_half(str(tmp_path / "c.bin"), FileNotFoundError)
+
+
+class Flaky(io.FileIO):
+    """A file whose disk fails at every third read, or when it is opened, as long as there are failures left."""
+
+    failures = 0
+    opened = 0
+
+    def __init__(self, path: str) -> None:
+        Flaky.opened += 1
+        if Flaky.failures and Flaky.opened % 2 == 0:
+            Flaky.failures -= 1
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        super().__init__(path)
+        self._reads = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._reads += 1
+        if Flaky.failures and self._reads % 3 == 0:
+            Flaky.failures -= 1
+            raise ValueError("an error of a cloud's client")
+        return super().read(size)
+
+
+@pytest.fixture
+def flaky(monkeypatch: pytest.MonkeyPatch) -> type[Flaky]:
+    monkeypatch.setattr(files, "open_binary", Flaky)
+    Flaky.failures = Flaky.opened = 0
+    return Flaky
+
+
+def test_a_read_goes_on_where_it_failed(tmp_path: Path, flaky: type[Flaky], waits: list[float]) -> None:
+    content = bytes(range(256)) * 40
+    path = tmp_path / "c.bin"
+    path.write_bytes(content)
+    flaky.failures = 6
+    with files.SteadyReader(str(path)) as file:
+        found = b"".join(iter(lambda: file.read(700), b""))
+    assert found == content
+    assert flaky.failures == 0
+    assert len(waits) == 6
+
+
+def test_a_file_that_stays_unreadable_is_an_error_after_seconds(tmp_path: Path, waits: list[float]) -> None:
+    path = str(tmp_path / "gone.tar")
+    expected = f"{path}: cannot be read at byte 0: No such file or directory; put it back or mend its access"
+    with files.SteadyReader(path) as file, pytest.raises(files.ReadFailed, match=re.escape(expected)):
+        file.read(10)
+    assert waits == [0.5, 1, 2, 4]
+
+
+def test_nothing_is_decompressed_by_its_name(tmp_path: Path) -> None:
+    path = str(tmp_path / "c.gz")
+    files.write_bytes(path, b"plain")
+    assert (tmp_path / "c.gz").read_bytes() == b"plain"
+    assert files.read_bytes(path) == b"plain"
+
+
+def test_json_keeps_its_order_and_its_letters(tmp_path: Path) -> None:
+    path = str(tmp_path / "c.json")
+    files.write_json(path, {"b": "ü", "a": [1, None]})
+    text = Path(path).read_text("utf-8")
+    assert text.endswith("\n")
+    assert "ü" in text
+    assert list(json.loads(text)) == ["b", "a"]
+
+
+def test_deleting_takes_nothing_else_along(tmp_path: Path) -> None:
+    for name in ("o*t/a", "out/a", "o[u]t/a"):
+        files.write_bytes(str(tmp_path / name), b"x")
+    files.delete_if_there(str(tmp_path / "o*t" / "a"))
+    assert everything(tmp_path) == ["o[u]t/a", "out/a"]
+    files.delete_if_there(str(tmp_path / "o[u]t"))
+    assert everything(tmp_path) == ["out/a"]
+
+
+def test_deleting_what_is_not_there(tmp_path: Path) -> None:
+    files.delete_if_there(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("shard", ["00000", "a%2F..%2Fb", "..", ".", "", "%2e"])
+def test_every_place_lies_below_the_output_folder_and_is_its_own(shard: str) -> None:
+    layout = Layout("/out/x")
+    places = [
+        layout.single_modality(shard), layout.pool_wide(shard), layout.cross_modality(shard),
+        layout.decisions(shard), layout.progress("a", shard), layout.progress("b", shard),
+        layout.dead_letters("a", shard), layout.dead_letters("b", shard),
+        layout.centroids, layout.clusters, layout.subset, layout.funnel, layout.manifest, layout.run,
+    ]  # fmt: skip
+    assert all(os.path.normpath(place).startswith("/out/x/") for place in places)
+    assert len({os.path.normpath(place) for place in places}) == len(places)

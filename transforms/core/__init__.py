@@ -1,0 +1,1 @@
+"""Recipe, settings, records, metrics, and errors."""

@@ -1,0 +1,1 @@
+"""Local files and Cloud Storage objects."""
