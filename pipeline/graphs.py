@@ -88,7 +88,7 @@ class Job:
         return CrossModalityWork(self.recipe, self.layout, self.identities)
 
 
-class NotFinished(ValueError):
+class Incomplete(ValueError):
     """A shard that an earlier stage has not done for this recipe."""
 
 
@@ -138,7 +138,7 @@ def _pool_wide(shards: beam.PCollection, job: Job) -> beam.PCollection:
         WritePoolWide.SHARDS: shards,
         WritePoolWide.ROWS: rows,
         WritePoolWide.DEAD_LETTERS: named[UniqueUids.REPEATED],
-    } | "Write pool-wide" >> WritePoolWide(job.layout, pool_samples, job.pool_wide_work.made_from)
+    } | "Write pool-wide" >> WritePoolWide(job.layout, pool_samples, job.pool_wide_work.cache_key)
 
 
 def cross_modality(start: beam.PCollection, job: Job) -> beam.PCollection:
@@ -285,8 +285,8 @@ def _barrier() -> beam.PTransform:
 
 def _with_features(shard: Shard, features: SingleModalityWork, pool_wide: PoolWideWork) -> Shard:
     shard = Shard(*shard)
-    if not (features.is_finished(shard) and pool_wide.is_finished(shard)):
-        raise NotFinished(f"shard {shard.name}: has no features for this recipe; run stage {SINGLE_MODALITY} first")
+    if not (features.is_complete(shard) and pool_wide.is_complete(shard)):
+        raise Incomplete(f"shard {shard.name}: has no features for this recipe; run stage {SINGLE_MODALITY} first")
     return shard
 
 
@@ -296,7 +296,7 @@ def _with_scores(
     shard = _with_features(shard, features, pool_wide)
     missing = scores.count_wanted(shard)
     if missing or not scores.is_begun(shard):
-        raise NotFinished(
+        raise Incomplete(
             f"shard {shard.name}: {missing} samples have no score that this recipe needs, or it has no table of scores "
             f"yet; run stage {CROSS_MODALITY} first"
         )

@@ -60,14 +60,14 @@ class Layout:
             return str(files.cache_folder() / "progress" / hashlib.sha256(self.output.encode()).hexdigest()[:32])
         return files.join(self.output, ".progress")
 
-    def in_hand(self, stage: str, shard: str) -> str:
+    def in_progress(self, stage: str, shard: str) -> str:
         """A mark that is there while a stage works on a shard, and stays where that never came to an end."""
-        return files.join(self.in_hand_folder, stage, f"{shard}.mark")
+        return files.join(self.in_progress_folder, stage, f"{shard}.mark")
 
     @property
-    def in_hand_folder(self) -> str:
+    def in_progress_folder(self) -> str:
         """Goes when the run ends well."""
-        return files.join(self.output, ".in_hand")
+        return files.join(self.output, ".in_progress")
 
     @property
     def alignment_work(self) -> str:

@@ -90,7 +90,7 @@ def is_held(output: str, held: HeldForJob) -> bool:
 def release_for_job(output: str, held: HeldForJob) -> None:
     """Let go of the folder where it is still held so; a step that is tried again changes nothing."""
     if found := _object_of(output, held):
-        with contextlib.suppress(generations.Overtaken):
+        with contextlib.suppress(generations.GenerationConflict):
             generations.remove(_object_path(output), found.generation)
 
 
@@ -136,7 +136,7 @@ def _take(output: str, me: dict[str, Any], is_over: IsOver | None) -> generation
             return found
         if found:
             _check_free(output, found, _job_of(me), is_over)
-        with contextlib.suppress(generations.Overtaken):  # then what lies there now decides
+        with contextlib.suppress(generations.GenerationConflict):  # then what lies there now decides
             return generations.replace(path, content, found.generation if found else generations.NOTHING)
 
 
@@ -185,7 +185,7 @@ class _Keeper:
         self._thread.join()
         try:
             generations.remove(_object_path(self._output), self._held.generation)
-        except generations.Overtaken:
+        except generations.GenerationConflict:
             logging.warning("%s: its lock was another's, or gone, when this run ended", self._output)
         except OSError as error:
             logging.warning("%s: its lock cannot be deleted (%s); it runs out by itself", self._output, error)
@@ -196,7 +196,7 @@ class _Keeper:
             try:
                 self._held = self._refreshed()
                 self._said = begun
-            except generations.Overtaken:
+            except generations.GenerationConflict:
                 self._give_up("another run has taken its lock, because this one had not been heard of for minutes")
             except OSError as error:
                 if time.monotonic() - self._said > STALE_SECONDS / 2:  # another may take it when all of them are over
@@ -206,7 +206,7 @@ class _Keeper:
         path = _object_path(self._output)
         try:
             return generations.replace(path, self._held.content, self._held.generation)
-        except generations.Overtaken:
+        except generations.GenerationConflict:
             found = generations.read(path)
             if found and found.content == self._held.content:  # it was us, and the answer was lost
                 return found

@@ -48,7 +48,7 @@ class ShardTable(NamedTuple):
 
     rows: list[dict[str, Any]]
     dead_letters: list[DeadLetter]
-    made_from: dict[str, str]
+    cache_key: dict[str, str]
     halvings: Mapping[str, int]
     samples_back: int = 0
 
@@ -70,20 +70,20 @@ class SingleModalityWork:
         }
         self._failures_of_others = {f"{name}_failed" for name, settings in rules.items() if not settings}
 
-    def made_from(self, shard: Shard) -> dict[str, str]:
+    def cache_key(self, shard: Shard) -> dict[str, str]:
         """What the shard's table is made from."""
         return {_SHARD: _digest(shard.fingerprint, self._pool), **self._features}
 
-    def is_finished(self, shard: Shard) -> bool:
+    def is_complete(self, shard: Shard) -> bool:
         """Whether the shard's features are there. A sample that broke on a rule which is off now has none yet."""
-        if not tables.is_finished(self._layout.single_modality(shard.name), self.made_from(shard)):
+        if not tables.is_complete(self._layout.single_modality(shard.name), self.cache_key(shard)):
             return False
         letters = tables.read_dead_letters(self._layout.dead_letters(self.stage, shard.name))
         return not any(letter.reason in self._failures_of_others for letter in letters)
 
-    def in_hand(self, shard: Shard) -> str:
+    def in_progress(self, shard: Shard) -> str:
         """The path of the mark that lies there while the shard is worked on."""
-        return self._layout.in_hand(self.stage, shard.name)
+        return self._layout.in_progress(self.stage, shard.name)
 
     def wanted(self, shard: Shard) -> None:
         """All of the shard."""
@@ -93,7 +93,7 @@ class SingleModalityWork:
         self, shard: Shard, rows: list[dict[str, Any]], letters: list[DeadLetter], halvings: Mapping[str, int]
     ) -> ShardTable:
         """What is to be written, of what was found."""
-        return ShardTable(rows, letters, self.made_from(shard), halvings)
+        return ShardTable(rows, letters, self.cache_key(shard), halvings)
 
 
 class PoolWideWork:
@@ -101,12 +101,12 @@ class PoolWideWork:
 
     def __init__(self, recipe: Recipe, layout: Layout, identities: Mapping[str, Any], shards: Sequence[Shard]) -> None:
         features = SingleModalityWork(recipe, layout, identities)
-        found = sorted((shard.name, features.made_from(shard)) for shard in shards)
-        self._layout, self.made_from = layout, {"pool": _digest(found, recipe.single_modality.model_dump())}
+        found = sorted((shard.name, features.cache_key(shard)) for shard in shards)
+        self._layout, self.cache_key = layout, {"pool": _digest(found, recipe.single_modality.model_dump())}
 
-    def is_finished(self, shard: Shard) -> bool:
+    def is_complete(self, shard: Shard) -> bool:
         """Whether the shard's table is there."""
-        return tables.is_finished(self._layout.pool_wide(shard.name), self.made_from)
+        return tables.is_complete(self._layout.pool_wide(shard.name), self.cache_key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class _Known:
     from, the dead letters that still hold, and whether others lie there too."""
 
     rows: dict[str, dict[str, Any]] | None
-    made_from: dict[str, str]
+    cache_key: dict[str, str]
     letters: list[DeadLetter]
     has_others: bool
 
@@ -147,11 +147,11 @@ class CrossModalityWork:
         floors = cross.flipped_clip.cascade_min_cosine, match_floor(cross), cross.digit and prompt_floor(cross.digit)
         self._floors = _digest(floors)
 
-    def made_from(self, shard: Shard) -> dict[str, str]:
+    def cache_key(self, shard: Shard) -> dict[str, str]:
         """What the shard's table is made from."""
         return {_SHARD: _digest(shard.fingerprint, self._pool), **self._models}
 
-    def is_finished(self, shard: Shard) -> bool:
+    def is_complete(self, shard: Shard) -> bool:
         """Whether nothing is missing."""
         kept = self._kept(shard)
         known = self._known(shard, kept, with_embeddings=False)
@@ -159,12 +159,12 @@ class CrossModalityWork:
 
     def is_begun(self, shard: Shard) -> bool:
         """Whether scores of the shard are there, be it too few."""
-        there = tables.read_made_from(self._layout.cross_modality(shard.name))
-        return there is not None and there.get(_SHARD) == self.made_from(shard)[_SHARD]
+        there = tables.read_cache_key(self._layout.cross_modality(shard.name))
+        return there is not None and there.get(_SHARD) == self.cache_key(shard)[_SHARD]
 
-    def in_hand(self, shard: Shard) -> str:
+    def in_progress(self, shard: Shard) -> str:
         """The path of the mark that lies there while the shard is worked on."""
-        return self._layout.in_hand(self.stage, shard.name)
+        return self._layout.in_progress(self.stage, shard.name)
 
     def wanted(self, shard: Shard) -> dict[str, Annotation]:
         """The samples that stage 1 keeps and that a score is missing of, by key; with the scores that are there."""
@@ -194,17 +194,17 @@ class CrossModalityWork:
         merged = (known.rows or {}) | found
         broken = {letter.key: letter for letter in (*known.letters, *letters)}
         order = [row["key"] for row in tables.read_table(self._layout.single_modality(shard.name), ["key"])]
-        made_from = {**known.made_from, **self.made_from(shard)}
-        made_from.pop(_FAILED_AT, None)
+        cache_key = {**known.cache_key, **self.cache_key(shard)}
+        cache_key.pop(_FAILED_AT, None)
         if any(letter.reason in _FAILURES_OF_MODELS for letter in broken.values()):
-            made_from[_FAILED_AT] = self._floors
+            cache_key[_FAILED_AT] = self._floors
         back = len(found.keys() - known.rows.keys()) if known.rows is not None else 0
         before = tables.read_halvings(self._layout.cross_modality(shard.name)) if known.rows else {}
-        of_models = {rule: n for rule, n in before.items() if known.made_from.get(rule) == made_from.get(rule)}
+        of_models = {rule: n for rule, n in before.items() if known.cache_key.get(rule) == cache_key.get(rule)}
         return ShardTable(
             [merged[key] for key in order if key in merged and key not in broken],
             [broken[key] for key in order if key in broken],
-            made_from,
+            cache_key,
             {rule: max(of_models.get(rule, 0), halvings.get(rule, 0)) for rule in {**of_models, **halvings}},
             back,
         )
@@ -215,8 +215,8 @@ class CrossModalityWork:
         return {a.key: a for a in annotations if first_failing(a, rules) is None}
 
     def _known(self, shard: Shard, kept: Mapping[str, Annotation], with_embeddings: bool) -> _Known:
-        path, ours = self._layout.cross_modality(shard.name), self.made_from(shard)
-        there = tables.read_made_from(path)
+        path, ours = self._layout.cross_modality(shard.name), self.cache_key(shard)
+        there = tables.read_cache_key(path)
         if there is None or there.get(_SHARD) != ours[_SHARD]:
             return _Known(None, {}, [], False)
         stale = [name for name in self._models if there.get(name) != ours[name]]

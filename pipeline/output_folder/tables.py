@@ -68,7 +68,7 @@ DECISIONS = pa.schema(
 )
 
 _ANNOTATION_COLUMNS = [field.name for field in dataclasses.fields(Annotation)]
-_MADE_FROM = b"pairsift.made_from"
+_CACHE_KEY = b"pairsift.cache_key"
 _HALVINGS = b"pairsift.batch_halvings"
 _DUE = b"pairsift.due"
 
@@ -77,18 +77,18 @@ def write_table(
     path: str,
     columns: Sequence[dict],
     schema: pa.Schema,
-    made_from: Mapping[str, str] | None = None,
+    cache_key: Mapping[str, str] | None = None,
     halvings: Mapping[str, int] | None = None,
     due: int | None = None,
 ) -> None:
     """Write rows (dicts; other keys than the schema's are left out) to `path`, whole or not at all.
 
-    `made_from` names what the rows were computed from, thing by thing; see `is_finished`. `halvings` says how often
+    `cache_key` names what the rows were computed from, thing by thing; see `is_complete`. `halvings` says how often
     each rule's batch shape was halved for want of GPU memory; `due` how many samples of the shard need a row or a dead
     letter.
     """
     rows = [{name: row.get(name) for name in schema.names} for row in columns]
-    metadata = {_MADE_FROM: json.dumps(dict(made_from or {}), sort_keys=True).encode()}
+    metadata = {_CACHE_KEY: json.dumps(dict(cache_key or {}), sort_keys=True).encode()}
     if halvings:
         metadata[_HALVINGS] = json.dumps(halvings, sort_keys=True).encode()
     if due is not None:
@@ -104,13 +104,13 @@ def read_table(path: str, columns: list[str] | None = None) -> list[dict]:
         return pq.read_table(file, columns=columns).to_pylist()
 
 
-def is_finished(path: str, made_from: Mapping[str, str]) -> bool:
+def is_complete(path: str, cache_key: Mapping[str, str]) -> bool:
     """Whether a whole table made from all of these (and perhaps of more) lies at `path`."""
-    there = read_made_from(path)
-    return there is not None and made_from.items() <= there.items()
+    there = read_cache_key(path)
+    return there is not None and cache_key.items() <= there.items()
 
 
-def read_made_from(path: str) -> dict[str, str] | None:
+def read_cache_key(path: str) -> dict[str, str] | None:
     """What the table at `path` was made from; None where there is no whole table."""
     if not files.exists(path):
         return None
@@ -119,7 +119,7 @@ def read_made_from(path: str) -> dict[str, str] | None:
             metadata = pq.read_schema(file).metadata or {}
         except pa.ArrowInvalid:  # not whole: made again
             return None
-    return json.loads(metadata.get(_MADE_FROM, b"{}"))
+    return json.loads(metadata.get(_CACHE_KEY, b"{}"))
 
 
 def read_halvings(path: str) -> dict[str, int]:

@@ -27,7 +27,7 @@ KEPT = 3
 _CURRENT = "current"
 
 
-class Overtaken(RuntimeError):
+class VersionConflict(RuntimeError):
     """Another run has switched readers to a later version: two have written one output folder."""
 
 
@@ -49,7 +49,7 @@ def begin(output: str) -> Layout:
 
 
 def switch(layout: Layout) -> None:
-    """Let readers see the version of `layout`, which is whole. May be done again. Raises Overtaken."""
+    """Let readers see the version of `layout`, which is whole. May be done again. Raises VersionConflict."""
     number = _number(layout)
     if files.in_cloud_storage(layout.output):
         _switch_pointer(layout.output, number)
@@ -78,11 +78,11 @@ def _switch_pointer(output: str, number: int) -> None:
     path = _pointer(output)
     while (there := generations.read(path)) is None or (shown := _version_in(there)) != number:
         if there and shown > number:
-            raise Overtaken(
+            raise VersionConflict(
                 f"{output}: version {number} is whole, but another run has switched readers to version {shown} "
                 "meanwhile, and they stay with that; let one run at a time write there, then run again"
             )
-        with contextlib.suppress(generations.Overtaken):  # then what lies there now decides
+        with contextlib.suppress(generations.GenerationConflict):  # then what lies there now decides
             content = json.dumps({"version": number}).encode() + b"\n"
             generations.replace(path, content, there.generation if there else generations.NOTHING)
 

@@ -70,7 +70,7 @@ def reshard(
     spread = Spread.plan(subset.samples, subset.most_copies, subset.tally.rows, samples_per_shard)
     folder = ReshardedFolder(output.rstrip("/") or output, spread.tars)
     claim(folder, _manifest(tables, layout, subset, spread))
-    if not _is_finished(folder):
+    if not _is_complete(folder):
         with progress.following(NAME, _line(folder)):
             pipeline = pipeline_of(beam_options)
             _ = (
@@ -84,7 +84,7 @@ def reshard(
     return Resharded(subset, spread, folder)
 
 
-def _is_finished(folder: ReshardedFolder) -> bool:
+def _is_complete(folder: ReshardedFolder) -> bool:
     there = files.names_in(folder.output)
     return files.exists(folder.sizes) and all(folder.tar_name(index) in there for index in range(folder.tars))
 

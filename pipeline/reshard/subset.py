@@ -14,7 +14,7 @@ _READ_ROWS = 2**20  # at a time: 16 MiB
 
 
 @dataclasses.dataclass(frozen=True)
-class Tally:
+class SubsetChecksum:
     """How many rows of which uids, whatever their order: the count, and the sums of the uids' upper and of their lower
     64 bits modulo 2^64. Equal for equal rows; different rows have one tally only by an accident of one in 2^128."""
 
@@ -22,16 +22,16 @@ class Tally:
     upper: int = 0
     lower: int = 0
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(self.rows + other.rows, (self.upper + other.upper) % 2**64, (self.lower + other.lower) % 2**64)
+    def __add__(self, other: SubsetChecksum) -> SubsetChecksum:
+        return SubsetChecksum(self.rows + other.rows, (self.upper + other.upper) % 2**64, (self.lower + other.lower) % 2**64)
 
     @classmethod
-    def of_rows(cls, rows: np.ndarray) -> Tally:
+    def of_rows(cls, rows: np.ndarray) -> SubsetChecksum:
         """Of an array of dtype `u8,u8`."""
         return cls(len(rows), int(rows["f0"].sum()), int(rows["f1"].sum()))  # numpy's sum wraps at 2^64
 
     @classmethod
-    def of(cls, copies: Iterable[tuple[str, int]]) -> Tally:
+    def of(cls, copies: Iterable[tuple[str, int]]) -> SubsetChecksum:
         """Of (uid, copies)."""
         return cls.of_rows(subset_rows(copies))
 
@@ -42,7 +42,7 @@ class Subset:
 
     samples: int
     most_copies: int
-    tally: Tally
+    tally: SubsetChecksum
 
 
 def read_subset(path: str) -> Subset:
@@ -51,7 +51,7 @@ def read_subset(path: str) -> Subset:
     Raises ValueError where it is no array of dtype `u8,u8`, or breaks off.
     """
     samples = most_copies = copies_of_last = 0
-    tally, last = Tally(), None
+    tally, last = SubsetChecksum(), None
     with files.open_binary(path) as file:
         version = np.lib.format.read_magic(file)
         if version != (1, 0):
@@ -68,7 +68,7 @@ def read_subset(path: str) -> Subset:
                 samples -= 1
             samples += len(copies)
             most_copies = max(most_copies, int(copies.max()))
-            tally += Tally.of_rows(rows)
+            tally += SubsetChecksum.of_rows(rows)
             last, copies_of_last = rows[-1], copies[-1]
     if tally.rows != shape[0]:
         raise ValueError(f"{path}: breaks off after {tally.rows} of {shape[0]} rows")

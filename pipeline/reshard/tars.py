@@ -16,7 +16,7 @@ from pipeline.output_folder import tables
 from pipeline.output_folder.layout import Layout
 from pipeline.reshard.copy_placement import Segment, Spread, segments
 from pipeline.reshard.offsets import PLACES, find_places
-from pipeline.reshard.subset import Subset, Tally
+from pipeline.reshard.subset import Subset, SubsetChecksum
 from transforms.core.recipe import PoolBounds
 from transforms.core.records import Shard
 from transforms.storage import files
@@ -80,7 +80,7 @@ class _CountedShard:
 
     shard: Shard
     samples: int
-    tally: Tally
+    tally: SubsetChecksum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class _Outcome:
     """What became of one output tar: its rows, or the first sample that it could not have."""
 
     index: int
-    tally: Tally
+    tally: SubsetChecksum
     fault: str | None = None
 
 
@@ -145,18 +145,18 @@ class WriteResharded(beam.PTransform):
 def _find_places(shard: Shard, layout: Layout, bounds: PoolBounds, folder: ReshardedFolder) -> _CountedShard:
     shard = Shard(*shard)
     path = folder.places(shard.name)
-    if tables.is_finished(path, {"shard": shard.fingerprint}):
+    if tables.is_complete(path, {"shard": shard.fingerprint}):
         rows = tables.read_table(path, ["uid", "copies"])
     else:
         rows = find_places(shard, layout, bounds)
-        tables.write_table(path, rows, PLACES, made_from={"shard": shard.fingerprint})
-    return _CountedShard(shard, len(rows), Tally.of((row["uid"], row["copies"]) for row in rows))
+        tables.write_table(path, rows, PLACES, cache_key={"shard": shard.fingerprint})
+    return _CountedShard(shard, len(rows), SubsetChecksum.of((row["uid"], row["copies"]) for row in rows))
 
 
 def _plan(counted: list[_CountedShard], spread: Spread, subset: Subset) -> Iterator[_PlannedTar]:
     counted = sorted(counted, key=lambda one: one.shard.name)
     samples = [one.samples for one in counted]
-    tally = sum((one.tally for one in counted), Tally())
+    tally = sum((one.tally for one in counted), SubsetChecksum())
     if (sum(samples), tally) != (subset.samples, subset.tally):
         raise Disagreement(
             f"decisions/ holds {sum(samples)} samples with {tally.rows} copies, subset.npy {subset.samples} with "
@@ -177,9 +177,9 @@ class _WriteTar(beam.DoFn):
             if not files.exists(path):
                 _write(path, rows)
         except _Changed as error:
-            yield _Outcome(planned.index, Tally(), str(error))
+            yield _Outcome(planned.index, SubsetChecksum(), str(error))
         else:
-            yield _Outcome(planned.index, Tally.of((row.place["uid"], 1) for row in rows))
+            yield _Outcome(planned.index, SubsetChecksum.of((row.place["uid"], 1) for row in rows))
 
     def _rows(self, planned: _PlannedTar) -> Iterator[_Row]:
         for shard, part in planned.parts:
@@ -248,7 +248,7 @@ def _finish(outcomes: list[_Outcome], subset: Subset, folder: ReshardedFolder) -
             f"judged ({'; '.join(faults[:_SHOWN_FAULTS])}); restore the pool and reshard again, which keeps the tars "
             "that are there, or run the changed pool and reshard into another folder"
         )
-    tally = sum((outcome.tally for outcome in outcomes), Tally())
+    tally = sum((outcome.tally for outcome in outcomes), SubsetChecksum())
     if tally != subset.tally:
         raise Disagreement(f"the tars hold {tally.rows} rows, subset.npy {subset.tally.rows}, or of other samples")
     if not files.exists(folder.sizes):

@@ -85,7 +85,7 @@ def run(
                 funnel = decide(job, Publication(content, keep_versions), beam_options, progress, work)
             else:
                 run_stage(stage, job, beam_options, progress, work)
-        files.delete_folder(layout.in_hand_folder)
+        files.delete_folder(layout.in_progress_folder)
         files.write_json(layout.run, {**work.content, "shards": len(job.shards), "shards_vanished": shards_vanished})
     return Outcome(funnel, shown(layout))
 
@@ -198,17 +198,17 @@ def _check_earlier_stages(stages: list[str], job: graphs.Job) -> None:
     holds for this recipe."""
     last = max(STAGES.index(stage) for stage in stages)
     features, over_pool, scores = job.single_modality_work, job.pool_wide_work, job.cross_modality_work
-    is_finished: dict[str, Callable[[Shard], bool]] = {
-        SINGLE_MODALITY: lambda shard: features.is_finished(shard) and over_pool.is_finished(shard),
+    is_complete: dict[str, Callable[[Shard], bool]] = {
+        SINGLE_MODALITY: lambda shard: features.is_complete(shard) and over_pool.is_complete(shard),
         # Which scores are wanted hangs on stage 1, which may be about to run.
-        CROSS_MODALITY: scores.is_begun if SINGLE_MODALITY in stages else scores.is_finished,
+        CROSS_MODALITY: scores.is_begun if SINGLE_MODALITY in stages else scores.is_complete,
     }
     for stage in TABLE_OF:
         if stage in stages or STAGES.index(stage) > last:
             continue
         there = job.layout.shards_with(TABLE_OF[stage])
         with_table = [shard for shard in job.shards if shard.name in there]
-        finished = dict(zip(with_table, files.each(job.layout.output, is_finished[stage], with_table), strict=True))
+        finished = dict(zip(with_table, files.each(job.layout.output, is_complete[stage], with_table), strict=True))
         missing = [shard.name for shard in job.shards if not finished.get(shard)]
         if missing:
             raise UsageError(

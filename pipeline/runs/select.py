@@ -59,7 +59,7 @@ def select(
     command = shlex.join(["pairsift", "run", recipe_path, "--input", pool, "--output", output])
     job = graphs.Job(settled, shards, layout, found)
     features = job.single_modality_work
-    unfinished = files.each(output, features.is_finished, shards).count(False)
+    unfinished = files.each(output, features.is_complete, shards).count(False)
     if unfinished:
         raise UsageError(
             f"{output}: {unfinished} of {len(shards)} shards have no features for this recipe; compute them: {command}"
@@ -111,7 +111,7 @@ def _with_precision(recipe: Recipe, earlier: dict[str, Any]) -> Recipe:
 def _pool_wide_aside(job: graphs.Job, beam_options: list[str]) -> graphs.Job:
     """The job with what only the whole pool can tell, judged by its recipe: aside, unless that lies there already."""
     work = job.pool_wide_work
-    if all(files.each(job.layout.output, work.is_finished, job.shards)):
+    if all(files.each(job.layout.output, work.is_complete, job.shards)):
         return job
     aside = dataclasses.replace(job, layout=dataclasses.replace(job.layout, pool_wide_folder=job.layout.select_work))
     run_graph(graphs.pool_wide, aside, beam_options)

@@ -21,9 +21,9 @@ class WritePoolWide(beam.PTransform):
 
     SHARDS, ROWS, DEAD_LETTERS = "shards", "rows", "dead_letters"
 
-    def __init__(self, layout: Layout, pool_samples: beam.PCollection, made_from: dict[str, str]) -> None:
+    def __init__(self, layout: Layout, pool_samples: beam.PCollection, cache_key: dict[str, str]) -> None:
         super().__init__()
-        self._layout, self._pool_samples, self._made_from = layout, pool_samples, made_from
+        self._layout, self._pool_samples, self._cache_key = layout, pool_samples, cache_key
 
     def expand(self, inputs: dict[str, beam.PCollection]) -> beam.PCollection:
         return (
@@ -34,7 +34,7 @@ class WritePoolWide(beam.PTransform):
             }
             | "Gather shard" >> beam.CoGroupByKey()
             | "Write table"
-            >> beam.ParDo(_Write(self._layout, self._made_from), beam.pvalue.AsSingleton(self._pool_samples))
+            >> beam.ParDo(_Write(self._layout, self._cache_key), beam.pvalue.AsSingleton(self._pool_samples))
         )
 
 
@@ -51,8 +51,8 @@ def _by_shard(letter: DeadLetter) -> tuple[str, DeadLetter]:
 
 
 class _Write(beam.DoFn):
-    def __init__(self, layout: Layout, made_from: dict[str, str]) -> None:
-        self._layout, self._made_from = layout, made_from
+    def __init__(self, layout: Layout, cache_key: dict[str, str]) -> None:
+        self._layout, self._cache_key = layout, cache_key
 
     def process(self, group: tuple[str, dict[str, Any]], pool_samples: int) -> Iterator[str]:
         shard, groups = group
@@ -65,7 +65,7 @@ class _Write(beam.DoFn):
         ]
         letters = sorted(groups[WritePoolWide.DEAD_LETTERS])
         tables.write_dead_letters(self._layout.dead_letters(POOL_WIDE, shard), letters)
-        tables.write_table(self._layout.pool_wide(shard), rows, tables.POOL_WIDE, self._made_from)
+        tables.write_table(self._layout.pool_wide(shard), rows, tables.POOL_WIDE, self._cache_key)
         count_dead_letters(letter.reason for letter in letters)
         yield shard
 

@@ -69,7 +69,7 @@ def publish(layout: Layout, publication: Publication) -> None:
             layout.single_modality(name),  # last: by it the others are found
         ):
             files.delete_if_there(path)
-    files.delete_folder(layout.in_hand_folder)
+    files.delete_folder(layout.in_progress_folder)
     if publication.holder:
         release_for_job(layout.output, publication.holder)
 

@@ -87,7 +87,7 @@ class WriteShardTable(beam.DoFn):
         path = self._path_of(self._layout, shard.name)
         known_before = len(table.rows) + len(table.dead_letters) - len(self._rows) - len(self._letters)
         due = len(last.due) + known_before
-        tables.write_table(path, table.rows, self._schema, table.made_from, table.halvings, due)
+        tables.write_table(path, table.rows, self._schema, table.cache_key, table.halvings, due)
         self._report_progress(DONE)
         counter(SHARDS_DONE).inc()
         counter(SAMPLES_DONE).inc(len(self._rows))

@@ -41,13 +41,13 @@ class Work(Protocol):
 
     stage: str
 
-    def is_finished(self, shard: Shard) -> bool:
+    def is_complete(self, shard: Shard) -> bool:
         """Whether the shard's table is whole and holds all that the stage wants."""
 
     def wanted(self, shard: Shard) -> _Wanted:
         """The samples to read by key, as far as they are known; None for all of the shard."""
 
-    def in_hand(self, shard: Shard) -> str:
+    def in_progress(self, shard: Shard) -> str:
         """The path of the mark that lies there while the shard is worked on."""
 
 
@@ -99,13 +99,13 @@ class _ReadShard(beam.DoFn):
 
     def process(self, shard: Shard) -> Iterator[SampleBatch | beam.pvalue.TaggedOutput]:
         shard = Shard(*shard)
-        if self._work.is_finished(shard):
+        if self._work.is_complete(shard):
             counter(SHARDS_FINISHED_BEFORE).inc()
             yield beam.pvalue.TaggedOutput(ReadShards.FINISHED, shard)
             return
         if self._load_prepare and self._prepare is None:
             self._prepare = self._load_prepare()
-        with decoder_of(self._work.in_hand(shard), self._bounds.max_decode_seconds) as decode:
+        with decoder_of(self._work.in_progress(shard), self._bounds.max_decode_seconds) as decode:
             yield from self._tries(shard, decode)
 
     def _tries(self, shard: Shard, decode: Decode) -> Iterator[SampleBatch]:

@@ -91,7 +91,7 @@ def test_a_last_step_that_is_tried_again_late_leaves_the_next_run_alone(output: 
     publication = Publication({"seed": 0}, 3, hold_for_job(output, job))
     publish(layout, publication)
     hold_for_job(output, job)  # next week's has the same name
-    theirs = f"{output}/versions/2/subset.npy", layout.in_hand(SINGLE_MODALITY, "a"), f"{layout.alignment_work}/tiles/0"
+    theirs = f"{output}/versions/2/subset.npy", layout.in_progress(SINGLE_MODALITY, "a"), f"{layout.alignment_work}/tiles/0"
     for path in theirs:
         files.write_bytes(path, b"at work")
     publish(layout, publication)

@@ -183,7 +183,7 @@ def test_one_whose_lock_was_taken_ends_and_leaves_it_alone(store: CloudStorage, 
         try:
             taken = generations.replace(path, b'{"host": "elsewhere"}', found.generation)
             break
-        except generations.Overtaken:
+        except generations.GenerationConflict:
             continue
     holder.process.join(30)
     assert holder.process.exitcode == 1

@@ -94,7 +94,7 @@ def test_a_switch_that_lost_is_an_error_and_readers_stay(store: CloudStorage, ou
     quick = publish(output)
     assert quick.results == f"{output}/versions/2"
     expected = f"{output}: version 1 is whole, but another run has switched readers to version 2"
-    with pytest.raises(versions.Overtaken, match=re.escape(expected)):
+    with pytest.raises(versions.VersionConflict, match=re.escape(expected)):
         versions.switch(slow)
     assert versions.newest(output) == quick
 
@@ -104,12 +104,12 @@ def test_a_switch_that_is_overtaken_on_its_way_lost_too(store: CloudStorage, buc
     slow = versions.begin(output)
     write_version(slow)
     on_its_way = store.pause(is_switch)  # it has seen version 1, and writes
-    lost: list[versions.Overtaken] = []
+    lost: list[versions.VersionConflict] = []
 
     def switch() -> None:
         try:
             versions.switch(slow)
-        except versions.Overtaken as error:
+        except versions.VersionConflict as error:
             lost.append(error)
 
     thread = threading.Thread(target=switch)

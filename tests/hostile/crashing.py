@@ -35,9 +35,9 @@ def main() -> None:
         case []:
             decoder_child.main()
         case [mark]:
-            with watched_decoder.decoder_of(mark, 1.0) as decode_in_hand:
+            with watched_decoder.decoder_of(mark, 1.0) as decode_watched:
                 try:
-                    decode_in_hand(HANG, 1, None)
+                    decode_watched(HANG, 1, None)
                 except images.UndecodableImage as error:
                     print(error.reason)
         case [recipe, pool, output]:

@@ -143,4 +143,4 @@ def test_a_run_that_died_of_a_picture_completes_without_it(tmp_path: Path) -> No
     tables = (tmp_path / "out" / "annotations" / "single_modality").iterdir()
     judged = {path.stem: pq.read_table(path)["key"].to_pylist() for path in tables}
     assert judged == {"a": ["k0", "k1", "k2", "k3", "k4"], "b": ["k0", "k1", "k3", "k4"]}
-    assert not (tmp_path / "out" / ".in_hand").exists()
+    assert not (tmp_path / "out" / ".in_progress").exists()

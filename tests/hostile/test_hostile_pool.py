@@ -195,7 +195,7 @@ def test_nothing_is_written_outside_the_output_folder(ran: Ran) -> None:
     links = [path for path in ran.output.rglob("*") if path.is_symlink()]
     assert {path.name for path in links} <= {"current", *LINKED}  # ours, and they stay within
     assert all(path.resolve().is_relative_to(ran.output.resolve()) for path in links)
-    assert not (ran.output / ".in_hand").exists()
+    assert not (ran.output / ".in_progress").exists()
 
 
 def test_no_name_of_the_pool_stands_in_the_resharded_tars(ran: Ran) -> None:

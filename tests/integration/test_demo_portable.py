@@ -17,7 +17,7 @@ def test_on_the_portable_path_a_killed_worker_costs_nothing_but_time(tmp_path, t
     with worker_pool() as pool, job_service() as address:
         case = Case(Path(str(POOL)), Path(str(RECIPE)), pool.options(address))
         run = Run(case, tmp_path / "out")
-        wait_for(lambda: list((tmp_path / "out").glob(".in_hand/cross_modality/*.mark")), 400)
+        wait_for(lambda: list((tmp_path / "out").glob(".in_progress/cross_modality/*.mark")), 400)
         pool.workers[0].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         message = error_of(run)

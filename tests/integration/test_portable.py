@@ -30,7 +30,7 @@ def portable(case: Case, pool: Pool, job_endpoint: str = EMBED) -> Case:
 
 
 def at_work(output: Path, stage: str = "*") -> None:
-    wait_for(lambda: list(output.glob(f".in_hand/{stage}/*.mark")), 300)  # it has begun
+    wait_for(lambda: list(output.glob(f".in_progress/{stage}/*.mark")), 300)  # it has begun
 
 
 def test_two_workers_of_a_pool_leave_the_bytes_of_a_local_run(

@@ -360,10 +360,10 @@ def test_a_later_stage_whose_job_comes_too_early_says_which_is_missing(
     recipe_with: Callable[..., Recipe], pool: Path, tmp_path: Path
 ) -> None:
     job = dataclasses.replace(job_on(recipe_with(), pool, tmp_path / "out"), checks_before=True)
-    with pytest.raises(graphs.NotFinished, match=r"shard [abc]: has no features .* run stage single_modality first"):
+    with pytest.raises(graphs.Incomplete, match=r"shard [abc]: has no features .* run stage single_modality first"):
         run_graph(graphs.cross_modality, job, [])
     run_graph(graphs.single_modality, job, [])
-    with pytest.raises(graphs.NotFinished, match=r"shard [abc]: \d samples have no score .* run stage cross_modality"):
+    with pytest.raises(graphs.Incomplete, match=r"shard [abc]: \d samples have no score .* run stage cross_modality"):
         run_graph(graphs.distribution_alignment, job, [])
     run_graph(graphs.cross_modality, job, [])
     run_graph(graphs.distribution_alignment, job, [])

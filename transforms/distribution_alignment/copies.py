@@ -129,7 +129,7 @@ def whole_copies(expected: np.ndarray, seed: int, uids: np.ndarray) -> np.ndarra
     return whole.astype(np.int64) + (drawn < expected - whole)
 
 
-class Tally(NamedTuple):
+class ClusterTally(NamedTuple):
     """Sums over members of a cluster. `expected` and `digit_addition` count in units of 2^-40
     copies."""
 
@@ -177,7 +177,7 @@ class _Place(beam.DoFn):
         copies = whole_copies(expected, self.seed, members.uids)
         clusters = np.full(len(members), cluster, np.int32)
         yield Placements(members.uids, members.shards, clusters, members.keepers, expected, copies)
-        tally = Tally(
+        tally = ClusterTally(
             len(members), int((~kept).sum()), _units(expected), _units(expected - planned), int(copies.sum())
         )
         yield beam.pvalue.TaggedOutput(TALLIES, (cluster, tuple(tally)))
@@ -192,13 +192,13 @@ def _units(copies: np.ndarray) -> int:
     return sum(np.rint(np.ldexp(copies, _TALLY_BITS)).astype(np.int64).tolist())
 
 
-def cluster_rows(allocation: Allocation, tallies: Mapping[int, Tally]) -> list[dict[str, Any]]:
+def cluster_rows(allocation: Allocation, tallies: Mapping[int, ClusterTally]) -> list[dict[str, Any]]:
     """One row a cluster, sorted, the empty ones too: cluster, size (n_c), semantic_duplicates
     (members dropped), similarity_<task> for every task, importance (p(c)), expected_copies,
     digit_addition (how much of those digit enhancement added above the target), copies."""
     rows = []
     for cluster, (size, importance) in enumerate(zip(allocation.sizes, allocation.importance, strict=True)):
-        tally = tallies.get(cluster, Tally())
+        tally = tallies.get(cluster, ClusterTally())
         rows.append(
             {
                 "cluster": cluster,
@@ -231,11 +231,11 @@ class ClusterTable(beam.PTransform):
 
 
 def _add_tallies(tallies: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    sums = list(Tally())
+    sums = list(ClusterTally())
     for tally in tallies:
         sums = [total + part for total, part in zip(sums, tally, strict=True)]
     return tuple(sums)
 
 
 def _rows(tallies: Mapping[int, tuple[int, ...]], allocation: Allocation) -> list[dict[str, Any]]:
-    return cluster_rows(allocation, {cluster: Tally(*sums) for cluster, sums in tallies.items()})
+    return cluster_rows(allocation, {cluster: ClusterTally(*sums) for cluster, sums in tallies.items()})

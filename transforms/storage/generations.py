@@ -22,7 +22,7 @@ NOTHING = 0
 _RETRY = DEFAULT_RETRY.with_timeout(30.0)  # seconds; safe, because a generation is replaced once
 
 
-class Overtaken(RuntimeError):
+class GenerationConflict(RuntimeError):
     """The object is not, or no longer, of the generation that was named."""
 
 
@@ -50,24 +50,24 @@ def read(path: str) -> Object | None:
 def replace(path: str, content: bytes, generation: int) -> Object:
     """Write `content` to `path` in place of the object of that generation (`NOTHING`: where none lies).
 
-    Raises Overtaken where another lies there, OSError where the store cannot be written to.
+    Raises GenerationConflict where another lies there, OSError where the store cannot be written to.
     """
     blob = files.cloud_blob(path)
     with files.as_os_errors(path):
         try:
             blob.upload_from_string(content, "application/json", if_generation_match=generation, retry=_RETRY)
         except PreconditionFailed as error:
-            raise Overtaken(f"{path}: somebody else has written it meanwhile") from error
+            raise GenerationConflict(f"{path}: somebody else has written it meanwhile") from error
     return Object(content, blob.generation, blob.updated)
 
 
 def remove(path: str, generation: int) -> None:
-    """Delete the object of that generation. Raises Overtaken where another lies there, or none; OSError."""
+    """Delete the object of that generation. Raises GenerationConflict where another lies there, or none; OSError."""
     with files.as_os_errors(path):
         try:
             files.cloud_blob(path).delete(if_generation_match=generation, retry=_RETRY)
         except (NotFound, PreconditionFailed) as error:
-            raise Overtaken(f"{path}: somebody else has written or deleted it meanwhile") from error
+            raise GenerationConflict(f"{path}: somebody else has written or deleted it meanwhile") from error
 
 
 def now(path: str) -> datetime.datetime:

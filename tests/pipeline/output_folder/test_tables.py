@@ -53,7 +53,7 @@ def test_an_empty_table_is_a_table(tmp_path: Path) -> None:
     path = str(tmp_path / "t.parquet")
     tables.write_table(path, [], tables.CROSS_MODALITY, {"made": "x"})
     assert tables.read_table(path) == []
-    assert tables.is_finished(path, {"made": "x"})
+    assert tables.is_complete(path, {"made": "x"})
 
 
 def test_columns_of_other_tables_are_left_out_and_missing_ones_are_unknown(tmp_path: Path) -> None:
@@ -75,11 +75,11 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path) -> None:
 
 def test_a_table_is_finished_when_it_was_made_from_the_same(tmp_path: Path) -> None:
     path = str(tmp_path / "t.parquet")
-    assert not tables.is_finished(path, {"made": "this"})
+    assert not tables.is_complete(path, {"made": "this"})
     tables.write_table(path, [], tables.POOL_WIDE, {"made": "this"})
-    assert tables.is_finished(path, {"made": "this"})
-    assert not tables.is_finished(path, {"made": "that"})
-    assert not tables.is_finished(path, {"made": ""})
+    assert tables.is_complete(path, {"made": "this"})
+    assert not tables.is_complete(path, {"made": "that"})
+    assert not tables.is_complete(path, {"made": ""})
 
 
 @pytest.mark.parametrize("kept", [0, 1, 0.5])
@@ -88,7 +88,7 @@ def test_a_broken_table_is_not_finished(tmp_path: Path, kept: float) -> None:
     tables.write_table(str(path), [{"uid": uid(1)}], tables.POOL_WIDE, {"made": "this"})
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept) if kept < 1 else -1])
-    assert not tables.is_finished(str(path), {"made": "this"})
+    assert not tables.is_complete(str(path), {"made": "this"})
 
 
 def test_equal_rows_make_equal_files(tmp_path: Path) -> None:
@@ -152,5 +152,5 @@ def test_no_dead_letters_leave_no_file_and_take_an_older_one_away(tmp_path: Path
 def test_tables_name_no_machine_and_no_time(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     tables.write_table(str(path), [{"uid": uid(1)}], tables.POOL_WIDE, {"made": "this"})
-    assert set(pq.read_schema(path).metadata) == {b"pairsift.made_from"}
+    assert set(pq.read_schema(path).metadata) == {b"pairsift.cache_key"}
     assert str(tmp_path).encode() not in path.read_bytes()

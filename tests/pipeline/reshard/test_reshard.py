@@ -34,7 +34,7 @@ from pipeline.reshard import subset as subset_module
 from pipeline.reshard import tars as resharded_module
 from pipeline.reshard.command import reshard
 from pipeline.reshard.copy_placement import Spread, segments
-from pipeline.reshard.subset import Tally, read_subset
+from pipeline.reshard.subset import SubsetChecksum, read_subset
 from pipeline.sinks.subset import subset_rows
 from pipeline.sources.webdataset import list_shards, read_samples
 from tests.helpers import BOUNDS, Members, least_apart, recipe, sample_members, tar_bytes, uid, write_pool
@@ -149,7 +149,7 @@ def test_a_subset_is_read_in_parts(
         patch.setattr(subset_module, "_READ_ROWS", read_rows)
         subset = read_subset(path)
     assert (subset.samples, subset.most_copies) == (len(copies), max(copies.values(), default=0))
-    assert subset.tally == Tally.of(copies.items()) == sum(map(Tally.of, [[pair] for pair in copies.items()]), Tally())
+    assert subset.tally == SubsetChecksum.of(copies.items()) == sum(map(SubsetChecksum.of, [[pair] for pair in copies.items()]), SubsetChecksum())
     assert subset.tally.rows == sum(copies.values())
 
 

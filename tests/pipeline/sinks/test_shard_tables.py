@@ -22,7 +22,7 @@ STAGE = "single_modality"
 A, B = Shard("a", "/p/a.tar", "1"), Shard("b", "/p/b.tar", "2")
 
 
-def made_from(shard: Shard) -> dict[str, str]:
+def cache_key(shard: Shard) -> dict[str, str]:
     return {"shard": shard.fingerprint}
 
 
@@ -93,8 +93,8 @@ def test_an_empty_shard_has_a_table(tmp_path: Path) -> None:
 def test_the_table_says_what_it_was_made_from(tmp_path: Path) -> None:
     bundle(tmp_path, batch(A, 0, True, 1))
     path = Layout(str(tmp_path)).single_modality("a")
-    assert tables.is_finished(path, made_from(A))
-    assert not tables.is_finished(path, made_from(B))
+    assert tables.is_complete(path, cache_key(A))
+    assert not tables.is_complete(path, cache_key(B))
 
 
 def test_dead_letters_are_written_beside_it_in_order(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_dead_letters_are_there_before_the_table_is(tmp_path: Path, monkeypatch:
         bundle(tmp_path, batch(A, 0, True, 1, letters=1))
     layout = Layout(str(tmp_path))
     assert len(tables.read_dead_letters(layout.dead_letters(STAGE, "a"))) == 1
-    assert not tables.is_finished(layout.single_modality("a"), made_from(A))
+    assert not tables.is_complete(layout.single_modality("a"), cache_key(A))
 
 
 @pytest.mark.parametrize(

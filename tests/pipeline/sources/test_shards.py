@@ -29,13 +29,13 @@ class FakeWork:
     finished: frozenset[str] = frozenset()
     wants: dict[str, Annotation] | None = None
 
-    def is_finished(self, shard: Shard) -> bool:
+    def is_complete(self, shard: Shard) -> bool:
         return shard.name in self.finished
 
     def wanted(self, shard: Shard) -> dict[str, Annotation] | None:
         return self.wants
 
-    def in_hand(self, shard: Shard) -> str:
+    def in_progress(self, shard: Shard) -> str:
         return f"{shard.path}.mark"
 
     def table(
