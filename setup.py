@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.12",
-    packages=find_packages(include=["pipeline*", "transforms*", "recipes", "templates"]),
+    packages=find_packages(include=["pairsift*", "pipeline*", "transforms*", "recipes", "templates"]),
     package_data={
         "recipes": ["*.yaml"],
         "pipeline.estimate": ["figures.yaml"],
@@ -52,5 +52,21 @@ setup(
             "types-PyYAML", "types-psutil", "uv",
         ],
     },
-    entry_points={"console_scripts": ["pairsift = pipeline.cli:main"]},
+    entry_points={
+        "console_scripts": ["pairsift = pipeline.cli:main"],
+        "pairsift.rules": [
+            "near_duplicate = transforms.single_modality.near_duplicate:NEAR_DUPLICATE",
+            "caption_length = transforms.single_modality.captions:CAPTION_LENGTH",
+            "language = transforms.single_modality.language:LANGUAGE",
+            "pos_pattern = transforms.single_modality.pos_pattern:POS_PATTERN",
+            "caption_frequency = transforms.single_modality.captions:CAPTION_FREQUENCY",
+            "aspect_ratio = transforms.single_modality.image_shape:ASPECT_RATIO",
+            "min_side = transforms.single_modality.image_shape:MIN_SIDE",
+            "face_area = transforms.single_modality.faces:FACE_AREA",
+            "flipped_clip = transforms.cross_modality.flipped_clip:FLIPPED_CLIP",
+            "image_text_matching = transforms.cross_modality.image_text_matching:IMAGE_TEXT_MATCHING",
+            "digit = transforms.cross_modality.digit:DIGIT",
+            "semantic_dedup = transforms.distribution_alignment.semantic_dedup:SEMANTIC_DEDUP",
+        ],
+    },
 )

@@ -133,24 +133,24 @@ def recipe(rows: int, tasks: str, centroids: str | None) -> recipes.Recipe:
     """Every rule of stage 3 (`cids` where there are tasks), and rules of the earlier stages that all rows pass."""
     return recipes.Recipe(
         name="benchmark",
-        single_modality=recipes.SingleModality(
+        single_modality=recipes.SingleModalitySettings(
             caption_length=recipes.CaptionLength(),
             aspect_ratio=recipes.AspectRatio(),
             min_side=recipes.MinSide(),
             near_duplicate=recipes.NearDuplicate(),
             caption_frequency=recipes.CaptionFrequency(),
         ),
-        cross_modality=recipes.CrossModality(
+        cross_modality=recipes.CrossModalitySettings(
             flipped_clip=recipes.FlippedClip(model="bundled:clip", min=0.19),
             digit=recipes.Digit(model="bundled:digit"),
         ),
-        distribution_alignment=recipes.DistributionAlignment(
-            target=recipes.Target(pool_share=0.2),
-            clusters=recipes.Clusters(count=max(2, rows // 1000), centroids=centroids),
+        distribution_alignment=recipes.DistributionAlignmentSettings(
+            target=recipes.TargetSettings(pool_share=0.2),
+            clusters=recipes.ClustersSettings(count=max(2, rows // 1000), centroids=centroids),
             semantic_dedup=recipes.SemanticDedup(epsilon=EPSILON),
-            cids=recipes.Cids(tasks=tasks) if tasks else None,
-            quality_duplication=recipes.QualityDuplication(),
-            digit_enhancement=recipes.DigitEnhancement(),
+            cids=recipes.CidsSettings(tasks=tasks) if tasks else None,
+            quality_duplication=recipes.QualityDuplicationSettings(),
+            digit_enhancement=recipes.DigitEnhancementSettings(),
         ),
     )
 

@@ -134,7 +134,7 @@ def pool_wide(folder: Path, few: int, many: int) -> dict[str, float]:
     return figures
 
 
-_NOT_RUN = recipes.CrossModality(flipped_clip=recipes.FlippedClip(model="bundled:clip", min=0.0))
+_NOT_RUN = recipes.CrossModalitySettings(flipped_clip=recipes.FlippedClip(model="bundled:clip", min=0.0))
 
 
 def generated(folder: Path, rows: int, recipe: recipes.Recipe) -> graphs.Job:
@@ -175,7 +175,7 @@ def stage_3(folder: Path, few: int, many: int, clusters: int) -> dict[str, float
         row, element = np.linalg.solve(elements, [each.shuffles.bytes[name] for each in (dense, sparse)])
         figures[f"shuffle/{DISTRIBUTION_ALIGNMENT}/{name}/candidate"] = row
         figures[f"shuffle/{DISTRIBUTION_ALIGNMENT}/{name}/element"] = element
-    trained = min(sparse.candidates, recipes.Clusters().samples_per_cluster * clusters)
+    trained = min(sparse.candidates, recipes.ClustersSettings().samples_per_cluster * clusters)
     figures[f"shuffle/{DISTRIBUTION_ALIGNMENT}/{FINE}/training_row"] = (
         sparse.shuffles.bytes[FINE] / trained - 2 * alignment.DIMENSIONS
     )
@@ -189,7 +189,7 @@ class Aligned:
     def __init__(self, folder: Path, rows: int, min_cosine: float, clusters: int) -> None:
         self.samples, self.clusters = rows, clusters
         recipe = alignment.recipe(rows, "", None)
-        stage = recipe.distribution_alignment.model_copy(update={"clusters": recipes.Clusters(count=clusters)})
+        stage = recipe.distribution_alignment.model_copy(update={"clusters": recipes.ClustersSettings(count=clusters)})
         clip = recipe.cross_modality.flipped_clip.model_copy(update={"min": min_cosine})
         scores = recipe.cross_modality.model_copy(update={"flipped_clip": clip})
         recipe = recipe.model_copy(update={"distribution_alignment": stage, "cross_modality": scores})

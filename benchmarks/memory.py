@@ -42,7 +42,7 @@ def recipe(model: Path, max_hamming: int) -> recipes.Recipe:
     clip = recipes.FlippedClip(model=str(model), min=-1.0)
     return recipes.Recipe(
         name="benchmark",
-        single_modality=recipes.SingleModality(
+        single_modality=recipes.SingleModalitySettings(
             near_duplicate=recipes.NearDuplicate(max_hamming=max_hamming),
             caption_length=recipes.CaptionLength(),
             language=recipes.Language(),
@@ -51,12 +51,12 @@ def recipe(model: Path, max_hamming: int) -> recipes.Recipe:
             aspect_ratio=recipes.AspectRatio(),
             min_side=recipes.MinSide(min_px=SIDE_PX),
         ),
-        cross_modality=recipes.CrossModality(flipped_clip=clip),
-        distribution_alignment=recipes.DistributionAlignment(
-            target=recipes.Target(survivors=True),
-            clusters=recipes.Clusters(count=20),
+        cross_modality=recipes.CrossModalitySettings(flipped_clip=clip),
+        distribution_alignment=recipes.DistributionAlignmentSettings(
+            target=recipes.TargetSettings(survivors=True),
+            clusters=recipes.ClustersSettings(count=20),
             semantic_dedup=recipes.SemanticDedup(),
-            quality_duplication=recipes.QualityDuplication(),
+            quality_duplication=recipes.QualityDuplicationSettings(),
         ),
     )
 

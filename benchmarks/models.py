@@ -59,7 +59,7 @@ class Subject:
 
     name: str
     sections: dict[str, Any]
-    handler: Callable[[recipes.CrossModality], Any]
+    handler: Callable[[recipes.CrossModalitySettings], Any]
     forward: Callable[[Any, list[Any]], Callable[[], Any]]
     batch_size: int
     small: int
@@ -67,9 +67,9 @@ class Subject:
     large_fp32: int
     """Pairs of the small and the large pool; of the large one where fp32 (as the peers have it) is what runs."""
 
-    def settings(self, device: str, precision: str) -> recipes.CrossModality:
+    def settings(self, device: str, precision: str) -> recipes.CrossModalitySettings:
         """Stage 2 with this model (after a tiny CLIP, where the model is a later one)."""
-        return recipes.CrossModality(**{"device": device, "precision": precision, **self.sections})
+        return recipes.CrossModalitySettings(**{"device": device, "precision": precision, **self.sections})
 
 
 def clip_forward(model: Any, inputs: list[Any]) -> Callable[[], Any]:
@@ -119,7 +119,7 @@ def bare_rate(subject: Subject, handler: Any, model: Any, samples: list[Sample])
     return len(samples) / seconds
 
 
-def inference_rate(subject: Subject, handler: Any, settings: recipes.CrossModality, samples: list[Sample]) -> float:
+def inference_rate(subject: Subject, handler: Any, settings: recipes.CrossModalitySettings, samples: list[Sample]) -> float:
     """Pairs a second through RunInference, on batches that are prepared and in memory."""
     prepared = prepare.load_prepare(settings)
     _Ready.samples = [prepared(pictures.decoded(sample)) for sample in samples]
@@ -157,13 +157,13 @@ def _joined_size(subject: Subject) -> int:
     return subject.batch_size if subject.name == "clip" else 16 * subject.batch_size
 
 
-def stage_rate(subject: Subject, settings: recipes.CrossModality, samples: list[Sample], folder: Path) -> float:
+def stage_rate(subject: Subject, settings: recipes.CrossModalitySettings, samples: list[Sample], folder: Path) -> float:
     """Pairs a second of the whole of stage 2: tars in, tables out."""
     recipe = recipes.Recipe(
         name="benchmark",
-        single_modality=recipes.SingleModality(),
+        single_modality=recipes.SingleModalitySettings(),
         cross_modality=settings,
-        distribution_alignment=recipes.DistributionAlignment(target=recipes.Target(survivors=True)),
+        distribution_alignment=recipes.DistributionAlignmentSettings(target=recipes.TargetSettings(survivors=True)),
     )
     seconds = {}
     for count in (subject.small, len(samples)):

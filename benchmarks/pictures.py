@@ -11,11 +11,11 @@ from pathlib import Path
 
 from pipeline.decoding.images import UndecodableImage, decode
 from pipeline.sources.webdataset import list_shards, read_samples
-from transforms.core.recipe import PoolBounds
+from transforms.core.recipe import PoolSettings
 from transforms.core.records import Sample
 
 OPENSTAX = Path(__file__).parent.parent.parent / "shared" / "data" / "openstax_pool"
-BOUNDS = PoolBounds()
+BOUNDS = PoolSettings()
 
 
 def source() -> Path:

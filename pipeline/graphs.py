@@ -28,27 +28,24 @@ from pipeline.sinks.subset import WriteSubset
 from pipeline.sources.annotations import ReadCandidates, ReadPoolRows, ReadThresholds, count_samples
 from pipeline.sources.listing import ListShards
 from pipeline.sources.shards import ReadShards
+from transforms.annotate import Annotate
 from transforms.columns import bucket_count
+from transforms.core import catalogue
+from transforms.core.catalogue import Score
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe
 from transforms.core.records import Shard
-from transforms.cross_modality.digit import Digit
-from transforms.cross_modality.flipped_clip import FlippedClip
-from transforms.cross_modality.image_text_matching import ImageTextMatching
 from transforms.cross_modality.join_wanted import JoinWanted
 from transforms.distribution_alignment.cids import ClusterImportance, ReadTasks
 from transforms.distribution_alignment.clusters import AssignClusters, TrainCentroids
 from transforms.distribution_alignment.copies import PLACEMENTS, TALLIES, AssignCopies, ClusterTable
+from transforms.distribution_alignment.duplicate_search import SemanticDedup
 from transforms.distribution_alignment.records import Placements
-from transforms.distribution_alignment.semantic_dedup import SemanticDedup
 from transforms.distribution_alignment.tiles import FindRanges, ToTiles
 from transforms.distribution_alignment.work_folder import WorkFolder
 from transforms.models.prepare import load_prepare
-from transforms.single_modality.captions import CaptionLength
-from transforms.single_modality.faces import FaceArea
+from transforms.models.score import ScoreByModel
 from transforms.single_modality.images import ImageFeatures
-from transforms.single_modality.language import Language
 from transforms.single_modality.pool_wide import CaptionFrequency, NearDuplicate, UniqueUids
-from transforms.single_modality.pos_pattern import PosPattern
 from transforms.storage import files
 
 READ_BATCH = 64  # samples; stage 1 holds that many small pictures at a time
@@ -94,7 +91,7 @@ class Incomplete(ValueError):
 
 def single_modality(start: beam.PCollection, job: Job) -> beam.PCollection:
     """Stage 1. One fused stage per shard: read, decode small, annotate, write. Then passes over slim rows of all."""
-    rules, work = job.recipe.single_modality, job.single_modality_work
+    work = job.single_modality_work
 
     read = (
         start
@@ -102,16 +99,10 @@ def single_modality(start: beam.PCollection, job: Job) -> beam.PCollection:
         | "Read shards" >> ReadShards(work, job.recipe.pool, READ_BATCH, DRAFT_SIDE_PX)
     )
     batches = read[ReadShards.BATCHES] | "Image features" >> ImageFeatures()
-    if rules.caption_length:
-        batches |= "Caption length" >> CaptionLength()
-    if rules.language:
-        batches |= "Language" >> Language(rules.language)
-    if rules.pos_pattern:
-        batches |= "PoS pattern" >> PosPattern(rules.pos_pattern)
-    if rules.face_area:
-        batches |= "Face area" >> FaceArea(rules.face_area)
+    for score in catalogue.per_sample_scores():
+        batches = _annotated(batches, score, job.recipe)
     written = batches | "Write features" >> beam.ParDo(
-        WriteShardTable(job.layout, work, Layout.single_modality, tables.SINGLE_MODALITY)
+        WriteShardTable(job.layout, work, Layout.single_modality, tables.single_modality_schema())
     )
     shards = (read[ReadShards.FINISHED], written) | "All shards" >> beam.Flatten() | "Tables are there" >> _barrier()
     reconciled = shards | "Reconcile with the tars" >> ReconcilePool(job.layout)
@@ -152,6 +143,11 @@ def cross_modality(start: beam.PCollection, job: Job) -> beam.PCollection:
     return shards | "Score shards" >> scored
 
 
+def _annotated(batches: beam.PCollection, score: Score[Any], recipe: Recipe) -> beam.PCollection:
+    settings = recipe.settings_of(score)
+    return batches | score.label >> Annotate(score, settings) if settings is not None and score.annotator else batches
+
+
 class ScoreShards(beam.PTransform):
     """PCollection[Shard] -> the shards whose scores were written now.
 
@@ -173,15 +169,16 @@ class ScoreShards(beam.PTransform):
             load_prepare=functools.partial(load_prepare, models),
             in_turns=models.device == "cpu",  # where the models take every core there is
         )
-        batches = read[ReadShards.BATCHES] | "Flipped CLIP" >> FlippedClip(models)
-        if models.image_text_matching or models.digit:
+        first, *later = (score for score in catalogue.model_scores() if job.recipe.is_on(score))
+        batches = read[ReadShards.BATCHES] | first.label >> ScoreByModel(first, models)
+        if later:
             batches |= "Join wanted" >> JoinWanted(models)
-        if models.image_text_matching:
-            batches |= "Image-text matching" >> ImageTextMatching(models)
-        if models.digit:
-            batches |= "Digit" >> Digit(models)
+        for score in later:
+            batches |= score.label >> ScoreByModel(score, models)
+        for score in catalogue.scores_of(CROSS_MODALITY):
+            batches = _annotated(batches, score, job.recipe)
         return batches | "Write scores" >> beam.ParDo(
-            WriteShardTable(job.layout, work, Layout.cross_modality, tables.CROSS_MODALITY)
+            WriteShardTable(job.layout, work, Layout.cross_modality, tables.cross_modality_schema())
         )
 
 

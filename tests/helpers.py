@@ -19,11 +19,11 @@ import yaml
 from PIL import Image
 
 from pipeline.sources.webdataset import list_shards
-from transforms.core.recipe import PoolBounds, Recipe, parse_recipe
+from transforms.core.recipe import PoolSettings, Recipe, parse_recipe
 from transforms.core.records import Annotation, Sample, Shard
 
 DEMO_RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
-BOUNDS = PoolBounds()
+BOUNDS = PoolSettings()
 
 
 def picture(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:

@@ -1,62 +1,68 @@
-"""The one way in which features are added to the samples of a batch."""
+"""Adds the columns of a score to the samples of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import apache_beam as beam
 
+from transforms.core.catalogue import Annotator, Score
 from transforms.core.metrics import MODELS_LOADED, batch_ms, counter, load_ms, timed_ms
 from transforms.core.records import DeadLetter, Sample, SampleBatch, dead_letter
+from transforms.core.settings import Settings
+
+
+class Annotate(beam.PTransform):
+    """PCollection[SampleBatch] -> PCollection[SampleBatch] with the columns of a score that has an annotator."""
+
+    def __init__(self, score: Score[Any], settings: Settings) -> None:
+        super().__init__()
+        assert score.annotator, score.name
+        make = functools.partial(score.annotator, settings)
+        self._annotate = AnnotateSamples(score.name, score.stage, make, score.loads_model)
+
+    def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
+        return batches | "Annotate" >> beam.ParDo(self._annotate).with_output_types(SampleBatch)
 
 
 class AnnotateSamples(beam.DoFn):
-    """Adds columns to every sample of a batch; a sample for which that fails becomes a dead letter.
+    """Adds columns to every sample of a batch. A sample for which that fails becomes a dead letter with the reason
+    `NAME_failed`.
 
-    Subclasses name their `stage` and `reason`, and say in `columns` what they add.
+    The annotator is made and loaded when the first sample arrives, so that shards that are complete load no model.
     """
 
-    stage: str
-    reason: str
-
-    @property
-    def step(self) -> str:
-        """What its metrics are named after."""
-        return self.reason.removesuffix("_failed")
-
-    def columns(self, sample: Sample) -> dict[str, Any]:
-        """The annotation columns to add, by name."""
-        raise TypeError(f"{type(self).__name__} does not say which columns it adds")
+    def __init__(self, name: str, stage: str, make: Callable[[], Annotator], loads_model: bool = False) -> None:
+        self._name, self._stage, self._make, self._loads_model = name, stage, make, loads_model
+        self._annotator: Annotator | None = None
 
     def process(self, batch: SampleBatch) -> Iterator[SampleBatch]:
+        if not batch.samples:
+            yield batch
+            return
+        annotator = self._annotator or self._load()
         samples: list[Sample] = []
         letters: list[DeadLetter] = []
-        with timed_ms(batch_ms(self.step)):
+        with timed_ms(batch_ms(self._name)):
             for sample in batch:
                 try:
-                    samples.append(sample.annotated(**self.columns(sample)))
-                except MemoryError:  # no sample's fault
+                    samples.append(sample.annotated(**annotator.columns(sample)))
+                except MemoryError:  # not the sample's fault
                     raise
-                except Exception as error:  # pool content may break any library; the sample says why, and only it goes
+                except Exception as error:  # pool content can break any library; only this sample is lost, with a reason
                     message = f"{type(error).__name__}: {error}"
-                    letters.append(dead_letter(sample.annotation, self.stage, self.reason, message))
+                    letters.append(dead_letter(sample.annotation, self._stage, f"{self._name}_failed", message))
         yield batch.replace(tuple(samples), tuple(letters))
 
-
-class AnnotateByModel(AnnotateSamples):
-    """As AnnotateSamples, by a model that is loaded when the first sample comes: over finished shards none is."""
-
-    _is_loaded = False
-
-    def load(self) -> None:
-        """Load what `columns` asks."""
-        raise TypeError(f"{type(self).__name__} does not say which model it loads")
-
-    def process(self, batch: SampleBatch) -> Iterator[SampleBatch]:
-        if batch.samples and not self._is_loaded:
-            with timed_ms(load_ms(self.step)):
-                self.load()
-            self._is_loaded = True
+    def _load(self) -> Annotator:
+        annotator = self._make()
+        if self._loads_model:
+            with timed_ms(load_ms(self._name)):
+                annotator.load()
             counter(MODELS_LOADED).inc()
-        yield from super().process(batch)
+        else:
+            annotator.load()
+        self._annotator = annotator
+        return annotator

@@ -20,7 +20,7 @@ from pipeline.centroids.images import NoImages, Picture, Unreadable, list_images
 from pipeline.decoding.tfio_decoder import HOW_TO_INSTALL, TfioDecoder
 from pipeline.output_folder.manifest import clip_identity
 from pipeline.runs.run import UsageError, check_path
-from transforms.core.recipe import CrossModality, Recipe
+from transforms.core.recipe import CrossModalitySettings, Recipe
 from transforms.core.records import Annotation, Sample, SampleBatch, Shard
 from transforms.distribution_alignment.cids import MODEL_KEY
 from transforms.distribution_alignment.clusters import train_centroids
@@ -151,7 +151,7 @@ class _Row:
 class _Embedder:
     """Stage 2's CLIP by itself. Raises UsageError where it cannot be had."""
 
-    def __init__(self, settings: CrossModality) -> None:
+    def __init__(self, settings: CrossModalitySettings) -> None:
         if settings.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("recipe: cross_modality.device is cuda, but this machine has no GPU; use a GPU or say cpu")
         alone = settings.model_copy(update={"image_text_matching": None, "digit": None})

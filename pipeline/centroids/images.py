@@ -20,7 +20,7 @@ from pipeline.decoding import tfio_child
 from pipeline.decoding.images import FORMATS, UndecodableImage, decode
 from pipeline.decoding.tfio_decoder import TfioDecoder
 from pipeline.sources.tars import BrokenTar, tar_members
-from transforms.core.recipe import PoolBounds
+from transforms.core.recipe import PoolSettings
 from transforms.storage import files
 
 _PILLOW_FORMATS = (*FORMATS, "BMP", "GIF", "PPM", "TIFF")
@@ -74,7 +74,7 @@ def list_images(path: str) -> list[FileMetadata]:
     return sorted(shown, key=lambda file: file.path)
 
 
-def read_images(listed: list[FileMetadata], bounds: PoolBounds, decoder: TfioDecoder) -> Iterator[Picture | Unreadable]:
+def read_images(listed: list[FileMetadata], bounds: PoolSettings, decoder: TfioDecoder) -> Iterator[Picture | Unreadable]:
     """Every picture of the files, in their order; one in memory at a time.
 
     Several pictures come of a file that holds several (pages of a TIFF, frames of a DICOM; of a GIF the first). What
@@ -96,7 +96,7 @@ def read_images(listed: list[FileMetadata], bounds: PoolBounds, decoder: TfioDec
             yield from _pictures(file.path, content, bounds, decoder)
 
 
-def _tar_images(path: str, bounds: PoolBounds, decoder: TfioDecoder) -> Iterator[Picture | Unreadable]:
+def _tar_images(path: str, bounds: PoolSettings, decoder: TfioDecoder) -> Iterator[Picture | Unreadable]:
     with files.open_binary(path) as stream:
         try:
             for member in tar_members(stream, bounds):
@@ -115,7 +115,7 @@ def _tar_images(path: str, bounds: PoolBounds, decoder: TfioDecoder) -> Iterator
 
 
 def _image_content(
-    name: str, size_bytes: int, read: Callable[[int], bytes], bounds: PoolBounds
+    name: str, size_bytes: int, read: Callable[[int], bytes], bounds: PoolSettings
 ) -> bytes | Unreadable | None:
     """The file's bytes; None where it is no image."""
     too_large = size_bytes > bounds.max_image_bytes
@@ -146,7 +146,7 @@ def _tfio_kind(head: bytes) -> bytes | None:
 
 
 def _pictures(
-    name: str, content: bytes | Unreadable, bounds: PoolBounds, decoder: TfioDecoder
+    name: str, content: bytes | Unreadable, bounds: PoolSettings, decoder: TfioDecoder
 ) -> Iterator[Picture | Unreadable]:
     if isinstance(content, Unreadable):
         yield content

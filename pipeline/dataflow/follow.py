@@ -21,8 +21,8 @@ from pipeline.google_cloud.rest import Api, ApiError
 from pipeline.report.printable import printable
 from pipeline.report.progress import described
 from transforms.core import metrics as work
+from transforms.core.catalogue import STAGES, rules_of_stage
 from transforms.core.errors import Failure
-from transforms.core.recipe import RULES, STAGES
 
 _NO_METRICS_YET = ("JOB_STATE_QUEUED", "JOB_STATE_PENDING")
 _OF_A_DISTRIBUTION = ("_MIN", "_MAX", "_MEAN", "_COUNT")  # the service tells one as these scalars too
@@ -176,7 +176,8 @@ def _funnel_so_far(counts: Mapping[str, int]) -> str:
     if work.FUNNEL_IN not in counts:
         return found
     steps = [("dead letters", sum(n for name, n in counts.items() if name.startswith(work.funnel_dead_letters(""))))]
-    steps += [(rule, counts.get(work.funnel_dropped(rule), 0)) for rules in RULES.values() for rule in rules]
+    rules = [rule.name for stage in STAGES for rule in rules_of_stage(stage)]
+    steps += [(rule, counts.get(work.funnel_dropped(rule), 0)) for rule in rules]
     dropped = ", ".join(f"{name} {n:,}" for name, n in steps if n)
     samples, copies = (counts.get(name, 0) for name in (work.FUNNEL_SAMPLES, work.FUNNEL_COPIES))
     return (

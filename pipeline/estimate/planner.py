@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from pipeline.dataflow.settings import GPUS, Accelerator, DataflowSettings, Workers, vcpus_of
 from pipeline.estimate.figures import Kind, Known
+from transforms.core.catalogue import rules_of_stage
 from transforms.core.errors import UsageError
-from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, RULES, SINGLE_MODALITY, STAGES, Recipe
+from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe
 
 GIB = 2**30
 TILE_ROWS = 8192  # transforms.distribution_alignment.tiles, which would bring Beam along
@@ -244,7 +245,7 @@ class _Planner:
         self.compute("scored", self.v("samples") * self.v(rules[SINGLE_MODALITY]), "pairs",
                      "samples × share/single_modality", "samples", rules[SINGLE_MODALITY])  # fmt: skip
         left = "scored"
-        for rule in RULES[CROSS_MODALITY]:
+        for rule in (rule.name for rule in rules_of_stage(CROSS_MODALITY)):
             if getattr(models, rule) is not None:
                 share = rules[rule]
                 left = self.compute(f"kept by {rule}", self.v(left) * self.v(share), "pairs", f"{left} × {share}",
@@ -255,7 +256,7 @@ class _Planner:
         """The name of the share that each rule of stage 2, and stage 1 as a whole, keeps of what reaches it."""
         models = self.recipe.cross_modality
         named = {SINGLE_MODALITY: f"share/{SINGLE_MODALITY}"}
-        for rule in RULES[CROSS_MODALITY]:
+        for rule in (rule.name for rule in rules_of_stage(CROSS_MODALITY)):
             settings = getattr(models, rule)
             if settings is None:
                 continue

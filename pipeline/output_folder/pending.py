@@ -15,29 +15,28 @@ from typing import Any, NamedTuple
 
 from pipeline.output_folder import tables
 from pipeline.output_folder.layout import Layout
-from pipeline.output_folder.manifest import SECTION_OF, library_versions
+from pipeline.output_folder.manifest import library_versions
+from transforms.core import catalogue
 from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY, Recipe
 from transforms.core.records import Annotation, DeadLetter, Shard
 from transforms.models.cascade import asked, match_floor, prompt_floor, unscored
 from transforms.models.fixed_batches import MODEL_FAILED, NOT_FINITE, PREPARATION_FAILED
-from transforms.rules import Rule, first_failing, rules_of
+from transforms.rules import ActiveRule, first_failing, rules_of
 
-_FEATURES = {
-    "caption_length": ("word_count", "character_count"),
-    "language": ("language", "language_probability"),
-    "pos_pattern": ("pos_tags",),
-    "face_area": ("face_area_share",),
-}
-"""Stage 1's rules whose features are computed only where the rule is on, and their columns."""
-_IDENTITY_OF = {section: identity for identity, section in SECTION_OF[SINGLE_MODALITY].items()}
+_DIGIT_PROMPTS = "digit_prompts"
+"""CLIP's score of the digit prompts. It has a cache key of its own, because CLIP computes it for the section `digit`."""
 
-_SCORES = {
-    "flipped_clip": ("flipped_clip_cosine", "unflipped_clip_cosine", "embedding"),
-    "digit_prompts": ("digit_prompt_probability",),
-    "image_text_matching": ("match_probability",),
-    "digit": ("digit_probability",),
-}
-"""What stage 2 computes, and its columns."""
+
+def _stage_1_columns() -> dict[str, tuple[str, ...]]:
+    return {score.name: tuple(score.columns) for score in catalogue.per_sample_scores()}
+
+
+def _stage_2_columns() -> dict[str, tuple[str, ...]]:
+    """The columns of each cache key of stage 2."""
+    found = {score.name: tuple(score.columns) for score in catalogue.scores_of(CROSS_MODALITY) if score.columns}
+    found["digit"] = ("digit_probability",)
+    return {**found, _DIGIT_PROMPTS: ("digit_prompt_probability",)}
+
 
 _SHARD, _FAILED_AT = "shard", "failed_at"
 _FAILURES_OF_MODELS = (PREPARATION_FAILED, MODEL_FAILED, NOT_FINITE)
@@ -60,11 +59,11 @@ class SingleModalityWork:
 
     def __init__(self, recipe: Recipe, layout: Layout, identities: Mapping[str, Any]) -> None:
         self._layout = layout
-        single, known = recipe.single_modality, identities[SINGLE_MODALITY]
-        rules = {name: getattr(single, name) for name in _FEATURES}
+        known = identities[SINGLE_MODALITY]
+        rules = {score.name: recipe.settings_of(score) for score in catalogue.per_sample_scores()}
         self._pool = _digest(recipe.pool.model_dump(), library_versions(SINGLE_MODALITY))
         self._features = {
-            name: _digest(settings.computing, known.get(_IDENTITY_OF.get(name, "")))
+            name: _digest(settings.computing, known.get(name))
             for name, settings in rules.items()
             if settings
         }
@@ -133,7 +132,7 @@ class CrossModalityWork:
         cross, known = recipe.cross_modality, identities[CROSS_MODALITY]
         computed_by = cross.device, cross.precision, library_versions(CROSS_MODALITY)
         self._pool = _digest(recipe.pool.model_dump(), *computed_by)
-        sections = {name: getattr(cross, name) for name in ("flipped_clip", "image_text_matching", "digit")}
+        sections = {score.name: recipe.settings_of(score) for score in catalogue.scores_of(CROSS_MODALITY) if score.columns}
         self._models = {
             # Which revision a name stood for, its identity tells.
             name: _digest(settings.computing | {"revision": None}, known.get(name))
@@ -142,7 +141,7 @@ class CrossModalityWork:
         }
         prompts = cross.digit.clip_prompts if cross.digit else None
         if prompts:
-            self._models["digit_prompts"] = _digest(self._models["flipped_clip"], prompts.computing)
+            self._models[_DIGIT_PROMPTS] = _digest(self._models["flipped_clip"], prompts.computing)
         # Which model a sample has to fail on to be a dead letter hangs on who is asked.
         floors = cross.flipped_clip.cascade_min_cosine, match_floor(cross), cross.digit and prompt_floor(cross.digit)
         self._floors = _digest(floors)
@@ -190,11 +189,12 @@ class CrossModalityWork:
     ) -> ShardTable:
         """What is to be written: what was known, and what was found now in its place or beside it; in tar order."""
         known = self._known(shard, self._kept(shard), with_embeddings=True)
-        found = {row["key"]: {name: row[name] for name in tables.CROSS_MODALITY.names} for row in rows}
+        found = {row["key"]: {name: row.get(name) for name in tables.cross_modality_schema().names} for row in rows}
         merged = (known.rows or {}) | found
         broken = {letter.key: letter for letter in (*known.letters, *letters)}
         order = [row["key"] for row in tables.read_table(self._layout.single_modality(shard.name), ["key"])]
-        cache_key = {**known.cache_key, **self.cache_key(shard)}
+        installed = {_SHARD, *_stage_2_columns()}
+        cache_key = {**{k: v for k, v in known.cache_key.items() if k in installed}, **self.cache_key(shard)}
         cache_key.pop(_FAILED_AT, None)
         if any(letter.reason in _FAILURES_OF_MODELS for letter in broken.values()):
             cache_key[_FAILED_AT] = self._floors
@@ -220,8 +220,8 @@ class CrossModalityWork:
         if there is None or there.get(_SHARD) != ours[_SHARD]:
             return _Known(None, {}, [], False)
         stale = [name for name in self._models if there.get(name) != ours[name]]
-        stale_columns = dict.fromkeys(column for name in stale for column in _SCORES[name])
-        names = [name for name in tables.CROSS_MODALITY.names if with_embeddings or name != "embedding"]
+        stale_columns = dict.fromkeys(column for name in stale for column in _stage_2_columns()[name])
+        names = [name for name in tables.cross_modality_schema().names if with_embeddings or name != "embedding"]
         rows = {row["key"]: row | stale_columns for row in tables.read_table(path, names)}
         letters = tables.read_dead_letters(self._layout.dead_letters(self.stage, shard.name))
         holding = [
@@ -234,30 +234,27 @@ class CrossModalityWork:
         return _Known(rows, there, holding, len(holding) < len(letters))
 
 
-def as_asked(annotation: Annotation, recipe: Recipe, rules: Sequence[Rule]) -> Annotation:
+def as_asked(annotation: Annotation, recipe: Recipe, rules: Sequence[ActiveRule]) -> Annotation:
     """The annotation as a run of `recipe` from nothing would know it: without the features and scores that only
     another recipe, or another pool, asked for. `rules` are the recipe's of stage 1."""
     unasked = [
-        column
-        for name, columns in _FEATURES.items()
-        if getattr(recipe.single_modality, name) is None
-        for column in columns
+        column for score in catalogue.per_sample_scores() if not recipe.is_on(score) for column in score.columns
     ]
     is_kept = first_failing(annotation, rules) is None
-    for name, columns in _SCORES.items():
-        if not is_kept or not _asks(recipe, name, annotation):
+    for name, columns in _stage_2_columns().items():
+        if not is_kept or not _asks(recipe, name, columns, annotation):
             unasked += columns
     known = [column for column in unasked if getattr(annotation, column) is not None]
     return annotation.with_columns(**dict.fromkeys(known)) if known else annotation
 
 
-def _asks(recipe: Recipe, score: str, annotation: Annotation) -> bool:
+def _asks(recipe: Recipe, score: str, columns: Sequence[str], annotation: Annotation) -> bool:
     cross = recipe.cross_modality
     if score == "flipped_clip":
         return True
-    if score == "digit_prompts":
+    if score == _DIGIT_PROMPTS:
         return cross.digit is not None and cross.digit.clip_prompts is not None
-    return bool(set(_SCORES[score]) & set(asked(annotation, cross)))
+    return bool(set(columns) & set(asked(annotation, cross)))
 
 
 def _digest(*parts: Any) -> str:

@@ -2,72 +2,81 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.output_folder.layout import Layout
+from transforms.core import catalogue
+from transforms.core.catalogue import (
+    ALIGNMENT_COLUMNS,
+    CROSS_MODALITY,
+    DISTRIBUTION_ALIGNMENT,
+    IDENTITY_COLUMNS,
+    IMAGE_COLUMNS,
+    POOL_COLUMNS,
+    SINGLE_MODALITY,
+    STAGES,
+    ColumnType,
+    Score,
+    scores_of,
+)
+from transforms.core.recipe import Recipe
 from transforms.core.records import Annotation, DeadLetter
 from transforms.storage import files
 
-_IDENTITY = [("uid", pa.string()), ("shard", pa.string()), ("key", pa.string()), ("caption", pa.string())]
 
-SINGLE_MODALITY = pa.schema(
-    [
-        *_IDENTITY,
-        ("width_px", pa.int32()),
-        ("height_px", pa.int32()),
-        ("original_width_px", pa.int32()),
-        ("original_height_px", pa.int32()),
-        ("image_sha256", pa.string()),
-        ("perceptual_hash", pa.string()),
-        ("word_count", pa.int32()),
-        ("character_count", pa.int32()),
-        ("language", pa.string()),
-        ("language_probability", pa.float32()),
-        ("pos_tags", pa.string()),
-        ("face_area_share", pa.float64()),  # a share of exactly 0.4 must stay 0.4: it is on its threshold
-    ]
-)
-POOL_WIDE = pa.schema(
-    [
-        ("uid", pa.string()),
-        ("key", pa.string()),
-        ("pool_samples", pa.int64()),
-        ("caption_image_count", pa.int64()),
-        ("duplicate_of", pa.string()),
-    ]
-)
-CROSS_MODALITY = pa.schema(
-    [
-        ("uid", pa.string()),
-        ("key", pa.string()),
-        ("flipped_clip_cosine", pa.float32()),
-        ("unflipped_clip_cosine", pa.float32()),
-        ("match_probability", pa.float32()),
-        ("digit_prompt_probability", pa.float32()),
-        ("digit_probability", pa.float32()),
-        ("embedding", pa.binary()),
-    ]
-)
-DECISIONS = pa.schema(
-    [
-        *_IDENTITY,
-        ("dropped_by", pa.string()),
-        *[field for field in SINGLE_MODALITY if field.name not in dict(_IDENTITY)],
-        *[field for field in POOL_WIDE if field.name not in ("uid", "key")],
-        *[field for field in CROSS_MODALITY if field.name not in ("uid", "key", "embedding")],
-        ("cluster", pa.int32()),
-        ("semantic_duplicate_of", pa.string()),
-        ("expected_copies", pa.float64()),
-        ("copies", pa.int32()),
-    ]
-)
+def _schema(columns: Mapping[str, ColumnType]) -> pa.Schema:
+    return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
 
-_ANNOTATION_COLUMNS = [field.name for field in dataclasses.fields(Annotation)]
+
+def _columns_of(scores: Iterable[Score[Any]]) -> dict[str, ColumnType]:
+    return {name: kind for score in scores for name, kind in score.columns.items()}
+
+
+def single_modality_schema() -> pa.Schema:
+    """Features of a shard's captions and images."""
+    return _schema({**IDENTITY_COLUMNS, **IMAGE_COLUMNS, **_columns_of(catalogue.per_sample_scores())})
+
+
+def pool_wide_schema() -> pa.Schema:
+    """Columns of a shard's samples that depend on the whole pool."""
+    own: dict[str, ColumnType] = {"uid": "string", "key": "string"}
+    return _schema({**own, **POOL_COLUMNS, **_columns_of(catalogue.pool_wide_rules())})
+
+
+def cross_modality_schema() -> pa.Schema:
+    """Model scores and embeddings of the samples that stage 1 keeps; binary columns last."""
+    own: dict[str, ColumnType] = {"uid": "string", "key": "string"}
+    scores = _columns_of(scores_of(CROSS_MODALITY))
+    in_order = dict(sorted(scores.items(), key=lambda column: column[1] == "binary"))
+    return _schema({**own, **in_order})
+
+
+def decisions_schema(recipe: Recipe) -> pa.Schema:
+    """One row per uid: all columns of built-in scores, those of other packages that are on, and the copies."""
+    shown = [score for score in catalogue.scores() if score.is_built_in or recipe.is_on(score)]
+    of_stage = {stage: [score for score in shown if score.stage == stage] for stage in STAGES}
+    pool_wide = catalogue.pool_wide_rules()
+    columns: dict[str, ColumnType] = {
+        **IDENTITY_COLUMNS,
+        "dropped_by": "string",
+        **IMAGE_COLUMNS,
+        **_columns_of(score for score in of_stage[SINGLE_MODALITY] if score not in pool_wide),
+        **POOL_COLUMNS,
+        **_columns_of(pool_wide),
+        **_columns_of(of_stage[CROSS_MODALITY]),
+        **ALIGNMENT_COLUMNS,
+        **_columns_of(of_stage[DISTRIBUTION_ALIGNMENT]),
+        "expected_copies": "float64",
+        "copies": "int32",
+    }
+    return _schema({name: kind for name, kind in columns.items() if kind != "binary"})
+
+
 _CACHE_KEY = b"pairsift.cache_key"
 _HALVINGS = b"pairsift.batch_halvings"
 _DUE = b"pairsift.due"
@@ -99,9 +108,9 @@ def write_table(
 
 
 def read_table(path: str, columns: list[str] | None = None) -> list[dict]:
-    """The rows at `path`."""
+    """The rows at `path`; of `columns` those that the table has."""
     with files.open_binary(path) as file:
-        return pq.read_table(file, columns=columns).to_pylist()
+        return pq.ParquetFile(file).read(columns=columns).to_pylist()
 
 
 def is_complete(path: str, cache_key: Mapping[str, str]) -> bool:
@@ -135,10 +144,9 @@ def read_due(path: str) -> int:
         return int(pq.read_schema(file).metadata[_DUE])
 
 
-def annotation_row(annotation: Annotation) -> dict:
+def annotation_row(annotation: Annotation) -> dict[str, Any]:
     """An annotation as a table row."""
-    # Not `asdict`, which copies deeply at ten times the cost.
-    return {name: getattr(annotation, name) for name in _ANNOTATION_COLUMNS}
+    return annotation.row
 
 
 def read_annotations(
@@ -148,12 +156,12 @@ def read_annotations(
 
     A sample that has no pool-wide row (its uid stands twice in the pool) is left out: it is a dead letter.
     """
-    pool_wide = {row["key"]: row for row in read_table(layout.pool_wide(shard))}
+    pool_wide = {row["key"]: row for row in read_table(layout.pool_wide(shard), pool_wide_schema().names)}
     scores: dict[str, dict] = {}
     if with_scores:
-        names = [name for name in CROSS_MODALITY.names if with_embeddings or name != "embedding"]
+        names = [name for name in cross_modality_schema().names if with_embeddings or name != "embedding"]
         scores = {row["key"]: row for row in read_table(layout.cross_modality(shard), names)}
-    rows = read_table(layout.single_modality(shard))
+    rows = read_table(layout.single_modality(shard), single_modality_schema().names)
     return [
         Annotation(**{**row, **pool_wide[row["key"]], **scores.get(row["key"], {})})
         for row in rows

@@ -25,7 +25,7 @@ from pipeline.runners.supported import check, pipeline_of
 from pipeline.runners.workers import run_to_end
 from pipeline.runs.run import UsageError, check_path, claim
 from pipeline.sources.webdataset import list_shards
-from transforms.core.recipe import PoolBounds
+from transforms.core.recipe import PoolSettings
 from transforms.core.records import Shard
 from transforms.storage import files
 
@@ -100,12 +100,12 @@ def _line(folder: ReshardedFolder) -> Callable[[], str]:
     return line
 
 
-def _finished_run(layout: Layout) -> tuple[PoolBounds, Subset]:
+def _finished_run(layout: Layout) -> tuple[PoolSettings, Subset]:
     """What the run read of a sample at most, and its subset. Raises UsageError where there is no finished run, or one
     that chose nothing."""
     try:
         recipe = json.loads(files.read_bytes(layout.manifest))["recipe"]
-        bounds, subset = PoolBounds.model_validate(recipe["pool"]), read_subset(layout.subset)
+        bounds, subset = PoolSettings.model_validate(recipe["pool"]), read_subset(layout.subset)
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{layout.output}: holds no finished run ({reason}); finish `pairsift run` first") from error

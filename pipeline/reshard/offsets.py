@@ -11,7 +11,7 @@ from pipeline.output_folder import tables
 from pipeline.output_folder.layout import Layout
 from pipeline.sources.tars import BrokenTar
 from pipeline.sources.webdataset import IMAGE_EXTENSIONS, Members, read_members
-from transforms.core.recipe import PoolBounds
+from transforms.core.recipe import PoolSettings
 from transforms.core.records import Shard
 
 _FILE = pa.struct(
@@ -30,7 +30,7 @@ PLACES = pa.schema(
 of the tar each begins, and its sha256 in hex; `fault`: why there are none (null: there are)."""
 
 
-def find_places(shard: Shard, layout: Layout, bounds: PoolBounds) -> list[dict[str, Any]]:
+def find_places(shard: Shard, layout: Layout, bounds: PoolSettings) -> list[dict[str, Any]]:
     """Rows of PLACES, from one pass over the shard's tar; each sample is compared with what was judged.
 
     The pool may have changed since: a sample that is not there, or has another image or caption, has a fault. A shard

@@ -17,7 +17,7 @@ from pipeline.output_folder.layout import Layout
 from pipeline.reshard.copy_placement import Segment, Spread, segments
 from pipeline.reshard.offsets import PLACES, find_places
 from pipeline.reshard.subset import Subset, SubsetChecksum
-from transforms.core.recipe import PoolBounds
+from transforms.core.recipe import PoolSettings
 from transforms.core.records import Shard
 from transforms.storage import files
 
@@ -123,7 +123,7 @@ class WriteResharded(beam.PTransform):
     """
 
     def __init__(
-        self, layout: Layout, bounds: PoolBounds, subset: Subset, spread: Spread, folder: ReshardedFolder
+        self, layout: Layout, bounds: PoolSettings, subset: Subset, spread: Spread, folder: ReshardedFolder
     ) -> None:
         super().__init__()
         self._layout, self._bounds, self._subset = layout, bounds, subset
@@ -142,7 +142,7 @@ class WriteResharded(beam.PTransform):
         )
 
 
-def _find_places(shard: Shard, layout: Layout, bounds: PoolBounds, folder: ReshardedFolder) -> _CountedShard:
+def _find_places(shard: Shard, layout: Layout, bounds: PoolSettings, folder: ReshardedFolder) -> _CountedShard:
     shard = Shard(*shard)
     path = folder.places(shard.name)
     if tables.is_complete(path, {"shard": shard.fingerprint}):

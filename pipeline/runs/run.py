@@ -277,7 +277,7 @@ def _mapping(text: bytes) -> dict[str, Any]:
 
 def with_tagger(recipe: Recipe, found: dict[str, Any]) -> Recipe:
     """The recipe with `auto` settled for all workers, whose own data folders may differ."""
-    settings, tagger = recipe.single_modality.pos_pattern, found[SINGLE_MODALITY].get("pos_tagger")
+    settings, tagger = recipe.single_modality.pos_pattern, found[SINGLE_MODALITY].get("pos_pattern")
     if settings is None or tagger is None:
         return recipe
     source = tagger["source"]

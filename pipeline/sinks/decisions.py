@@ -13,8 +13,9 @@ from pipeline.output_folder import tables
 from pipeline.output_folder.accounting import Unaccounted, reconcile
 from pipeline.output_folder.layout import POOL_WIDE, Layout
 from pipeline.output_folder.pending import as_asked
+from transforms.core import catalogue
 from transforms.core import metrics as work
-from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe
+from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe
 from transforms.core.records import Annotation, DeadLetter
 from transforms.distribution_alignment.records import Placement, Placements
 from transforms.rules import Thresholds, first_failing, rules_of
@@ -24,7 +25,6 @@ DEAD_LETTER_STEPS = (SINGLE_MODALITY, POOL_WIDE, CROSS_MODALITY)
 
 IN, DROPPED, DEAD, SURVIVORS, SAMPLES, COPIES = "in", "dropped", "dead_letters", "survivors", "samples", "copies"
 NOT_ASKED, SMALLER_BATCHES = "not_asked", "smaller_batches"
-LATER_MODELS = {"image_text_matching": "match_probability", "digit": "digit_probability"}
 Tally = dict[tuple[str, str], int]
 """Counts by (what, rule or reason); what has no finer name is under ""."""
 
@@ -72,6 +72,11 @@ def decide(
     return rows
 
 
+def _later_models() -> dict[str, str]:
+    """The models that run after flipped CLIP, with the columns of their scores."""
+    return {score.name: score.value for score in catalogue.model_scores()[1:] if score.value}
+
+
 def tally(rows: Iterable[dict[str, Any]], letters: Iterable[DeadLetter]) -> Tally:
     """What became of a shard's samples."""
     counts: Counter[tuple[str, str]] = Counter()
@@ -79,8 +84,8 @@ def tally(rows: Iterable[dict[str, Any]], letters: Iterable[DeadLetter]) -> Tall
         counts[(DROPPED, row["dropped_by"]) if row["dropped_by"] else (SURVIVORS, "")] += 1
         counts[COPIES, ""] += row["copies"]
         counts[SAMPLES, ""] += row["copies"] > 0
-        if row["flipped_clip_cosine"] is not None:
-            counts.update((NOT_ASKED, model) for model, column in LATER_MODELS.items() if row[column] is None)
+        if row.get("flipped_clip_cosine") is not None:
+            counts.update((NOT_ASKED, model) for model, column in _later_models().items() if row.get(column) is None)
     counts.update((DEAD, letter.reason) for letter in letters)
     return dict(counts)
 
@@ -104,7 +109,7 @@ class WriteDecisions(beam.DoFn):
             _by_uid(groups[self.PLACEMENTS]),
             {letter.key for letter in letters[CROSS_MODALITY]},
             self._recipe,
-            Thresholds(*thresholds),
+            thresholds,
         )
         # A sample that stage 1 drops is not asked for, and what broke when it was is nothing to this recipe.
         judged = {row["key"] for row in rows}
@@ -118,7 +123,7 @@ class WriteDecisions(beam.DoFn):
         halvings = tables.read_halvings(self._layout.cross_modality(shard))
         counts |= {(SMALLER_BATCHES, rule): 1 for rule in halvings}
         _reconcile(shard, counts)
-        tables.write_table(self._layout.decisions(shard), rows, tables.DECISIONS)
+        tables.write_table(self._layout.decisions(shard), rows, tables.decisions_schema(self._recipe))
         _count(counts)
         yield counts
 
@@ -162,11 +167,7 @@ def funnel(total: Tally, recipe: Recipe) -> dict[str, Any]:
     """The content of funnel.json: per rule in = kept + dropped, rule by rule in the order they are applied."""
     _reconcile("the pool", total)
     letters = {reason: n for (what, reason), n in sorted(total.items()) if what == DEAD}
-    steps = [
-        *rules_of(recipe, SINGLE_MODALITY),
-        *rules_of(recipe, CROSS_MODALITY, Thresholds(0.0, 0.0)),
-        *rules_of(recipe, DISTRIBUTION_ALIGNMENT),
-    ]
+    steps = [rule for stage in STAGES for rule in recipe.rules_of(stage)]
     rules, left = [], total.get((IN, ""), 0) - sum(letters.values())
     for rule in steps:
         dropped = total.get((DROPPED, rule.name), 0)
@@ -181,7 +182,7 @@ def funnel(total: Tally, recipe: Recipe) -> dict[str, Any]:
         "samples": total.get((SAMPLES, ""), 0),
         "copies": total.get((COPIES, ""), 0),
         # scored by flipped CLIP, and then spared a dearer model by the cascade
-        NOT_ASKED: {m: total.get((NOT_ASKED, m), 0) for m in LATER_MODELS if getattr(recipe.cross_modality, m)},
+        NOT_ASKED: {m: total.get((NOT_ASKED, m), 0) for m in _later_models() if getattr(recipe.cross_modality, m)},
         # shards scored again at smaller batch shapes, because the GPU had too little memory
         **({SMALLER_BATCHES: smaller} if smaller else {}),
     }

@@ -65,7 +65,7 @@ class _Write(beam.DoFn):
         ]
         letters = sorted(groups[WritePoolWide.DEAD_LETTERS])
         tables.write_dead_letters(self._layout.dead_letters(POOL_WIDE, shard), letters)
-        tables.write_table(self._layout.pool_wide(shard), rows, tables.POOL_WIDE, self._cache_key)
+        tables.write_table(self._layout.pool_wide(shard), rows, tables.pool_wide_schema(), self._cache_key)
         count_dead_letters(letter.reason for letter in letters)
         yield shard
 

@@ -12,17 +12,16 @@ from apache_beam.pvalue import AsSingleton
 from pipeline.output_folder import tables
 from pipeline.output_folder.layout import Layout
 from pipeline.output_folder.pending import as_asked
+from transforms.core.catalogue import rules_of_stage
 from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY, Recipe
 from transforms.core.records import Annotation, Shard
 from transforms.cross_modality.thresholds import KeepFractionThreshold
 from transforms.distribution_alignment.records import Candidates, CandidateShard
 from transforms.distribution_alignment.work_folder import WorkFolder, write_candidates
 from transforms.models.cascade import unscored
-from transforms.rules import Thresholds, first_failing, rules_of
+from transforms.rules import KEEP_ALL, Thresholds, first_failing, has_keep_fraction, rules_of
 from transforms.single_modality.captions import caption_key
 from transforms.single_modality.pool_wide import PoolRows
-
-POOL_WIDE_RULES = ("near_duplicate", "caption_frequency")
 
 
 class MissingScores(ValueError):
@@ -52,10 +51,15 @@ class _ReadPoolRows(beam.DoFn):
         self._layout, self._recipe = layout, recipe
 
     def setup(self) -> None:
-        self._rules = [r for r in rules_of(self._recipe, SINGLE_MODALITY) if r.name not in POOL_WIDE_RULES]
+        self._rules = [r for r in rules_of(self._recipe, SINGLE_MODALITY) if not r.rule.pool_wide]
 
     def process(self, shard: Shard) -> Iterator[PoolRows]:
-        known = [Annotation(**row) for row in tables.read_table(self._layout.single_modality(Shard(*shard).name))]
+        known = [
+            Annotation(**row)
+            for row in tables.read_table(
+                self._layout.single_modality(Shard(*shard).name), tables.single_modality_schema().names
+            )
+        ]
         if not known:
             return
         yield PoolRows(
@@ -72,66 +76,70 @@ class _ReadPoolRows(beam.DoFn):
 
 
 class ReadThresholds(beam.PTransform):
-    """PCollection[Shard] -> one `Thresholds`: the recipe's absolute values, or what a `keep_fraction` comes to over
-    the samples that reach the rule. The fraction of image-text matching is taken of what passes flipped CLIP, whatever
-    the order of the rules, because only that is scored."""
+    """PCollection[Shard] -> one `Thresholds`: the score that each `keep_fraction` amounts to.
+
+    A fraction is taken of the samples that stage 1 keeps and that pass the rules whose models run before, whatever the
+    order of the rules in the recipe, because only those are scored.
+    """
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__()
         self._layout, self._recipe = layout, recipe
 
     def expand(self, shards: beam.PCollection) -> beam.PCollection:
-        models = self._recipe.cross_modality
-        thresholds = shards.pipeline | "As the recipe says" >> beam.Create(
-            [
-                Thresholds(
-                    -np.inf if models.flipped_clip.min is None else models.flipped_clip.min,
-                    -np.inf if models.image_text_matching is None or models.image_text_matching.min is None
-                    else models.image_text_matching.min,
-                )
-            ]
-        )  # fmt: skip
-        for field, column, settings in (
-            (0, "flipped_clip_cosine", models.flipped_clip),
-            (1, "match_probability", models.image_text_matching),
-        ):
-            if settings is not None and settings.keep_fraction is not None:
-                read = _ReadScores(self._layout, self._recipe, column)
-                found = (
-                    shards
-                    | f"Read {column}" >> beam.ParDo(read, AsSingleton(thresholds))
-                    | f"Threshold of {column}" >> KeepFractionThreshold(settings.keep_fraction)
-                )
-                thresholds = thresholds | f"Set {column}" >> beam.Map(_with_threshold, field, AsSingleton(found))
+        thresholds = shards.pipeline | "No threshold yet" >> beam.Create([{}])
+        for rule in rules_of_stage(CROSS_MODALITY):
+            if not has_keep_fraction(rule, self._recipe):
+                continue
+            read = _ReadScores(self._layout, self._recipe, rule.name)
+            found = (
+                shards
+                | f"Read {rule.value}" >> beam.ParDo(read, AsSingleton(thresholds))
+                | f"Threshold of {rule.value}"
+                >> KeepFractionThreshold(getattr(self._recipe.settings_of(rule), "keep_fraction"))  # noqa: B009
+            )
+            thresholds = thresholds | f"Set {rule.value}" >> beam.Map(_with_threshold, rule.name, AsSingleton(found))
         return thresholds
 
 
-def _with_threshold(thresholds: Thresholds, field: int, found: float | None) -> Thresholds:
-    values = list(thresholds)
-    values[field] = -np.inf if found is None else found
-    return Thresholds(*values)
+def _with_threshold(thresholds: Thresholds, rule: str, found: float | None) -> Thresholds:
+    return {**thresholds, rule: KEEP_ALL if found is None else found}
 
 
 class _ReadScores(beam.DoFn):
-    """The scores in one column of what stage 1 and the thresholds known so far keep."""
+    """The scores of one rule, over the samples that stage 1 and the earlier models keep."""
 
-    def __init__(self, layout: Layout, recipe: Recipe, column: str) -> None:
-        self._layout, self._recipe, self._column = layout, recipe, column
+    def __init__(self, layout: Layout, recipe: Recipe, rule: str) -> None:
+        self._layout, self._recipe, self._rule = layout, recipe, rule
 
     def process(self, shard: Shard, thresholds: Thresholds) -> Iterator[float]:
-        reaching = Thresholds(*thresholds)._replace(image_text_matching_min_probability=-np.inf)
-        if self._column == "flipped_clip_cosine":
-            reaching = Thresholds(-np.inf, -np.inf)
-        for annotation in _survivors(self._layout, self._recipe, Shard(*shard), reaching):
-            yield getattr(annotation, self._column)
+        names = [rule.name for rule in rules_of_stage(CROSS_MODALITY)]
+        index = names.index(self._rule)
+        value = rules_of_stage(CROSS_MODALITY)[index].value
+        assert value is not None
+        # A rule whose threshold is not known yet, this one included, drops nothing here.
+        reaching = {**dict.fromkeys(names, KEEP_ALL), **thresholds}
+        for annotation in _survivors(
+            self._layout, self._recipe, Shard(*shard), reaching, earlier_than=index
+        ):
+            score = getattr(annotation, value)
+            if score is not None:
+                yield score
 
 
 def _survivors(
-    layout: Layout, recipe: Recipe, shard: Shard, thresholds: Thresholds, *, with_embeddings: bool = False
+    layout: Layout,
+    recipe: Recipe,
+    shard: Shard,
+    thresholds: Thresholds,
+    *,
+    with_embeddings: bool = False,
+    earlier_than: int | None = None,
 ) -> Iterator[Annotation]:
     """The scored samples of a shard that no rule of stages 1 and 2 drops. Raises MissingScores."""
     rules = rules_of(recipe, SINGLE_MODALITY)
-    scored = rules_of(recipe, CROSS_MODALITY, thresholds)
+    earlier = {rule.name for rule in rules_of_stage(CROSS_MODALITY)[:earlier_than]}
+    scored = [rule for rule in rules_of(recipe, CROSS_MODALITY, thresholds) if rule.name in earlier]
     broken = {letter.key for letter in tables.read_dead_letters(layout.dead_letters(CROSS_MODALITY, shard.name))}
     for known in tables.read_annotations(layout, shard.name, with_embeddings=with_embeddings):
         annotation = as_asked(known, recipe, rules)
@@ -164,7 +172,7 @@ class _ReadCandidates(beam.DoFn):
     def process(self, shard: Shard, thresholds: Thresholds) -> Iterator[CandidateShard]:
         name = Shard(*shard).name
         survivors = list(
-            _survivors(self._layout, self._recipe, Shard(*shard), Thresholds(*thresholds), with_embeddings=True)
+            _survivors(self._layout, self._recipe, Shard(*shard), thresholds, with_embeddings=True)
         )
         if survivors:
             write_candidates(self._work.candidates(name), candidates_of(survivors))
@@ -178,13 +186,13 @@ def candidates_of(annotations: Sequence[Annotation]) -> Candidates:
         assert a.flipped_clip_cosine is not None and a.embedding is not None  # it was scored
         if math.isnan(a.flipped_clip_cosine):
             raise ValueError(f"sample {a.uid} of {a.shard}: flipped_clip_cosine is not a number")
-    widths = {len(a.embedding) for a in annotations}  # type: ignore[arg-type]
+    widths = {len(a.embedding) for a in annotations}
     if len(widths) > 1 or min(widths) == 0 or min(widths) % 2:
         raise ValueError(
             f"shard {annotations[0].shard}: embeddings of {min(widths)} to {max(widths)} bytes; allowed: fp16 values, "
             "two bytes each, equally many for every sample; run stage cross_modality again"
         )
-    embeddings = np.frombuffer(b"".join(a.embedding for a in annotations), "<f2")  # type: ignore[misc]
+    embeddings = np.frombuffer(b"".join(a.embedding for a in annotations), "<f2")
     return Candidates(
         np.array([a.uid.encode() for a in annotations]),
         np.array([a.shard.encode() for a in annotations]),

@@ -25,7 +25,7 @@ from transforms.core.metrics import (
     counter,
     distribution,
 )
-from transforms.core.recipe import PoolBounds
+from transforms.core.recipe import PoolSettings
 from transforms.core.records import Annotation, Attempt, DeadLetter, Sample, SampleBatch, Shard, dead_letter
 
 # Of a process; the cores that it may use, and no more pictures at full size at once than memory bears.
@@ -68,7 +68,7 @@ class ReadShards(beam.PTransform):
     def __init__(
         self,
         work: Work,
-        bounds: PoolBounds,
+        bounds: PoolSettings,
         batch_size: int,
         draft_side_px: int | None = None,
         load_prepare: Callable[[], Prepare] | None = None,
@@ -86,7 +86,7 @@ class _ReadShard(beam.DoFn):
     def __init__(
         self,
         work: Work,
-        bounds: PoolBounds,
+        bounds: PoolSettings,
         batch_size: int,
         draft_side_px: int | None,
         load_prepare: Callable[[], Prepare] | None,

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from transforms.core.recipe import PoolBounds
+from transforms.core.recipe import PoolSettings
 from transforms.storage import files
 
 _MAX_EXTENDED_HEADERS = 8  # in a row
@@ -48,7 +48,7 @@ class TarMember(NamedTuple):
     read: Callable[[int], bytes]
 
 
-def tar_members(file: BinaryIO | files.SteadyReader, bounds: PoolBounds) -> Iterator[TarMember]:
+def tar_members(file: BinaryIO | files.SteadyReader, bounds: PoolSettings) -> Iterator[TarMember]:
     """What a tar holds, in its order, as a stream.
 
     Raises BrokenTar, which names the offset; so does `TarMember.read`.

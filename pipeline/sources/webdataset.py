@@ -19,7 +19,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from pipeline.sources.tars import BrokenTar, TarMember, tar_members
 from transforms.core.errors import UsageError
-from transforms.core.recipe import PoolBounds
+from transforms.core.recipe import PoolSettings
 from transforms.core.records import Annotation, DeadLetter, Sample, Shard, dead_letter, uid_of
 from transforms.storage import files
 
@@ -128,7 +128,7 @@ class Reading:
     size_bytes: int = 0
 
 
-def read_members(path: str, bounds: PoolBounds, reading: Reading | None = None) -> Iterator[Members]:
+def read_members(path: str, bounds: PoolSettings, reading: Reading | None = None) -> Iterator[Members]:
     """The files of the tar at `path` by consecutive key, in tar order, unjudged: also of samples that are not whole.
 
     `reading` is filled in on the way. Raises BrokenTar after what was whole, and files.ReadFailed.
@@ -141,7 +141,7 @@ def read_members(path: str, bounds: PoolBounds, reading: Reading | None = None) 
             reading.size_bytes += file.tell()
 
 
-def _noting_keys(members: Iterable[TarMember], keys: list[str], bounds: PoolBounds) -> Iterator[TarMember]:
+def _noting_keys(members: Iterable[TarMember], keys: list[str], bounds: PoolSettings) -> Iterator[TarMember]:
     for member in members:
         name, extension = _split(member.name)
         key = _shortened(name, bounds.max_key_characters)
@@ -151,7 +151,7 @@ def _noting_keys(members: Iterable[TarMember], keys: list[str], bounds: PoolBoun
 
 
 def read_samples(
-    shard: Shard, bounds: PoolBounds, stage: str, reading: Reading | None = None
+    shard: Shard, bounds: PoolSettings, stage: str, reading: Reading | None = None
 ) -> Iterator[Sample | DeadLetter]:
     """The samples of a shard in tar order, pixels not yet decoded; a dead letter for each that is not whole.
 
@@ -173,7 +173,7 @@ def read_samples(
         yield DeadLetter(shard.name, "", "", stage, error.reason, str(error)[:500])
 
 
-def _sample(shard: Shard, members: Members, bounds: PoolBounds, stage: str) -> Sample | DeadLetter:
+def _sample(shard: Shard, members: Members, bounds: PoolSettings, stage: str) -> Sample | DeadLetter:
     metadata, fault = _metadata(members, bounds)
     named = Annotation(uid_of(shard.name, members.key, metadata), shard.name, members.key, "")
     fault = members.fault or fault
@@ -190,7 +190,7 @@ def _sample(shard: Shard, members: Members, bounds: PoolBounds, stage: str) -> S
     return Sample(named.with_columns(caption=caption), metadata, members.image)
 
 
-def _metadata(members: Members, bounds: PoolBounds) -> tuple[dict[str, Any], tuple[str, str] | None]:
+def _metadata(members: Members, bounds: PoolSettings) -> tuple[dict[str, Any], tuple[str, str] | None]:
     """The json object of a sample, and what is wrong with it (None: nothing)."""
     if members.metadata is None:
         return {}, None
@@ -220,7 +220,7 @@ def _nests_deeper(text: str, max_depth: int) -> bool:
     return False
 
 
-def _grouped(members: Iterable[TarMember], bounds: PoolBounds) -> Iterator[Members]:
+def _grouped(members: Iterable[TarMember], bounds: PoolSettings) -> Iterator[Members]:
     """Consecutive members with one key. A tar that breaks yields what was whole, then raises."""
     group: Members | None = None
     try:
@@ -260,7 +260,7 @@ def _belongs_to_a_sample(extension: str) -> bool:
     return extension.rpartition(".")[2] in (*_FIELDS, *_OTHER_PICTURES)
 
 
-def _take(member: TarMember, extension: str, group: Members, bounds: PoolBounds) -> None:
+def _take(member: TarMember, extension: str, group: Members, bounds: PoolSettings) -> None:
     """Read one member into its group, or note what is wrong with it."""
     field = _FIELDS[extension]
     limit_bytes = {

@@ -28,7 +28,7 @@ from pipeline.report.printable import printable
 from pipeline.sources.webdataset import read_samples
 from tests.helpers import encode, picture, sample_members, tar_bytes
 from tests.hostile import malformed
-from transforms.core.recipe import PENN_TAGS, PoolBounds
+from transforms.core.recipe import PENN_TAGS, PoolSettings
 from transforms.core.records import DeadLetter, Sample, Shard
 from transforms.single_modality import language, pos_pattern
 from transforms.single_modality.captions import caption_key, caption_length
@@ -38,7 +38,7 @@ from transforms.single_modality.image_shape import original_size_px
 LONG = "FUZZ_EXAMPLES" in os.environ
 HANGS_S = 60  # for one input, and however busy the machine is
 TABLE = "table"  # what tests record under this name, conftest.py prints at the end
-BOUNDS = PoolBounds(max_image_bytes=50_000, max_tar_members=500, max_json_bytes=20_000)
+BOUNDS = PoolSettings(max_image_bytes=50_000, max_tar_members=500, max_json_bytes=20_000)
 TAR_REASONS = {"broken_tar", "tar_too_large"}
 SAMPLE_REASONS = {
     "missing_image", "missing_caption", "undecodable_caption", "undecodable_json", "json_too_deep", "key_too_long",

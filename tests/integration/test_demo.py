@@ -28,7 +28,14 @@ from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards, read_samples
 from tests.demo_run import POOL, RECIPE, demo_output, run_demo, snapshot
 from tests.helpers import least_apart
-from transforms.core.recipe import STAGES, Cids, DistributionAlignment, PoolBounds, Target, load_recipe
+from transforms.core.recipe import (
+    STAGES,
+    CidsSettings,
+    DistributionAlignmentSettings,
+    PoolSettings,
+    TargetSettings,
+    load_recipe,
+)
 from transforms.core.records import Sample
 from transforms.distribution_alignment.cids import load_tasks_model
 from transforms.models.weights import model_identity
@@ -234,7 +241,7 @@ def test_a_second_run_reads_no_shard_again(output, tmp_path, monkeypatch):
 
 def test_the_subset_can_be_resharded(output, decisions, tmp_path):
     done = reshard(str(output), str(POOL), str(tmp_path / "tars"), 50, [], Progress(Console(stderr=True)))
-    found = [s for shard in list_shards(str(tmp_path / "tars")) for s in read_samples(shard, PoolBounds(), "test")]
+    found = [s for shard in list_shards(str(tmp_path / "tars")) for s in read_samples(shard, PoolSettings(), "test")]
     assert all(isinstance(sample, Sample) for sample in found)
     uids = [sample.annotation.uid for sample in found if isinstance(sample, Sample)]
     assert Counter(uids) == {uid: row["copies"] for uid, row in decisions.items() if row["copies"]}
@@ -246,11 +253,11 @@ def test_the_digit_task_alone_raises_the_share_of_digit_pictures(output, labels,
     """CIDS by itself (no digit enhancement, no quality duplication) at its default temperature and cap."""
     demo = load_recipe(str(RECIPE)).distribution_alignment
     assert demo.cids is not None
-    alone = DistributionAlignment(
-        target=Target(**target),
+    alone = DistributionAlignmentSettings(
+        target=TargetSettings(**target),
         clusters=demo.clusters,
         semantic_dedup=demo.semantic_dedup,
-        cids=Cids(tasks=demo.cids.tasks, task_weights={"digits": 1.0}),
+        cids=CidsSettings(tasks=demo.cids.tasks, task_weights={"digits": 1.0}),
     )
     changed = load_recipe(str(RECIPE)).model_copy(update={"distribution_alignment": alone})
     shutil.copytree(output / "annotations", tmp_path / "annotations")

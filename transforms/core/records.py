@@ -1,7 +1,7 @@
-"""The records that flow through the three graphs. All frozen; their fields carry units.
+"""The records that flow through the three graphs. All are immutable, and their fields carry units.
 
-An `Annotation` starts with what the pool says of a sample and gains columns from stage to stage; what was
-never computed is None. Tables on disk hold groups of its columns (see `pipeline.output_folder.tables`).
+An `Annotation` starts with the pool's data of a sample and gains columns from stage to stage. A column that was never
+computed is None. Tables on disk hold groups of its columns (`pipeline.output_folder.tables`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from apache_beam import coders
+
+from transforms.core import catalogue
 
 _UID = re.compile(r"[0-9a-f]{32}")
 
@@ -41,45 +43,63 @@ class DeadLetter(NamedTuple):
     message: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class Annotation:
-    """The slim row of one sample: its name, caption, every feature and every score."""
+    """The slim row of one sample: its uid, shard, key and caption, and the columns computed so far.
+
+    A column is read as an attribute. One that was never computed is None; a name that is no column of the catalogue
+    raises AttributeError. Immutable.
+    """
+
+    __slots__ = ("_columns", "caption", "key", "shard", "uid")
 
     uid: str
     shard: str
     key: str
     caption: str
-    # single modality: one shard at a time
-    width_px: int | None = None
-    height_px: int | None = None
-    original_width_px: int | None = None
-    original_height_px: int | None = None
-    image_sha256: str | None = None
-    perceptual_hash: str | None = None
-    word_count: int | None = None
-    character_count: int | None = None
-    language: str | None = None
-    language_probability: float | None = None
-    pos_tags: str | None = None
-    face_area_share: float | None = None
-    # single modality: over the whole pool
-    pool_samples: int | None = None
-    caption_image_count: int | None = None
-    duplicate_of: str | None = None
-    # cross modality
-    flipped_clip_cosine: float | None = None
-    unflipped_clip_cosine: float | None = None
-    match_probability: float | None = None
-    digit_prompt_probability: float | None = None
-    digit_probability: float | None = None
-    embedding: bytes | None = None
-    # distribution alignment
-    cluster: int | None = None
-    semantic_duplicate_of: str | None = None
+
+    def __init__(self, uid: str, shard: str, key: str, caption: str, **columns: Any) -> None:
+        unknown = columns.keys() - catalogue.columns().keys()
+        if unknown:
+            raise TypeError(f"{min(unknown)} is no column of an annotation")
+        put = object.__setattr__
+        put(self, "uid", uid)
+        put(self, "shard", shard)
+        put(self, "key", key)
+        put(self, "caption", caption)
+        put(self, "_columns", {name: value for name, value in columns.items() if value is not None})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in catalogue.columns():
+            return self._columns.get(name)
+        raise AttributeError(f"an annotation has no column {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name}: an annotation is immutable; see with_columns")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Annotation) and self.row == other.row
+
+    def __hash__(self) -> int:
+        return hash((self.uid, self.shard, self.key))
+
+    def __repr__(self) -> str:
+        return f"Annotation({', '.join(f'{name}={value!r}' for name, value in self.row.items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _annotation, (self.row,)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The identity and the columns that are not None, by name."""
+        return {"uid": self.uid, "shard": self.shard, "key": self.key, "caption": self.caption, **self._columns}
 
     def with_columns(self, **columns: Any) -> Annotation:
-        """A copy that knows more."""
-        return dataclasses.replace(self, **columns)
+        """A copy with further columns, or with other values of some."""
+        return Annotation(**{**self.row, **columns})
+
+
+def _annotation(row: dict[str, Any]) -> Annotation:
+    return Annotation(**row)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,21 +1,26 @@
-"""Settings in YAML files: typed, strict, and every fault told at once: its place, what it got and what is allowed."""
+"""Typed, strict settings in YAML files. All faults are reported at once: where, what was given, what is allowed."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic
 import yaml
+from pydantic import Field
 
 from transforms.storage import files
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveShare = Annotated[float, Field(gt=0.0, le=1.0)]
+Cosine = Annotated[float, Field(ge=-1.0, le=1.0)]
 
 _EXPONENT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")
 
 
 class SettingsError(ValueError):
-    """Settings that cannot be used; `faults` holds one message for each thing wrong with them."""
+    """Settings that cannot be used. `faults` holds one message for each fault."""
 
     def __init__(self, source: str, faults: list[str]) -> None:
         self.source, self.faults = source, faults
@@ -23,12 +28,12 @@ class SettingsError(ValueError):
 
 
 class Settings(pydantic.BaseModel):
-    """A section of settings: no unknown names, no types made to fit, no change once it was checked."""
+    """A section of settings. Unknown names and wrong types are refused, and values never change after validation."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     only_decide: ClassVar[frozenset[str]] = frozenset()
-    """Settings that judge features and scores which are there already. All others change what is computed."""
+    """Names of the settings that only decide about kept columns. All others change what is computed."""
 
     @property
     def computing(self) -> dict[str, Any]:
@@ -36,18 +41,35 @@ class Settings(pydantic.BaseModel):
         return self.model_dump(exclude=set(self.only_decide))
 
 
+class ThresholdSettings(Settings):
+    """A threshold on a score: keep samples with a score of at least `min`, or the best `keep_fraction` of the samples
+    that reach the rule. The threshold is then the score at index int(n * keep_fraction) in descending order, as in
+    DataComp."""
+
+    only_decide = frozenset({"min", "keep_fraction"})
+
+    min: float | None = None
+    keep_fraction: PositiveShare | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _exactly_one(self) -> ThresholdSettings:
+        if (self.min is None) == (self.keep_fraction is None):
+            raise ValueError("give exactly one of `min` and `keep_fraction`")
+        return self
+
+
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 class _UniqueKeysLoader(yaml.SafeLoader):
-    """YAML's safe loader, but a key that is given twice is an error, where PyYAML silently takes the last."""
+    """YAML's safe loader, but a key that is given twice is an error, where PyYAML silently takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 

@@ -1,37 +1,75 @@
-"""Image-text matching: BLIP looks at picture and caption together."""
+"""Image-text matching: BLIP looks at image and caption together. Source: arXiv 2309.15954; the threshold is ours."""
 
 from __future__ import annotations
 
-import apache_beam as beam
-from apache_beam.ml.inference.base import RunInference
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from transforms.core import recipe
-from transforms.core.records import Annotation, SampleBatch
-from transforms.models.blip import BlipHandler
+from pydantic import Field
+
+from transforms.core.catalogue import CROSS_MODALITY, Preparation, Rule
+from transforms.core.settings import Share, ThresholdSettings
+from transforms.models.settings import ModelSettings
+
+if TYPE_CHECKING:  # Torch and Beam are imported when a model is needed
+    from transforms.core.recipe import CrossModalitySettings
+    from transforms.core.records import Annotation
+    from transforms.models.blip import BlipHandler
 
 
-def keeps(annotation: Annotation, settings: recipe.ImageTextMatching, min_probability: float) -> bool:
+class ImageTextMatchingSettings(ModelSettings, ThresholdSettings):
+    """BLIP's probability that caption and image match. The bundled model is `bundled:itm`."""
+
+    min: Share | None = None
+    max_tokens: int = Field(64, ge=8, le=512)
+
+
+def keeps(annotation: Annotation, settings: ImageTextMatchingSettings) -> bool:
     """Whether the rule keeps a sample.
 
-        p(match | picture, caption) >= min_probability      (arXiv 2309.15954, "BLIP-ITM")
+        p(match | image, caption) >= min      (arXiv 2309.15954, "BLIP-ITM")
 
-    `min_probability` is the settings' `min`, or what their `keep_fraction` came to over the pool. A
-    sample that the model was not asked about, because it had failed flipped CLIP, is not judged
-    here: it is kept by this rule and dropped by the one it failed, whichever of them comes first.
-    (That none is left unscored for another reason is checked before anything is decided, by
-    `cascade.unscored`.)
+    A sample that failed flipped CLIP is not scored. This rule keeps it, and flipped CLIP drops it, whatever the order
+    of the two. `cascade.unscored` makes sure that no sample is unscored for another reason.
     """
-    return annotation.match_probability is None or annotation.match_probability >= min_probability
+    assert settings.min is not None
+    return annotation.match_probability is None or annotation.match_probability >= settings.min
 
 
-class ImageTextMatching(beam.PTransform):
-    """Scores how well caption and picture match, for what flipped CLIP does not drop already."""
+def _handler(models: CrossModalitySettings) -> BlipHandler:
+    from transforms.models.blip import BlipHandler
 
-    def __init__(self, models: recipe.CrossModality) -> None:
-        super().__init__()
-        assert models.image_text_matching
-        floor = models.flipped_clip.cascade_min_cosine
-        self._handler = BlipHandler(models.image_text_matching, models.device, floor, models.precision)
+    floor = models.flipped_clip.cascade_min_cosine
+    return BlipHandler(models.image_text_matching, models.device, floor, models.precision)
 
-    def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
-        return batches | "Score image-text matching" >> RunInference(self._handler).with_output_types(SampleBatch)
+
+def _preparation(settings: ImageTextMatchingSettings) -> Preparation:
+    from transforms.models.blip import BlipPreparation
+
+    return BlipPreparation.load(settings)
+
+
+def _identity(settings: ImageTextMatchingSettings) -> Mapping[str, Any]:
+    from transforms.models.blip import preprocessing
+    from transforms.models.weights import model_identity
+
+    return {**model_identity(settings), "preprocessing": preprocessing(settings)}
+
+
+IMAGE_TEXT_MATCHING = Rule(
+    name="image_text_matching",
+    stage=CROSS_MODALITY,
+    settings=ImageTextMatchingSettings,
+    summary="BLIP's probability of a match ≥ 0.5",
+    source="paper: BLIP-ITM; ours: the bound",
+    columns={"match_probability": "float32"},
+    value="match_probability",
+    threshold="min",
+    keeps_if="at_least",
+    order=20,
+    title="Image-text matching",
+    handler=_handler,
+    preparation=_preparation,
+    identity=_identity,
+    keeps=keeps,
+)

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import apache_beam as beam
 
-from transforms.core import recipe
+from transforms.core import catalogue
+from transforms.core.recipe import CrossModalitySettings
 from transforms.core.records import Sample, SampleBatch
 from transforms.models.cascade import pending
 
@@ -23,7 +24,7 @@ _MAX_SAMPLES = 1024  # slim rows wait too
 class JoinWanted(beam.PTransform):
     """SampleBatch -> fewer and larger ones, in order; which samples are in which has no influence on any score."""
 
-    def __init__(self, models: recipe.CrossModality) -> None:
+    def __init__(self, models: CrossModalitySettings) -> None:
         super().__init__()
         self._models = models
 
@@ -32,9 +33,10 @@ class JoinWanted(beam.PTransform):
 
 
 class _Join(beam.DoFn):
-    def __init__(self, models: recipe.CrossModality) -> None:
+    def __init__(self, models: CrossModalitySettings) -> None:
         self._models = models
-        sizes = [section.batch_size for section in (models.image_text_matching, models.digit) if section]
+        sections = (getattr(models, score.name) for score in catalogue.model_scores()[1:])
+        sizes = [section.batch_size for section in sections if section]
         self._enough = _FILLED_SHAPES * max(sizes)
 
     def start_bundle(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
-from transforms.core.recipe import Cids, DistributionAlignment
+from transforms.core.recipe import CidsSettings, DistributionAlignmentSettings
 from transforms.distribution_alignment import copies, quality_duplication
 from transforms.distribution_alignment.clusters import assign, load_centroids
 from transforms.distribution_alignment.records import Allocation, RankedTile
@@ -138,7 +138,7 @@ def _check_width(task: str, vectors: np.ndarray, centroids: np.ndarray) -> None:
         )
 
 
-def likeness_shares(similarity: np.ndarray, sizes: np.ndarray, settings: Cids) -> np.ndarray:
+def likeness_shares(similarity: np.ndarray, sizes: np.ndarray, settings: CidsSettings) -> np.ndarray:
     """p(t, c) of the similarity estimator: ∝ n_c·exp(s(t, c)/τ) with `prior: pool`, ∝ exp(s(t, c)/τ)
     with `prior: uniform`, 0 where n_c = 0. similarity float64 (k,), sizes int64 (k,) →
     float64 (k,), its sum 1."""
@@ -180,7 +180,7 @@ def _normalised(weights: np.ndarray) -> np.ndarray:
 
 
 def allocate(
-    settings: DistributionAlignment,
+    settings: DistributionAlignmentSettings,
     centroids: np.ndarray,
     sizes: np.ndarray,
     tasks: Mapping[str, np.ndarray],
@@ -209,7 +209,7 @@ class ReadTasks(beam.PTransform):
     """A pipeline → the task centroids as one dict in one element: the side input of
     `ClusterImportance`."""
 
-    def __init__(self, settings: Cids) -> None:
+    def __init__(self, settings: CidsSettings) -> None:
         super().__init__()
         self.settings = settings
 
@@ -226,7 +226,7 @@ class ClusterImportance(beam.PTransform):
 
     def __init__(
         self,
-        settings: DistributionAlignment,
+        settings: DistributionAlignmentSettings,
         centroids_path: beam.PCollection[str],
         pool_count: beam.PCollection[int],
         tasks: beam.PCollection[dict[str, np.ndarray]] | None = None,
@@ -264,7 +264,7 @@ def _count_members(tile: RankedTile) -> tuple[int, tuple[int, int]]:
 
 def _allocate(
     counts: Mapping[int, tuple[int, int]],
-    settings: DistributionAlignment,
+    settings: DistributionAlignmentSettings,
     centroids_path: str,
     pool_count: int,
     tasks: Mapping[str, np.ndarray],

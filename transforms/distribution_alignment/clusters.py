@@ -19,7 +19,7 @@ import numpy as np
 from apache_beam.pvalue import AsSingleton
 from apache_beam.utils.shared import Shared
 
-from transforms.core.recipe import Clusters
+from transforms.core.recipe import ClustersSettings
 from transforms.distribution_alignment.hashing import draw
 from transforms.distribution_alignment.records import CandidateShard, RankKeys
 from transforms.distribution_alignment.vectors import NEAR, exact_products, unit_rows
@@ -110,7 +110,7 @@ def _assign_block(units: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 def load_centroids(path: str) -> np.ndarray:
     """The centroids float32 (k, d) of the .npy at `path`; a local file is memory-mapped, not read.
 
-    Raises ValueError, naming the file, where it is not what `Clusters.centroids` allows.
+    Raises ValueError, naming the file, where it is not what `ClustersSettings.centroids` allows.
     """
     allowed = "allowed: a .npy of float32 (k, d) with rows of length 1"
     try:
@@ -146,7 +146,7 @@ class TrainCentroids(beam.PTransform):
     holds an array of (0, 0).
     """
 
-    def __init__(self, settings: Clusters, seed: int, work: WorkFolder, output_path: str) -> None:
+    def __init__(self, settings: ClustersSettings, seed: int, work: WorkFolder, output_path: str) -> None:
         super().__init__()
         self.settings, self.seed, self.work, self.output_path = settings, seed, work, output_path
 
@@ -184,7 +184,7 @@ def _count(shard: CandidateShard) -> int:
 
 
 def _chosen(
-    shard: CandidateShard, settings: Clusters, seed: int, work: WorkFolder, total: int
+    shard: CandidateShard, settings: ClustersSettings, seed: int, work: WorkFolder, total: int
 ) -> Iterator[TrainingRows]:
     candidates = read_candidates(work.candidates(shard.shard))
     draws = np.array([draw("clusters", seed, uid.decode()) for uid in candidates.uids.tolist()])
@@ -193,7 +193,7 @@ def _chosen(
         yield TrainingRows(draws[kept], candidates.uids[kept], candidates.embeddings[kept])
 
 
-def _fewer(rows: TrainingRows, settings: Clusters, total: int) -> Iterator[TrainingRows]:
+def _fewer(rows: TrainingRows, settings: ClustersSettings, total: int) -> Iterator[TrainingRows]:
     kept = rows.draws < settings.samples_per_cluster * settings.first_level / max(total, 1)
     if kept.any():
         yield TrainingRows(*(column[kept] for column in rows))
@@ -202,7 +202,7 @@ def _fewer(rows: TrainingRows, settings: Clusters, total: int) -> Iterator[Train
 class _TrainOne(beam.PTransform):
     """Training rows → the path of `count` centroids, trained by one worker."""
 
-    def __init__(self, settings: Clusters, seed: int, count: int, path: str) -> None:
+    def __init__(self, settings: ClustersSettings, seed: int, count: int, path: str) -> None:
         super().__init__()
         self.settings, self.seed, self.count, self.path = settings, seed, count, path
 
@@ -214,7 +214,7 @@ class _TrainOne(beam.PTransform):
         )
 
 
-def _train(parts: Sequence[TrainingRows], settings: Clusters, seed: int, count: int, path: str) -> str:
+def _train(parts: Sequence[TrainingRows], settings: ClustersSettings, seed: int, count: int, path: str) -> str:
     return write_centroids(path, train_centroids(_units_in_order(parts), count, settings.iterations, seed))
 
 
@@ -249,7 +249,7 @@ def fine_counts(sizes: Mapping[int, int], count: int) -> dict[int, int]:
 
 
 def _train_fine(
-    group: tuple[int, Iterable[TrainingRows]], settings: Clusters, seed: int, work: WorkFolder, sizes: Mapping[int, int]
+    group: tuple[int, Iterable[TrainingRows]], settings: ClustersSettings, seed: int, work: WorkFolder, sizes: Mapping[int, int]
 ) -> int:
     coarse, parts = group
     _train(list(parts), settings, seed, fine_counts(sizes, settings.count)[coarse], work.fine_centroids(coarse))

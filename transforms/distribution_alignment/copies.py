@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 import numpy as np
 
-from transforms.core.recipe import DistributionAlignment, QualityDuplication, Target
+from transforms.core.recipe import DistributionAlignmentSettings, QualityDuplicationSettings, TargetSettings
 from transforms.distribution_alignment import quality_duplication
 from transforms.distribution_alignment.digit_enhancement import enhance
 from transforms.distribution_alignment.hashing import draw
@@ -32,7 +32,7 @@ class UnreachableTargetError(ValueError):
     """The target asks for more copies than the cap allows."""
 
 
-def target_copies(target: Target, pool_count: int, survivor_count: int) -> float:
+def target_copies(target: TargetSettings, pool_count: int, survivor_count: int) -> float:
     """N in copies: the count given, the share of the pool's samples, or the number that survived
     every rule (semantic dedup included). Nobody survived: a share is 0 copies."""
     if target.samples is not None:
@@ -43,7 +43,7 @@ def target_copies(target: Target, pool_count: int, survivor_count: int) -> float
 
 
 def total_expected(
-    scale: float, shares: np.ndarray, sizes: np.ndarray, quality: QualityDuplication, cap: float
+    scale: float, shares: np.ndarray, sizes: np.ndarray, quality: QualityDuplicationSettings, cap: float
 ) -> float:
     """Σ E over all samples for λ = `scale`, from clusters alone: shares float64 (k,) =
     p(c)/(n_c·w̄_c) > 0, sizes int64 (k,) = n_c >= 1.
@@ -67,7 +67,7 @@ def solve_scale(
     target: float,
     importance: np.ndarray,
     sizes: np.ndarray,
-    quality: QualityDuplication,
+    quality: QualityDuplicationSettings,
     cap: float,
 ) -> float:
     """λ: the smallest float for which Σ E reaches `target`, by bisection to the last bit.
@@ -103,7 +103,7 @@ def _float_of(bits: int) -> float:
     return float(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
-def share_of_each(importance: np.ndarray, sizes: np.ndarray, quality: QualityDuplication) -> np.ndarray:
+def share_of_each(importance: np.ndarray, sizes: np.ndarray, quality: QualityDuplicationSettings) -> np.ndarray:
     """p(c)/(n_c·w̄_c), float64 (k,); 0 where n_c = 0."""
     return np.where(sizes > 0, importance, 0.0) / np.maximum(sizes, 1) / quality_duplication.mean_weight(quality)
 
@@ -115,7 +115,7 @@ def scaled(scale: float, shares: np.ndarray) -> np.ndarray:
 
 
 def expected_copies(
-    factor: float, ranks: np.ndarray, size: int, quality: QualityDuplication, cap: float
+    factor: float, ranks: np.ndarray, size: int, quality: QualityDuplicationSettings, cap: float
 ) -> np.ndarray:
     """E(x) = min(cap, factor·w(x)), with factor = λ·p(c)/(n_c·w̄_c): ranks int64 (n,) → float64 (n,)."""
     return np.minimum(cap, factor * quality_duplication.weights(ranks, size, quality))
@@ -146,7 +146,7 @@ class AssignCopies(beam.PTransform):
     `allocation` is `ClusterImportance`' output.
     """
 
-    def __init__(self, settings: DistributionAlignment, seed: int, allocation: beam.PCollection[Allocation]) -> None:
+    def __init__(self, settings: DistributionAlignmentSettings, seed: int, allocation: beam.PCollection[Allocation]) -> None:
         super().__init__()
         self.settings, self.seed, self.allocation = settings, seed, allocation
 
@@ -163,7 +163,7 @@ def _factors(allocation: Allocation) -> np.ndarray:
 
 @beam.typehints.with_output_types(Placements)
 class _Place(beam.DoFn):
-    def __init__(self, settings: DistributionAlignment, seed: int) -> None:
+    def __init__(self, settings: DistributionAlignmentSettings, seed: int) -> None:
         self.settings, self.seed = settings, seed
 
     def process(self, tile: RankedTile, factors: np.ndarray) -> Iterator[Placements | beam.pvalue.TaggedOutput]:

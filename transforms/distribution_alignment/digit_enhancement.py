@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from transforms.core.recipe import DigitEnhancement
+from transforms.core.recipe import DigitEnhancementSettings
 
 
 def enhance(
-    expected: np.ndarray, digit_probabilities: np.ndarray, settings: DigitEnhancement, max_copies: float
+    expected: np.ndarray, digit_probabilities: np.ndarray, settings: DigitEnhancementSettings, max_copies: float
 ) -> np.ndarray:
     """E(x) = max(E(x), floor) for the samples with digit probability >= threshold, never above `max_copies`: float64
     (n,), float32 (n,) → float64 (n,).

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from transforms.core.recipe import QualityDuplication
+from transforms.core.recipe import QualityDuplicationSettings
 
-WITHOUT = QualityDuplication(w1=1.0, w2=1.0)
+WITHOUT = QualityDuplicationSettings(w1=1.0, w2=1.0)
 """Every sample weighs the same: what is used where the rule is off."""
 
 
-def weights(ranks: np.ndarray, size: int, settings: QualityDuplication) -> np.ndarray:
+def weights(ranks: np.ndarray, size: int, settings: QualityDuplicationSettings) -> np.ndarray:
     """w(x) = w1 + (w2 - w1)·i/(n_c - 1), for the ranks i from 0 (worst) to n_c - 1 (best), int64 (n,) → float64 (n,);
     i/(n_c - 1) is ½ where n_c = 1."""
     heights = ranks / (size - 1) if size > 1 else np.full(len(ranks), 0.5)
     return settings.w1 + (settings.w2 - settings.w1) * heights
 
 
-def mean_weight(settings: QualityDuplication) -> float:
+def mean_weight(settings: QualityDuplicationSettings) -> float:
     """w̄_c, the mean of w over a cluster: (w1 + w2)/2 at any size, because ranks are evenly
     spaced."""
     return (settings.w1 + settings.w2) / 2

@@ -1,239 +1,42 @@
-"""Semantic deduplication: of samples whose embeddings nearly coincide, the best stays.
+"""Semantic deduplication: of samples with nearly equal embeddings, the best is kept.
 
-Paper: semantic duplicates within a cluster go (SemDeDup, arXiv 2303.09540). Ours: the rank, the
-exact definition, the tiles and the bound that spares most products.
+`duplicate_search` finds the duplicates. Source: paper (semantic duplicates within a cluster are removed; SemDeDup,
+arXiv 2303.09540). The rank and the exact definition are our choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-import apache_beam as beam
-import numpy as np
-from apache_beam.pvalue import AsSingleton
-from apache_beam.utils.shared import Shared
+from pydantic import Field
 
-from transforms.core.recipe import SemanticDedup as Settings
-from transforms.distribution_alignment.records import Candidates, Judged, RankedTile
-from transforms.distribution_alignment.tiles import TilePart, read_ranges
-from transforms.distribution_alignment.vectors import NEAR, exact_products, unit_rows
-from transforms.distribution_alignment.work_folder import WorkFolder, read_arrays, read_candidates, write_candidates
+from transforms.core.catalogue import DISTRIBUTION_ALIGNMENT, Rule
+from transforms.core.settings import Settings
 
-_BLOCK_ROWS = 1024
-_HEAD_SHARE = 4  # the bound looks at a quarter of the dimensions
-_FEW_PAIRS = 512  # per block: judging so many one by one costs less than the whole product
-_TRIALS = 16
+if TYPE_CHECKING:
+    from transforms.core.records import Annotation
 
 
-def semantic_duplicates(units: np.ndarray, epsilon: float, block_rows: int = _BLOCK_ROWS) -> np.ndarray:
-    """For each row, the best-ranked better row with cosine > 1 - `epsilon`, -1 where there is none.
+class SemanticDedupSettings(Settings):
+    """Within a cluster x is dropped if a better-ranked y has cosine > 1 - `epsilon`. With `after_duplication`, copies
+    are counted over all samples first, and duplicates are dropped afterwards: the paper's order, in which the
+    duplicates' copies are lost."""
 
-    units: float32 (n, d) of length 1, best rank first. Returns int64 (n,). The better row may itself be a duplicate.
-    """
-    return TileDuplicates(units, epsilon, block_rows).against_itself(0)
-
-
-class TileDuplicates:
-    """The duplicates among the rows of one tile, found against better tiles, best first, and then against itself.
-
-    Products come in blocks of `block_rows` square, so memory is bounded; those within 1e-4 of the threshold are judged
-    again in float64 in a fixed order, so the result depends neither on tiles nor on blocks.
-
-    Most blocks hold no duplicate, and a bound shows it at a fraction of the cost: with x and y cut into a head and a
-    tail of dimensions, x·y ≤ x_head·y_head + |x_tail|·|y_tail| (Cauchy-Schwarz), which is one product of the heads with
-    the tail's length as one more dimension. The head is where this tile's rows are longest; any choice is exact. Where
-    the bound keeps failing it is no longer tried, which changes the cost alone.
-    """
-
-    def __init__(self, units: np.ndarray, epsilon: float, block_rows: int = _BLOCK_ROWS) -> None:
-        self._units, self._block_rows = units, block_rows
-        self._threshold = 1.0 - epsilon
-        self._keepers = np.full(len(units), -1, np.int64)
-        self._pending = [
-            np.arange(start, min(start + block_rows, len(units))) for start in range(0, len(units), block_rows)
-        ]
-        energy = np.einsum("ij,ij->j", units, units)
-        self._head = np.sort(np.argsort(-energy, kind="stable")[: -(-units.shape[1] // _HEAD_SHARE)])
-        self._bounds = self._bound_rows(units)
-        self._tried = self._spared = 0
-
-    def against(self, better: np.ndarray, first_row: int) -> None:
-        """Look for keepers among all rows of a better tile: float32 (m, d), numbered from `first_row`."""
-        bounds = self._bound_rows(better)
-        for start in range(0, len(better), self._block_rows):
-            rows = slice(start, start + self._block_rows)
-            for number, pending in enumerate(self._pending):
-                if len(pending):
-                    self._pending[number] = self._judge(better[rows], bounds[rows], pending, first_row + start)
-
-    def against_itself(self, first_row: int) -> np.ndarray:
-        """Look for keepers among the tile's own better rows, numbered from `first_row`; returns, for each row, the
-        number of its keeper, -1 where there is none: int64 (n,)."""
-        for number, columns in enumerate(self._pending):
-            pending = columns
-            for start in range(0, (number + 1) * self._block_rows, self._block_rows):
-                if len(pending) == 0:
-                    break
-                rows = slice(start, start + self._block_rows)
-                pending = self._judge(self._units[rows], self._bounds[rows], pending, first_row + start, own=start)
-        return self._keepers
-
-    def _bound_rows(self, units: np.ndarray) -> np.ndarray:
-        """The head of each row, and the length of its tail: float32 (n, h + 1)."""
-        head = units[:, self._head]
-        tail = 1.0 - np.einsum("ij,ij->i", head, head)
-        return np.column_stack([head, np.sqrt(np.maximum(tail, 0.0))])
-
-    def _judge(
-        self, rows: np.ndarray, bounds: np.ndarray, pending: np.ndarray, first_row: int, own: int | None = None
-    ) -> np.ndarray:
-        """Settle those of `pending` that have a keeper among `rows`; returns the others. `own`: the rows are this
-        tile's own from that number on, and only a better row can keep."""
-        first = self._first_of_few(rows, bounds, pending, own)
-        if first is None:
-            products = rows @ self._units[pending].T
-            if own is not None:
-                products[_not_better(len(rows), pending, own)] = -np.inf
-            first = _first_above(products, rows, self._units[pending], self._threshold)
-        found = first >= 0
-        self._keepers[pending[found]] = first_row + first[found]
-        return pending[~found]
-
-    def _first_of_few(
-        self, rows: np.ndarray, bounds: np.ndarray, pending: np.ndarray, own: int | None
-    ) -> np.ndarray | None:
-        """For each of `pending` its first row above the threshold, -1 where there is none, if the bound leaves but a
-        few pairs in doubt; else None."""
-        if self._tried >= _TRIALS and 4 * self._spared < self._tried:
-            return None
-        self._tried += 1
-        bound = bounds @ self._bounds[pending].T
-        first = np.full(len(pending), -1)
-        if bound.max() >= self._threshold - NEAR:
-            doubtful = bound >= self._threshold - NEAR
-            if own is not None:
-                doubtful &= ~_not_better(len(rows), pending, own)
-            if np.count_nonzero(doubtful) > _FEW_PAIRS:
-                return None
-            better, columns = np.nonzero(doubtful)
-            above = exact_products(rows[better], self._units[pending[columns]]) > self._threshold
-            # Row by row, so that of a column's pairs the first stands first.
-            settled, places = np.unique(columns[above], return_index=True)
-            first[settled] = better[above][places]
-        self._spared += 1
-        return first
+    epsilon: float = Field(0.05, gt=0.0, lt=1.0)
+    after_duplication: bool = False
 
 
-def _not_better(count: int, pending: np.ndarray, own: int) -> np.ndarray:
-    """Where row `own` + i of the tile is not better than the pending row: bool (count, len(pending))."""
-    return np.arange(own, own + count)[:, None] >= pending
+def _keeps(annotation: Annotation, settings: SemanticDedupSettings) -> bool:
+    return annotation.semantic_duplicate_of is None
 
 
-def _first_above(products: np.ndarray, rows: np.ndarray, columns: np.ndarray, threshold: float) -> np.ndarray:
-    """For each column of `products`, the first row above `threshold`, -1 where there is none."""
-    if products.max() < threshold - NEAR:
-        return np.full(len(columns), -1)
-    sure = products > threshold + NEAR
-    first = np.where(sure.any(axis=0), sure.argmax(axis=0), len(rows))
-    doubtful = (products >= threshold - NEAR) & ~sure & (np.arange(len(rows))[:, None] < first)
-    open_columns = np.flatnonzero(doubtful.any(axis=0))
-    while len(open_columns):  # one doubtful pair of each column at a time: bounded memory, and most end at once
-        candidates = doubtful[:, open_columns].argmax(axis=0)
-        above = exact_products(rows[candidates], columns[open_columns]) > threshold
-        first[open_columns[above]] = candidates[above]
-        doubtful[candidates, open_columns] = False
-        open_columns = open_columns[~above]
-        open_columns = open_columns[doubtful[:, open_columns].any(axis=0)]
-    return np.where(first < len(rows), first, -1)
-
-
-class SemanticDedup(beam.PTransform):
-    """((cluster, tile), its members) → ranked tiles.
-
-    A tile of a small cluster is judged where it stands. Those of a large one are written to the work folder; when all
-    of a cluster are there, each is judged against the better ones, by whatever worker is free, with two tiles in memory
-    at a time. A duplicate is not counted, unless `after_duplication`. Without settings nothing is a duplicate.
-    """
-
-    _LARGE = "large"
-
-    def __init__(self, settings: Settings | None, work: WorkFolder, ranges_path: beam.PCollection[str]) -> None:
-        super().__init__()
-        self.settings, self.work, self.ranges_path = settings, work, ranges_path
-
-    def expand(self, tiles: beam.PCollection) -> beam.PCollection[RankedTile]:
-        judge = _JudgeTile(self.settings, self.work)
-        judged = tiles | "Judge small" >> beam.ParDo(judge, AsSingleton(self.ranges_path)).with_outputs(
-            self._LARGE, main="small"
-        )
-        large = (
-            judged[self._LARGE]
-            | "Tiles are there" >> beam.GroupByKey()
-            | "Each tile" >> beam.FlatMap(_each_tile)
-            | "Spread tiles" >> beam.Reshuffle()
-            | "Judge large" >> beam.Map(_judge_large, self.settings, self.work)
-        )
-        counts_all = self.settings is None or self.settings.after_duplication
-        return (
-            (judged["small"], large)
-            | "All judged" >> beam.Flatten()
-            | "Gather cluster" >> beam.GroupByKey()
-            | "Rank" >> beam.FlatMap(_rank, counts_all)
-        )
-
-
-_ClusterTile = tuple[int, tuple[int, Judged]]
-
-
-class _JudgeTile(beam.DoFn):
-    def __init__(self, settings: Settings | None, work: WorkFolder) -> None:
-        self._settings, self._work, self._shared = settings, work, Shared()
-
-    def process(
-        self, group: tuple[tuple[int, int], Iterable[TilePart]], ranges_path: str
-    ) -> Iterator[_ClusterTile | beam.pvalue.TaggedOutput]:
-        (cluster, tile), parts = group
-        members = Candidates.joined(part.load() for part in parts).best_first()
-        ranges = self._shared.acquire(lambda: read_ranges(ranges_path), tag=ranges_path)
-        if self._settings is None:
-            yield cluster, (tile, _judged(members, np.full(len(members), b"", "S32")))
-        elif ranges.tiles(cluster) == 1:
-            numbers = semantic_duplicates(unit_rows(members.embeddings), self._settings.epsilon)
-            yield cluster, (tile, _judged(members, np.where(numbers >= 0, members.uids[numbers], b"")))
-        else:
-            write_candidates(self._work.tile(cluster, tile), members)
-            yield beam.pvalue.TaggedOutput(SemanticDedup._LARGE, (cluster, tile))
-
-
-def _each_tile(group: tuple[int, Iterable[int]]) -> Iterator[tuple[int, int]]:
-    cluster, tiles = group
-    return ((cluster, tile) for tile in sorted(tiles))
-
-
-def _judge_large(place: tuple[int, int], settings: Settings, work: WorkFolder) -> _ClusterTile:
-    cluster, tile = place
-    members = read_candidates(work.tile(cluster, tile))
-    duplicates = TileDuplicates(unit_rows(members.embeddings), settings.epsilon)
-    uids = np.empty(0, members.uids.dtype)
-    for better in range(tile):
-        better_uids, embeddings = read_arrays(work.tile(cluster, better), ["uids", "embeddings"])
-        duplicates.against(unit_rows(embeddings), first_row=len(uids))
-        uids = np.concatenate([uids, better_uids])
-    numbers = duplicates.against_itself(first_row=len(uids))
-    uids = np.concatenate([uids, members.uids])
-    return cluster, (tile, _judged(members, np.where(numbers >= 0, uids[numbers], b"")))
-
-
-def _judged(members: Candidates, keepers: np.ndarray) -> Judged:
-    return Judged(members.uids, members.shards, members.digits, keepers)
-
-
-def _rank(group: tuple[int, Iterable[tuple[int, Judged]]], counts_all: bool) -> Iterator[RankedTile]:
-    """The members' places in their cluster; of a large one no embedding is here, only some 80 bytes a member."""
-    cluster, tiles = group
-    counted = {tile: np.ones(len(rows), bool) if counts_all else rows.keepers == b"" for tile, rows in tiles}
-    size = sum(int(counts.sum()) for counts in counted.values())
-    for tile, rows in tiles:
-        better = sum(int(counts.sum()) for other, counts in counted.items() if other < tile)
-        ranks = np.where(counted[tile], size - better - np.cumsum(counted[tile]), -1)
-        yield RankedTile(cluster, rows, ranks, size)
+SEMANTIC_DEDUP = Rule(
+    name="semantic_dedup",
+    stage=DISTRIBUTION_ALIGNMENT,
+    settings=SemanticDedupSettings,
+    summary="no better-ranked image of its cluster has cosine > 0.95",
+    source="paper, SemDeDup",
+    columns={"semantic_duplicate_of": "string"},
+    order=10,
+    keeps=_keeps,
+)

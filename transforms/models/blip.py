@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Hashable
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from transformers import BlipForImageTextRetrieval, BlipProcessor
 
-from transforms.core import recipe
 from transforms.core.records import Annotation, Sample
 from transforms.models.cascade import wanted
 from transforms.models.handler import InMemory, SampleBatchHandler
@@ -20,6 +19,9 @@ from transforms.models.precision import dtype_on
 from transforms.models.probability import as_float32, of_two
 from transforms.models.row_wise import RowWise
 from transforms.models.weights import load_pretrained, load_processor
+
+if TYPE_CHECKING:
+    from transforms.cross_modality.image_text_matching import ImageTextMatchingSettings
 
 _BUCKETS = (16, 32, 64, 128, 256, 512)
 
@@ -43,7 +45,7 @@ class BlipPreparation:
         self.probe(0)
 
     @classmethod
-    def load(cls, settings: recipe.ImageTextMatching) -> BlipPreparation:
+    def load(cls, settings: ImageTextMatchingSettings) -> BlipPreparation:
         """The preprocessing and the tokenizer that belong to the model; its weights are not looked at."""
         return cls(load_processor(BlipProcessor, settings), settings.max_tokens)
 
@@ -99,7 +101,7 @@ class LoadedBlip(InMemory):
             return output.itm_score.float().cpu().numpy()
 
 
-def preprocessing(settings: recipe.ImageTextMatching) -> dict[str, Any]:
+def preprocessing(settings: ImageTextMatchingSettings) -> dict[str, Any]:
     """What the model's own preprocessing does to a picture, for the manifest."""
     return settings_of(load_processor(BlipProcessor, settings).image_processor)
 
@@ -118,7 +120,7 @@ class BlipHandler(SampleBatchHandler[LoadedBlip]):
 
     def __init__(
         self,
-        settings: recipe.ImageTextMatching,
+        settings: ImageTextMatchingSettings,
         device: str,
         min_cosine: float | None,
         precision: str = "fp32",

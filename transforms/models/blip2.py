@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
-from transforms.core import recipe
 from transforms.core.records import Annotation, Sample
 from transforms.models.cascade import prompt_floor, wanted
 from transforms.models.handler import InMemory, SampleBatchHandler
@@ -19,6 +18,9 @@ from transforms.models.pictures import Processed, grey, normalised, pixels_of, s
 from transforms.models.precision import dtype_on
 from transforms.models.probability import as_float32, of_two
 from transforms.models.weights import load_pretrained, load_processor
+
+if TYPE_CHECKING:
+    from transforms.cross_modality.digit import DigitSettings
 
 
 class Blip2Preparation:
@@ -28,7 +30,7 @@ class Blip2Preparation:
         self.pictures = Processed(processor)
 
     @classmethod
-    def load(cls, settings: recipe.Digit) -> Blip2Preparation:
+    def load(cls, settings: DigitSettings) -> Blip2Preparation:
         """The preprocessing that belongs to the model; its weights are not looked at."""
         return cls(load_processor(Blip2Processor, settings))
 
@@ -85,7 +87,7 @@ class LoadedBlip2(InMemory):
         return output.logits[:, -1]
 
 
-def preprocessing(settings: recipe.Digit) -> dict[str, Any]:
+def preprocessing(settings: DigitSettings) -> dict[str, Any]:
     """What the model's own preprocessing does to a picture, for the manifest."""
     return settings_of(load_processor(Blip2Processor, settings).image_processor)
 
@@ -108,7 +110,7 @@ class Blip2Handler(SampleBatchHandler[LoadedBlip2]):
 
     def __init__(
         self,
-        settings: recipe.Digit,
+        settings: DigitSettings,
         device: str,
         min_cosine: float | None,
         min_match_probability: float | None = None,

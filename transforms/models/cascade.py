@@ -1,9 +1,20 @@
-"""Cheap before dear: which samples the later models look at (our choice; no verdict changes)."""
+"""The cascade: run cheap models first, and expensive ones only where their score can matter. No verdict changes.
+
+Our choice.
+"""
 
 from __future__ import annotations
 
-from transforms.core import recipe
-from transforms.core.records import Annotation
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from transforms.core import catalogue
+from transforms.core.catalogue import CROSS_MODALITY, Score
+
+if TYPE_CHECKING:
+    from transforms.core.recipe import CrossModalitySettings
+    from transforms.core.records import Annotation
+    from transforms.cross_modality.digit import DigitSettings
 
 
 def wanted(
@@ -12,11 +23,11 @@ def wanted(
     min_match_probability: float | None = None,
     min_prompt_probability: float | None = None,
 ) -> bool:
-    """Whether a later model is asked about a sample: it reaches every floor known beforehand.
+    """Whether a later model scores a sample: its scores so far reach every known floor.
 
-    `min_cosine` is the lowest flipped-CLIP cosine that can still be kept, so with digit rescue on
-    it is the rescue's: a sample between that and `min` must be asked about digits. None means that
-    no floor is known (`keep_fraction`), or that the setting is off.
+    `min_cosine` is the lowest flipped-CLIP cosine that can still be kept. With digit rescue that is the rescue's, so
+    that samples between it and `min` are asked about digits. None means that there is no floor, or that it is not known
+    yet (`keep_fraction`).
     """
     return (
         _reaches(annotation.flipped_clip_cosine, min_cosine)
@@ -25,37 +36,46 @@ def wanted(
     )
 
 
-def match_floor(settings: recipe.CrossModality) -> float | None:
-    """The match probability below which nobody needs to be asked about digits."""
+def match_floor(settings: CrossModalitySettings) -> float | None:
+    """The match probability below which the digit question is not asked."""
     return settings.image_text_matching.min if settings.image_text_matching else None
 
 
-def prompt_floor(settings: recipe.Digit) -> float | None:
-    """The share of CLIP's digit prompts below which nobody needs to be asked about digits."""
+def prompt_floor(settings: DigitSettings) -> float | None:
+    """The probability of CLIP's digit prompts below which the digit question is not asked."""
     return settings.clip_prompts.min_probability if settings.clip_prompts else None
 
 
-def asked(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
-    """The columns of the later models that `settings` need of a sample scored by flipped CLIP, as far as its scores
-    tell: what comes after an unknown score in the cascade is known only once that is there."""
+def asked(annotation: Annotation, settings: CrossModalitySettings) -> list[str]:
+    """The columns after flipped CLIP that `settings` need of a sample, as far as its known scores decide that.
+
+    Whether a model runs can depend on the score of an earlier one that is not known yet.
+    """
     floor, columns = settings.flipped_clip.cascade_min_cosine, []
     if settings.image_text_matching and wanted(annotation, floor):
         columns.append("match_probability")
     if settings.digit and wanted(annotation, floor, match_floor(settings), prompt_floor(settings.digit)):
         columns.append("digit_probability")
+    for score in added_scores(settings):
+        if score.annotator or wanted(annotation, floor):
+            columns += score.columns
     return columns
 
 
-def pending(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
-    """What of `asked` is not there yet."""
+def added_scores(settings: CrossModalitySettings) -> Iterator[Score[Any]]:
+    """The scores and rules of other packages that are on."""
+    for score in catalogue.scores_of(CROSS_MODALITY):
+        if not score.is_built_in and getattr(settings, score.name) is not None:
+            yield score
+
+
+def pending(annotation: Annotation, settings: CrossModalitySettings) -> list[str]:
+    """The columns of `asked` that are not computed yet."""
     return [column for column in asked(annotation, settings) if getattr(annotation, column) is None]
 
 
-def unscored(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
-    """The next column that `settings` need of this sample and that was never computed, if any.
-
-    What comes after it in the cascade is known only once it is there.
-    """
+def unscored(annotation: Annotation, settings: CrossModalitySettings) -> list[str]:
+    """The next column that `settings` need of this sample and that is not computed yet, if any."""
     if annotation.flipped_clip_cosine is None:
         return ["flipped_clip_cosine"]
     if settings.digit and settings.digit.clip_prompts and annotation.digit_prompt_probability is None:

@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import open_clip
@@ -20,13 +20,16 @@ from torch.func import functional_call
 from torch.nn.functional import normalize
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from transforms.core import recipe
 from transforms.core.records import Annotation, Sample
 from transforms.models.handler import InMemory, SampleBatchHandler
 from transforms.models.pictures import byte_table, grey, normalised, on_device, pixels_of
 from transforms.models.precision import DTYPES, dtype_on
 from transforms.models.probability import as_float32
 from transforms.models.weights import LOCAL, ClipSource, clip_source
+
+if TYPE_CHECKING:
+    from transforms.cross_modality.flipped_clip import FlippedClipSettings
+    from transforms.models.settings import ClipPromptsSettings
 
 # open_clip scales the shorter side to its input size before it crops; a picture of 1 x 60,000
 # pixels would then take gigabytes. Such a sample is a dead letter.
@@ -76,7 +79,7 @@ class ClipPreparation:
         self.tokens("a picture")
 
     @classmethod
-    def load(cls, settings: recipe.FlippedClip) -> ClipPreparation:
+    def load(cls, settings: FlippedClipSettings) -> ClipPreparation:
         """The preprocessing and the tokenizer that belong to the model; its weights are not looked at."""
         source = clip_source(settings)
         preprocess = image_transform_v2(_preprocess_cfg(source), is_train=False)
@@ -230,10 +233,10 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
 
     def __init__(
         self,
-        settings: recipe.FlippedClip,
+        settings: FlippedClipSettings,
         device: str,
         precision: str = "fp32",
-        prompts: recipe.ClipPrompts | None = None,
+        prompts: ClipPromptsSettings | None = None,
     ) -> None:
         super().__init__(settings.batch_size, device)
         self._settings, self._precision, self._prompts = settings, precision, prompts
@@ -274,13 +277,13 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
         }
 
 
-def preprocessing(settings: recipe.FlippedClip) -> dict[str, Any]:
+def preprocessing(settings: FlippedClipSettings) -> dict[str, Any]:
     """What the model's own preprocessing does to a picture, for the manifest."""
     return dataclasses.asdict(_preprocess_cfg(clip_source(settings)))
 
 
 def embedding_identity(
-    settings: recipe.FlippedClip, precision: str, weights_sha256: Mapping[str, str]
+    settings: FlippedClipSettings, precision: str, weights_sha256: Mapping[str, str]
 ) -> dict[str, Any]:
     """What decides the embeddings that `ClipHandler` makes, as JSON has it (see `models.embedding_identity`).
 

@@ -21,7 +21,9 @@ import torch
 import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from transforms.core import recipe
+from transforms.core import catalogue
+from transforms.core.recipe import CrossModalitySettings
+from transforms.models.settings import ClipModelSettings, ModelSettings
 from transforms.storage import files
 
 _BUNDLED = "bundled:"
@@ -37,7 +39,7 @@ class ClipSource(NamedTuple):
     quick_gelu: bool
 
 
-def clip_source(settings: recipe.FlippedClip) -> ClipSource:
+def clip_source(settings: ClipModelSettings) -> ClipSource:
     """What open_clip is to load. Raises ValueError where it would go on with random weights."""
     model = local_path(settings.model)
     if Path(model).is_dir():
@@ -70,7 +72,7 @@ def clip_source(settings: recipe.FlippedClip) -> ClipSource:
 
 def load_pretrained(
     model_class: Any,
-    settings: recipe.ImageTextMatching | recipe.Digit,
+    settings: ModelSettings,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Any:
@@ -81,7 +83,7 @@ def load_pretrained(
     return model.eval().to(device)
 
 
-def load_processor(processor_class: Any, settings: recipe.ImageTextMatching | recipe.Digit) -> Any:
+def load_processor(processor_class: Any, settings: ModelSettings) -> Any:
     """A transformers model's processor.
 
     It works on Pillow: that is what these models were trained with, to the bit; transformers' default, on torchvision,
@@ -91,20 +93,22 @@ def load_processor(processor_class: Any, settings: recipe.ImageTextMatching | re
     return processor_class.from_pretrained(path, revision=revision, backend="pil")
 
 
-def pinned(settings: recipe.CrossModality, fetch: bool) -> recipe.CrossModality:
+def pinned(settings: CrossModalitySettings, fetch: bool) -> CrossModalitySettings:
     """The settings with each hub model's revision as the commit that it stands for now, so that all workers load one.
 
     With `fetch`, weights that this machine lacks are fetched too: a run that is to be gone on with must have the same
     hashes before as after. Raises OSError or ValueError where a hub has no such model.
     """
     changes: dict[str, Any] = {}
-    for name in ("flipped_clip", "image_text_matching", "digit"):
-        section = getattr(settings, name)
-        if isinstance(section, recipe.FlippedClip):
+    for score in catalogue.model_scores():
+        name, section = score.name, getattr(settings, score.name)
+        if not isinstance(section, ModelSettings):
+            continue
+        if isinstance(section, ClipModelSettings):
             source = clip_source(section)  # brings all of an `hf-hub:` model here
             if fetch and source.pretrained and not os.path.isfile(source.pretrained) and not _weight_files(section)[0]:
                 open_clip.download_pretrained(_tag(source.name, source.pretrained))
-        repository = section and _hub_repository(section)
+        repository = _hub_repository(section)
         if repository:
             _, commit = _in_hub_cache(repository, section.revision)
             if fetch:  # also where some of it is here: the last fetching may have been interrupted
@@ -115,16 +119,16 @@ def pinned(settings: recipe.CrossModality, fetch: bool) -> recipe.CrossModality:
     return settings.model_copy(update=changes)
 
 
-def _hub_repository(settings: recipe.FlippedClip | recipe.ImageTextMatching | recipe.Digit) -> str | None:
+def _hub_repository(settings: ModelSettings) -> str | None:
     """The hub's name of the model; None where the model is no snapshot of a hub's repository."""
-    if isinstance(settings, recipe.FlippedClip):
+    if isinstance(settings, ClipModelSettings):
         return settings.model.removeprefix(_HUB) if settings.model.startswith(_HUB) else None
     elsewhere = settings.model.startswith(_BUNDLED) or "://" in settings.model or Path(settings.model).is_dir()
     return None if elsewhere else settings.model
 
 
 def model_identity(
-    settings: recipe.FlippedClip | recipe.ImageTextMatching | recipe.Digit,
+    settings: ModelSettings,
 ) -> dict[str, Any]:
     """What the manifest says of a model: its name, revision, and the sha256 of each weight file.
 
@@ -132,7 +136,7 @@ def model_identity(
     says (for open_clip the tag or file). Files that do not lie on this machine have no hash.
     """
     given = settings.revision
-    if isinstance(settings, recipe.FlippedClip) and settings.weights is not None:
+    if isinstance(settings, ClipModelSettings) and settings.weights is not None:
         given = settings.weights
     weights, commit = _weight_files(settings)
     return {
@@ -172,10 +176,10 @@ def _tag(model: str, tag: str) -> dict[str, Any]:
 
 
 def _weight_files(
-    settings: recipe.FlippedClip | recipe.ImageTextMatching | recipe.Digit,
+    settings: ModelSettings,
 ) -> tuple[list[Path], str | None]:
     """The weight files on this machine, and the commit where they come from a hub's cache."""
-    if not isinstance(settings, recipe.FlippedClip):
+    if not isinstance(settings, ClipModelSettings):
         path = local_path(settings.model)
         if Path(path).is_dir():
             return _in_folder(Path(path))

@@ -1,9 +1,9 @@
 """Faces: how much of an image they cover.
 
-Source: arXiv 2309.15954 drops images whose facial area is a large share of the image; it prints neither detector nor
-threshold. Ours: the union of the face boxes over the image area, at most 0.4. Boxes come from the pool's metadata
-(DataComp's `face_bboxes`, found by SCRFD) where it has them, else from YuNet where its model file is given, else from
-a Haar cascade of the OpenCV wheel, chosen by measurement (docs/faces.md).
+Source: arXiv 2309.15954 drops images whose facial area is a large share of the image. The summary we have gives neither
+detector nor threshold. Ours: the union of the face boxes over the image area, at most 0.4. Boxes come from the pool's metadata
+(DataComp's `face_bboxes`, found by SCRFD) if it has them, else from YuNet if its model file is given, else from a Haar
+cascade of the OpenCV wheel, chosen by measurement (docs/faces.md).
 
 A box is [x0, y0, x1, y1] with 0 <= x0 <= x1 <= 1 as shares of the width, y as shares of the height.
 """
@@ -15,21 +15,20 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import apache_beam as beam
-import cv2
-import numpy as np
-from cv2.data import haarcascades
-
-from transforms.annotate import AnnotateByModel
-from transforms.core import recipe
-from transforms.core.records import Sample
+from transforms.core.catalogue import SINGLE_MODALITY, Rule
+from transforms.core.settings import Settings, Share
 from transforms.storage import files
+
+if TYPE_CHECKING:  # OpenCV is imported when a detector is loaded
+    import numpy as np
+
+    from transforms.core.records import Annotation, Sample
 
 Box = list[float]
 
-MAX_BOXES = 256  # more of them in one image's metadata are not believed; union_area takes quadratic time
+MAX_BOXES = 256  # more boxes in one image's metadata are malformed: union_area takes quadratic time
 
 CASCADE = "haarcascade_frontalface_default.xml"
 CASCADE_SIDE = 128  # pixels of the longer side, on which a face must be at least a fifth of that
@@ -38,12 +37,22 @@ YUNET_SIDE = 320
 YUNET_MIN_SCORE = 0.9  # OpenCV's own default
 
 
-class Detector(Protocol):
-    """What finds faces in an RGB image (uint8, height x width x 3)."""
+class FaceAreaSettings(Settings):
+    """The largest share of the image that faces may cover together. Boxes come from the pool's `face_bboxes` if it has
+    them, else from YuNet if `yunet_model` names its ONNX file, else from the bundled cascade."""
+
+    only_decide = frozenset({"max_share"})
+
+    max_share: Share = 0.4
+    yunet_model: str | None = None
+
+
+class FaceDetector(Protocol):
+    """Finds faces in an RGB image (uint8, height x width x 3)."""
 
     @property
     def side(self) -> int:
-        """Pixels of the longer side that it wants."""
+        """The longer side of its input in px."""
 
     def find(self, rgb: np.ndarray) -> Sequence[Sequence[float]]:
         """Faces as (x, y, width, height) in pixels."""
@@ -57,6 +66,8 @@ class HaarCascade:
     side: int = CASCADE_SIDE
 
     def find(self, rgb: np.ndarray) -> Sequence[Sequence[float]]:
+        import cv2
+
         grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
         pad = CASCADE_PADDING
         grey = cv2.copyMakeBorder(grey, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
@@ -73,18 +84,23 @@ class YuNet:
     side: int = YUNET_SIDE
 
     def find(self, rgb: np.ndarray) -> Sequence[Sequence[float]]:
+        import cv2
+
         height, width = rgb.shape[:2]
         self.network.setInputSize((width, height))
         _, rows = self.network.detect(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
         return [] if rows is None else rows[:, :4].tolist()
 
 
-def load_detector(yunet_model: str | None = None) -> Detector:
-    """YuNet from its ONNX file where one is given, else the Haar cascade. Nothing is ever downloaded.
+def load_detector(yunet_model: str | None = None) -> FaceDetector:
+    """YuNet from its ONNX file if one is given, else the Haar cascade. Nothing is ever downloaded.
 
-    Holds OpenCV to one thread in this process, so that its answers do not depend on how work was split.
-    Raises FileNotFoundError for a missing file, ValueError for one that OpenCV cannot read as YuNet.
+    Limits OpenCV to one thread in this process, so that its answers do not depend on how work is split.
+    Raises FileNotFoundError for a missing file, ValueError for a file that OpenCV cannot read as YuNet.
     """
+    import cv2
+    from cv2.data import haarcascades
+
     cv2.setNumThreads(1)
     if yunet_model is None:
         classifier = cv2.CascadeClassifier(os.path.join(haarcascades, CASCADE))
@@ -101,14 +117,18 @@ def load_detector(yunet_model: str | None = None) -> Detector:
     return YuNet(network)
 
 
-def model_identity(settings: recipe.FaceArea) -> dict[str, str]:
-    """What the manifest says of the detector: its name and the sha256 of its file."""
+def model_identity(settings: FaceAreaSettings) -> dict[str, str]:
+    """The name of the detector and the sha256 of its file, for the manifest."""
+    from cv2.data import haarcascades
+
     path = settings.yunet_model or os.path.join(haarcascades, CASCADE)
     return {"name": settings.yunet_model or CASCADE, "sha256": files.sha256(path)}
 
 
-def detect(detector: Detector, rgb: np.ndarray) -> list[Box]:
+def detect(detector: FaceDetector, rgb: np.ndarray) -> list[Box]:
     """The face boxes of an RGB image (uint8, height x width x 3), clipped to it, in a fixed order."""
+    import cv2
+
     height, width = rgb.shape[:2]
     scale = detector.side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -122,10 +142,10 @@ def detect(detector: Detector, rgb: np.ndarray) -> list[Box]:
 
 
 def boxes_from_metadata(value: object) -> list[Box] | None:
-    """The boxes that a pool's metadata states, clipped to the image; None where absent or malformed.
+    """The boxes in a pool's metadata, clipped to the image; None if they are absent or malformed.
 
-    Malformed is all that is not a list of at most `MAX_BOXES` boxes, each of four finite numbers in order. So is a
-    coordinate more than one image outside: such boxes are pixels, and clipping them would hide that.
+    A value is malformed unless it is a list of at most `MAX_BOXES` boxes, each of four finite numbers in order. A
+    coordinate more than one image size outside is malformed, too: such boxes are in px, and clipping would hide that.
     """
     if not isinstance(value, list | tuple) or len(value) > MAX_BOXES:
         return None
@@ -133,7 +153,7 @@ def boxes_from_metadata(value: object) -> list[Box] | None:
     for item in value:
         if not isinstance(item, list | tuple) or len(item) != 4:
             return None
-        # The comparison also refuses NaN, and whole numbers too large for a float.
+        # The comparison also refuses NaN, and integers too large for a float.
         if not all(type(edge) in (int, float) and -1 <= edge <= 2 for edge in item):
             return None
         x0, y0, x1, y1 = (min(max(float(edge), 0.0), 1.0) for edge in item)
@@ -165,29 +185,42 @@ def keeps(face_area_share: float, max_share: float) -> bool:
     return face_area_share <= max_share
 
 
-class FaceArea(beam.PTransform):
-    """Adds `face_area_share`: by the boxes of the pool's `face_bboxes`, else by the detector's."""
+class FaceAreaAnnotator:
+    """Adds `face_area_share`, from the boxes of the pool's `face_bboxes`, else from the detector's."""
 
-    def __init__(self, settings: recipe.FaceArea) -> None:
-        super().__init__()
-        self._settings = settings
-
-    def expand(self, batches: beam.PCollection) -> beam.PCollection:
-        return batches | "Measure faces" >> beam.ParDo(_MeasureFaces(self._settings))
-
-
-class _MeasureFaces(AnnotateByModel):
-    stage, reason = recipe.SINGLE_MODALITY, "face_area_failed"
-
-    def __init__(self, settings: recipe.FaceArea) -> None:
+    def __init__(self, settings: FaceAreaSettings) -> None:
         self._settings = settings
 
     def load(self) -> None:
+        """Load the detector."""
         self._detector = load_detector(self._settings.yunet_model)
 
     def columns(self, sample: Sample) -> dict[str, Any]:
+        """See the class."""
         boxes = boxes_from_metadata(sample.metadata.get("face_bboxes"))
         if boxes is None:
-            assert sample.pixels is not None  # decoded by the reader
+            assert sample.pixels is not None  # the reader decodes
             boxes = detect(self._detector, sample.pixels)
         return {"face_area_share": union_area(boxes)}
+
+
+def _keeps(annotation: Annotation, settings: FaceAreaSettings) -> bool:
+    return keeps(annotation.face_area_share, settings.max_share)
+
+
+FACE_AREA = Rule(
+    name="face_area",
+    stage=SINGLE_MODALITY,
+    settings=FaceAreaSettings,
+    summary="faces cover at most 0.4 of the image",
+    source="paper: the rule; ours: the bound",
+    columns={"face_area_share": "float64"},  # a share of exactly 0.4 must stay 0.4: it is on the threshold
+    value="face_area_share",
+    threshold="max_share",
+    keeps_if="at_most",
+    order=80,
+    annotator=FaceAreaAnnotator,
+    identity=model_identity,
+    loads_model=True,
+    keeps=_keeps,
+)

@@ -1,4 +1,4 @@
-"""Features of the image that several rules need: its original size, its hashes."""
+"""Features of the image that several rules need: its original size and its hashes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,31 @@ from typing import Any
 import apache_beam as beam
 
 from transforms.annotate import AnnotateSamples
-from transforms.core import recipe
-from transforms.core.records import Sample
+from transforms.core.catalogue import SINGLE_MODALITY
+from transforms.core.records import Sample, SampleBatch
 from transforms.single_modality.image_shape import original_size_px
-from transforms.single_modality.near_duplicate import perceptual_hash
+from transforms.single_modality.perceptual_hash import perceptual_hash
 
 
 class ImageFeatures(beam.PTransform):
-    """Adds `original_width_px`, `original_height_px`, `image_sha256` and `perceptual_hash`."""
+    """PCollection[SampleBatch] -> the same with `original_width_px`, `original_height_px`, `image_sha256` and
+    `perceptual_hash`."""
 
-    def expand(self, batches: beam.PCollection) -> beam.PCollection:
-        return batches | "Hash and measure" >> beam.ParDo(_HashAndMeasure())
+    def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
+        annotate = AnnotateSamples("image_features", SINGLE_MODALITY, ImageAnnotator)
+        return batches | "Annotate" >> beam.ParDo(annotate).with_output_types(SampleBatch)
 
 
-class _HashAndMeasure(AnnotateSamples):
-    stage, reason = recipe.SINGLE_MODALITY, "image_features_failed"
+class ImageAnnotator:
+    """Computes the columns of `ImageFeatures` from a decoded sample."""
+
+    def load(self) -> None:
+        """Nothing to load."""
 
     def columns(self, sample: Sample) -> dict[str, Any]:
+        """See the class."""
         stored = sample.annotation
-        assert stored.width_px and stored.height_px and sample.pixels is not None  # decoded by the reader
+        assert stored.width_px and stored.height_px and sample.pixels is not None  # the reader decodes
         width, height = original_size_px(sample.metadata, (stored.width_px, stored.height_px))
         return {
             "original_width_px": width,

@@ -1,218 +1,45 @@
-"""Near-duplicate images: within Hamming distance `max_hamming` of a better-ranked image's perceptual hash.
+"""Near-duplicate images: a better-ranked image's perceptual hash is within a few bits.
 
-Exact at any size: identical hashes collapse first, bands find the neighbours, and a band's bucket that is too large for
-one worker is split into tiles that together still compare every pair.
-
-    64-bit hash, max_hamming 3:   | band 0 | band 1 | band 2 | band 3 |
-    two hashes that differ in at most 3 bits agree in at least one of 4 bands (pigeonhole)
+`hash_neighbours` finds them, and `pool_wide.NearDuplicate` is the step. Source: paper (the rule); how is our choice.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-import apache_beam as beam
-import numpy as np
-from PIL import Image
+from pydantic import Field
 
-from transforms.columns import Columns, Part, buckets_of
+from transforms.core.catalogue import SINGLE_MODALITY, Rule
+from transforms.core.settings import Settings
 
-HASH_BITS = 64
-TILE_HASHES = 2**16  # seconds, where all of two tiles share a band
-_PAIR_BITS = 40
-_SIDE = 32
-_LOW = 8
-_ROWS = np.arange(_LOW)[:, None]
-_DCT = np.cos(np.pi * (2 * np.arange(_SIDE)[None, :] + 1) * _ROWS / (2 * _SIDE))
+if TYPE_CHECKING:
+    from transforms.core.records import Annotation
 
 
-def perceptual_hash(pixels: np.ndarray) -> str:
-    """16 hex digits: the 64-bit DCT hash of RGB uint8 pixels (height, width, 3).
+class NearDuplicateSettings(Settings):
+    """Perceptual hashes of near-duplicate images differ in at most `max_hamming` of 64 bits."""
 
-    Grey, 32 x 32, its 8 x 8 lowest DCT-II frequencies, a bit each: above their median (our choice; the well-known
-    pHash). Rounded before comparing, so that a flat image gets one hash and not the rounding noise of zeros.
-    """
-    grey = Image.fromarray(pixels).convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    low = np.round(_DCT @ np.asarray(grey, dtype=np.float64) @ _DCT.T, 3)
-    bits = np.packbits((low > np.median(low)).reshape(-1))
-    return bits.tobytes().hex()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Ranked(Columns):
-    """Hashes and the rank of an image of each: hashes uint64 (n,), fails bool (n,), pixels int64 (n,), uids bytes (n,)
-    of 32.
-
-    Better is what passes every other stage-1 rule, then what has more pixels, then the smaller uid, so that no pair is
-    lost because its keeper failed another rule (our choice).
-    """
-
-    hashes: np.ndarray
-    fails: np.ndarray
-    pixels: np.ndarray
-    uids: np.ndarray
-
-    def order(self, groups: np.ndarray) -> np.ndarray:
-        """int64 (n,): the rows by group, and best first within each."""
-        return np.lexsort((self.uids, -self.pixels, self.fails, groups))
-
-
-def best_of_hashes(ranked: Ranked) -> Ranked:
-    """The best of each distinct hash, hashes ascending."""
-    ranked = ranked.take(ranked.order(ranked.hashes))
-    return ranked.take(np.concatenate([[True], ranked.hashes[1:] != ranked.hashes[:-1]])[: len(ranked)])
-
-
-def better_neighbours(ranked: Ranked, groups: np.ndarray, max_hamming: int) -> np.ndarray:
-    """int64 (n,): for each row the best row that is better than it, of the same group (whole numbers (n,)) and within
-    `max_hamming`; -1 where there is none."""
-    order = ranked.order(groups)
-    hashes, groups = ranked.hashes[order], groups[order]
-    starts = np.concatenate([[True], groups[1:] != groups[:-1]])[: len(order)]
-    rows = np.arange(len(order))
-    places = rows - np.maximum.accumulate(np.where(starts, rows, 0))
-    best = np.full(len(order), -1)
-    # Each with the one so many places before it: of all that are close, the last one found is the best.
-    active, distance = rows[places >= 1], 1
-    while len(active):
-        close = active[np.bitwise_count(hashes[active] ^ hashes[active - distance]) <= max_hamming]
-        best[close] = close - distance
-        distance += 1
-        active = active[places[active] >= distance]
-    found = np.full(len(order), -1)
-    found[order] = np.where(best >= 0, order[best], -1)
-    return found
-
-
-def bands(hashes: np.ndarray, max_hamming: int) -> list[np.ndarray]:
-    """uint64 (n,) of each of max_hamming + 1 bands: two hashes within `max_hamming` agree in one of them at least."""
-    count = max_hamming + 1
-    edges = [HASH_BITS * i // count for i in range(count + 1)]
-    return [
-        hashes >> np.uint64(low) & np.uint64((1 << (high - low)) - 1) for low, high in itertools.pairwise(edges)
-    ]
+    max_hamming: int = Field(3, ge=0, le=7)
 
 
 def keeps(duplicate_of: str | None) -> bool:
-    """Whether no better-ranked near-duplicate exists. Source: paper (the rule); how is our choice."""
+    """Whether no better-ranked near-duplicate exists."""
     return duplicate_of is None
 
 
-class NearDuplicates(beam.PTransform):
-    """PCollection[Ranked] -> PCollection[Ranked]: for each distinct hash, in parts, its best image and images better
-    than that within `max_hamming`, the best one among them. So the best that is told of a hash (`best_of_hashes`) is
-    the one that its images give way to. A pure function of the set of inputs."""
-
-    def __init__(self, max_hamming: int, buckets: int, tile_hashes: int = TILE_HASHES) -> None:
-        super().__init__()
-        self._max_hamming, self._buckets = max_hamming, buckets
-        self._tile_hashes = tile_hashes
-
-    def expand(self, ranked: beam.PCollection) -> beam.PCollection:
-        best = (
-            ranked
-            | "By own hash" >> beam.ParDo(Part(_HashBuckets(self._buckets)))
-            | "Group by hash" >> beam.GroupByKey()
-            | "Best of identical hashes" >> beam.MapTuple(_best_of_bucket)
-        )
-        large = (
-            best
-            | "Sizes of buckets" >> beam.FlatMap(_bucket_sizes, self._max_hamming, self._buckets)
-            | "Count bucket" >> beam.CombinePerKey(sum)
-            | "Large buckets" >> beam.Filter(_exceeds, self._tile_hashes)
-        )
-        bands_ = _Bands(self._max_hamming, self._buckets, self._tile_hashes)
-        neighbours = (
-            best
-            | "Bands" >> beam.ParDo(bands_, beam.pvalue.AsDict(large))
-            | "By band" >> beam.ParDo(Part(_places))
-            | "Bucket" >> beam.GroupByKey()
-            | "Compare" >> beam.ParDo(_Compare(self._max_hamming, self._buckets))
-        )
-        return (best, neighbours) | "Best and neighbours" >> beam.Flatten()
+def _keeps(annotation: Annotation, settings: NearDuplicateSettings) -> bool:
+    return keeps(annotation.duplicate_of)
 
 
-@dataclasses.dataclass(frozen=True)
-class _HashBuckets:
-    buckets: int
-
-    def __call__(self, ranked: Ranked) -> np.ndarray:
-        return buckets_of(ranked.hashes, self.buckets)
-
-
-def _best_of_bucket(bucket: int, parts: Iterable[Ranked]) -> Ranked:
-    return best_of_hashes(Ranked.joined(parts))
-
-
-def _in_buckets(ranked: Ranked, max_hamming: int, buckets: int) -> Iterator[np.ndarray]:
-    """int64 (n,) for each band: the bucket, of all those of all bands, in which the hashes of one value of it meet."""
-    for band, values in enumerate(bands(ranked.hashes, max_hamming)):
-        yield band * buckets + buckets_of(values, buckets)
-
-
-def _bucket_sizes(ranked: Ranked, max_hamming: int, buckets: int) -> Iterator[tuple[int, int]]:
-    for own in _in_buckets(ranked, max_hamming, buckets):
-        yield from zip(*(column.tolist() for column in np.unique(own, return_counts=True)), strict=True)
-
-
-def _exceeds(counted: tuple[int, int], limit: int) -> bool:
-    return counted[1] > limit
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Placed(Columns):
-    """`Ranked`, and where each is compared: places int64 (n,), the bucket and in the last bits the pair of tiles."""
-
-    hashes: np.ndarray
-    fails: np.ndarray
-    pixels: np.ndarray
-    uids: np.ndarray
-    places: np.ndarray
-
-
-def _places(placed: _Placed) -> np.ndarray:
-    return placed.places
-
-
-class _Bands(beam.DoFn):
-    """Sends a hash to a bucket for each of its bands; where that is a large one, to every pair of tiles that its own
-    tile is part of."""
-
-    def __init__(self, max_hamming: int, buckets: int, tile_hashes: int) -> None:
-        self._max_hamming, self._buckets = max_hamming, buckets
-        self._tile_hashes = tile_hashes
-
-    def process(self, ranked: Ranked, large: dict[int, int]) -> Iterator[_Placed]:
-        for own in _in_buckets(ranked, self._max_hamming, self._buckets):
-            is_large = np.isin(own, list(large))
-            yield _placed(ranked.take(~is_large), own[~is_large] << _PAIR_BITS)
-            for bucket in np.unique(own[is_large]).tolist():
-                yield from self._in_tiles(ranked.take(own == bucket), bucket, large[bucket])
-
-    def _in_tiles(self, ranked: Ranked, bucket: int, size: int) -> Iterator[_Placed]:
-        count = -(-size // self._tile_hashes)
-        own = buckets_of(ranked.hashes, count)
-        for pair, (low, high) in enumerate(itertools.combinations(range(count), 2)):
-            part = ranked.take((own == low) | (own == high))
-            yield _placed(part, np.full(len(part), (bucket << _PAIR_BITS) + pair))
-
-
-def _placed(ranked: Ranked, places: np.ndarray) -> _Placed:
-    return _Placed(ranked.hashes, ranked.fails, ranked.pixels, ranked.uids, places)
-
-
-class _Compare(beam.DoFn):
-    def __init__(self, max_hamming: int, buckets: int) -> None:
-        self._max_hamming, self._buckets = max_hamming, buckets
-
-    def process(self, group: tuple[int, Iterable[_Placed]]) -> Iterator[Ranked]:
-        place, parts = group
-        placed = _Placed.joined(parts)
-        ranked = Ranked(placed.hashes, placed.fails, placed.pixels, placed.uids)
-        values = bands(ranked.hashes, self._max_hamming)[(place >> _PAIR_BITS) // self._buckets]
-        neighbours = better_neighbours(ranked, values, self._max_hamming)
-        found = neighbours >= 0
-        if found.any():
-            yield dataclasses.replace(ranked.take(neighbours[found]), hashes=ranked.hashes[found])
+NEAR_DUPLICATE = Rule(
+    name="near_duplicate",
+    stage=SINGLE_MODALITY,
+    settings=NearDuplicateSettings,
+    summary="no better-ranked image has a perceptual hash within 3 of 64 bits",
+    source="paper: the rule; ours: how",
+    columns={"duplicate_of": "string"},
+    order=10,
+    pool_wide=True,
+    after_verdicts=True,  # an image that fails another rule must not displace one that passes
+    keeps=_keeps,
+)

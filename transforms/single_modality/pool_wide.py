@@ -16,10 +16,12 @@ import apache_beam as beam
 import numpy as np
 
 from transforms.columns import Columns, Part, buckets_of
-from transforms.core import recipe
+from transforms.core.catalogue import SINGLE_MODALITY
 from transforms.core.records import DeadLetter
-from transforms.single_modality import captions, near_duplicate
-from transforms.single_modality.near_duplicate import Ranked, best_of_hashes
+from transforms.single_modality import captions
+from transforms.single_modality.captions import CaptionFrequencySettings
+from transforms.single_modality.hash_neighbours import NearDuplicates, Ranked, best_of_hashes
+from transforms.single_modality.near_duplicate import NearDuplicateSettings
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +87,7 @@ class _FirstOfUid(beam.DoFn):
                 (shard, key), (its_shard, its_key) = place, first[uid]
                 message = f"the uid also names {its_key} of shard {its_shard.decode()}, which stays"
                 letter = DeadLetter(
-                    shard.decode(), key, uid.decode(), recipe.SINGLE_MODALITY, "repeated_uid", message
+                    shard.decode(), key, uid.decode(), SINGLE_MODALITY, "repeated_uid", message
                 )
                 yield beam.pvalue.TaggedOutput(UniqueUids.REPEATED, letter)
 
@@ -116,7 +118,7 @@ class CaptionFrequency(beam.PTransform):
     perceptual hash) a caption stands with, and counts the rule among those that decide the rank of duplicates.
     Distinct, so that one good pair reposted often is left to `near_duplicate` (our choice)."""
 
-    def __init__(self, settings: recipe.CaptionFrequency, pool_samples: beam.PCollection, buckets: int) -> None:
+    def __init__(self, settings: CaptionFrequencySettings, pool_samples: beam.PCollection, buckets: int) -> None:
         super().__init__()
         self._settings, self._pool_samples, self._buckets = settings, pool_samples, buckets
 
@@ -161,7 +163,7 @@ def _count_images(bucket: int, parts: Iterable[_CaptionImages]) -> _CaptionCount
 
 
 class _CountOnRows(beam.DoFn):
-    def __init__(self, settings: recipe.CaptionFrequency) -> None:
+    def __init__(self, settings: CaptionFrequencySettings) -> None:
         self._settings = settings
 
     def process(self, joined: tuple[int, dict[str, Any]], pool_samples: int) -> Iterator[PoolRows]:
@@ -178,13 +180,13 @@ class _CountOnRows(beam.DoFn):
 class NearDuplicate(beam.PTransform):
     """PCollection[PoolRows] -> PCollection[PoolRows]. Adds `duplicate_of`."""
 
-    def __init__(self, settings: recipe.NearDuplicate, buckets: int) -> None:
+    def __init__(self, settings: NearDuplicateSettings, buckets: int) -> None:
         super().__init__()
         self._settings, self._buckets = settings, buckets
 
     def expand(self, rows: beam.PCollection) -> beam.PCollection:
         ranked = rows | "Rank" >> beam.Map(_ranked)
-        winners = ranked | "Near-duplicates" >> near_duplicate.NearDuplicates(self._settings.max_hamming, self._buckets)
+        winners = ranked | "Near-duplicates" >> NearDuplicates(self._settings.max_hamming, self._buckets)
         by_hash = _by("hashes", self._buckets)
         return (
             {

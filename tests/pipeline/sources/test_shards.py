@@ -16,7 +16,7 @@ from pipeline.output_folder.pending import ShardTable
 from pipeline.sources.shards import ReadShards
 from pipeline.sources.webdataset import list_shards
 from tests.helpers import BOUNDS, Members, annotation, encode, picture, sample_members, uid, write_pool
-from transforms.core.recipe import PoolBounds
+from transforms.core.recipe import PoolSettings
 from transforms.core.records import Annotation, DeadLetter, SampleBatch, Shard
 from transforms.storage import files
 
@@ -45,7 +45,7 @@ class FakeWork:
 
 
 def read(
-    work: FakeWork, shards: list[Shard], batch_size: int = 2, draft: int | None = None, bounds: PoolBounds = BOUNDS
+    work: FakeWork, shards: list[Shard], batch_size: int = 2, draft: int | None = None, bounds: PoolSettings = BOUNDS
 ) -> tuple[list[SampleBatch], list[Shard]]:
     """The batches and the finished shards, by running the DoFn that the transform wraps."""
     transform = ReadShards(work, bounds, batch_size, draft)
@@ -130,7 +130,7 @@ def test_a_shard_of_which_nothing_is_left_still_ends(tmp_path: Path) -> None:
 
 def test_pictures_beyond_the_bound(tmp_path: Path) -> None:
     shards = write_pool(tmp_path, {"a.tar": samples("k")})
-    ((batch,), _) = read(FakeWork(), shards, bounds=PoolBounds(max_image_pixels=96 * 64 - 1))
+    ((batch,), _) = read(FakeWork(), shards, bounds=PoolSettings(max_image_pixels=96 * 64 - 1))
     assert [letter.reason for letter in batch.dead_letters] == ["image_too_large"]
 
 

@@ -20,7 +20,7 @@ import pytest
 from pipeline.output_folder.layout import Layout
 from pipeline.sources.webdataset import NoShards, list_shards, read_samples
 from tests.helpers import BOUNDS, Members, jpeg, member, sample_members, tar_bytes, write_pool
-from transforms.core.recipe import PoolBounds
+from transforms.core.recipe import PoolSettings
 from transforms.core.records import DeadLetter, Sample, Shard
 from transforms.storage import files
 
@@ -28,13 +28,13 @@ STAGE = "single_modality"
 BLOCK = 512
 
 
-def read_bytes(folder: Path, content: bytes, bounds: PoolBounds = BOUNDS) -> list[Sample | DeadLetter]:
+def read_bytes(folder: Path, content: bytes, bounds: PoolSettings = BOUNDS) -> list[Sample | DeadLetter]:
     path = folder / "00000.tar"
     path.write_bytes(content)
     return list(read_samples(Shard("00000", str(path), "f"), bounds, STAGE))
 
 
-def read(folder: Path, members: Any, bounds: PoolBounds = BOUNDS) -> list[Sample | DeadLetter]:
+def read(folder: Path, members: Any, bounds: PoolSettings = BOUNDS) -> list[Sample | DeadLetter]:
     return read_bytes(folder, tar_bytes(members), bounds)
 
 
@@ -185,8 +185,8 @@ def test_members_beyond_the_bound(tmp_path: Path, bound: str, extension: str, re
     content = {"jpg": b"x" * 40, "txt": b"c" * 40, "json": b'{"a": "' + b"b" * 31 + b'"}'}
     members = [(f"k.{name}", data) for name, data in content.items()]
     assert len(content[extension]) == 40
-    assert keys(read(tmp_path, members, PoolBounds(**{bound: 40}))) == ["k"]
-    letter = one_letter(read(tmp_path, members, PoolBounds(**{bound: 39})))
+    assert keys(read(tmp_path, members, PoolSettings(**{bound: 40}))) == ["k"]
+    letter = one_letter(read(tmp_path, members, PoolSettings(**{bound: 39})))
     assert letter.reason == reason
     assert "40" in letter.message
     assert "39" in letter.message
@@ -513,10 +513,10 @@ def test_a_key_beyond_the_bound_is_shortened(tmp_path: Path, format_: int) -> No
 def test_bounds_of_a_tar(tmp_path: Path) -> None:
     content = tar_bytes([*sample_members("a"), *sample_members("b")])
     for bounds, expected in (
-        (PoolBounds(max_tar_members=6, max_tar_bytes=len(content)), ["a", "b"]),
-        (PoolBounds(max_tar_members=5), ["a", "!tar_too_large:"]),
-        (PoolBounds(max_tar_members=3), ["a", "!tar_too_large:"]),
-        (PoolBounds(max_tar_bytes=len(content) - 1), None),
+        (PoolSettings(max_tar_members=6, max_tar_bytes=len(content)), ["a", "b"]),
+        (PoolSettings(max_tar_members=5), ["a", "!tar_too_large:"]),
+        (PoolSettings(max_tar_members=3), ["a", "!tar_too_large:"]),
+        (PoolSettings(max_tar_bytes=len(content) - 1), None),
     ):
         found = keys(read_bytes(tmp_path, content, bounds))
         assert found == expected if expected else found[-1] == "!tar_too_large:"
@@ -525,7 +525,7 @@ def test_bounds_of_a_tar(tmp_path: Path) -> None:
 def test_the_depth_of_json(tmp_path: Path) -> None:
     def outcome(content: str, max_depth: int) -> str:
         members = [("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", content.encode())]
-        return keys(read(tmp_path, members, PoolBounds(max_json_depth=max_depth)))[0]
+        return keys(read(tmp_path, members, PoolSettings(max_json_depth=max_depth)))[0]
 
     nested = '{"a": [{"b": [' + '"x"' + "]}]}"
     assert outcome(nested, 4) == "k"
@@ -538,7 +538,7 @@ def test_the_verdict_on_json_does_not_hang_on_the_stack(tmp_path: Path) -> None:
     members = [("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", b'{"a":' + b"[" * 400 + b"]" * 400 + b"}")]
 
     def at_depth(frames: int) -> list[str]:
-        return at_depth(frames - 1) if frames else keys(read(tmp_path, members, PoolBounds(max_json_depth=401)))
+        return at_depth(frames - 1) if frames else keys(read(tmp_path, members, PoolSettings(max_json_depth=401)))
 
     assert at_depth(0) == at_depth(300) == ["k"]
 

@@ -207,7 +207,7 @@ def test_unreadable_yaml_is_one_fault_and_runs_nothing(
 
 
 def test_a_key_that_stands_twice_is_a_fault(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="min_px stands twice"):
+    with pytest.raises(SettingsError, match="min_px is given twice"):
         load_text(tmp_path, "single_modality:\n  min_side: {min_px: 200, min_px: 300}\n")
 
 

@@ -9,7 +9,7 @@ from transforms.core.records import Annotation, Attempt, DeadLetter, Sample, Sam
 from transforms.cross_modality.join_wanted import _Join
 
 SHARD = Shard("s", "s.tar", "1")
-MODELS = recipe.CrossModality(
+MODELS = recipe.CrossModalitySettings(
     flipped_clip=recipe.FlippedClip(model="m", min=0.2),
     image_text_matching=recipe.ImageTextMatching(model="m", min=0.5, batch_size=2),
 )  # joins until 16 * 2 samples are wanted

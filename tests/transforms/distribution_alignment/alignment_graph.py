@@ -12,7 +12,7 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from transforms.core.recipe import DistributionAlignment
+from transforms.core.recipe import DistributionAlignmentSettings
 from transforms.distribution_alignment.cids import ClusterImportance, ReadTasks
 from transforms.distribution_alignment.clusters import AssignClusters, TrainCentroids
 from transforms.distribution_alignment.copies import PLACEMENTS, TALLIES, AssignCopies, ClusterTable
@@ -49,7 +49,7 @@ def lay_out(candidates: Candidates, work: WorkFolder) -> list[CandidateShard]:
 
 def place(
     candidates: Candidates,
-    settings: DistributionAlignment,
+    settings: DistributionAlignmentSettings,
     folder: str,
     pool_count: int = 0,
     seed: int = 0,

@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.core.recipe import Cids, DistributionAlignment, QualityDuplication, Target
+from transforms.core.recipe import (
+    CidsSettings,
+    DistributionAlignmentSettings,
+    QualityDuplicationSettings,
+    TargetSettings,
+)
 from transforms.distribution_alignment import copies, quality_duplication
 from transforms.distribution_alignment.cids import (
     allocate,
@@ -29,7 +34,7 @@ HALVING = 1 / math.log(2)  # at this temperature exp(s/τ) = 2^s
 
 
 def shares_of(similarity, sizes, **options):
-    return likeness_shares(np.array(similarity, float), np.array(sizes), Cids(tasks="t.npz", **options))
+    return likeness_shares(np.array(similarity, float), np.array(sizes), CidsSettings(tasks="t.npz", **options))
 
 
 def worked_example():
@@ -51,11 +56,11 @@ def test_three_clusters_and_two_tasks_worked_by_hand():
     axes = np.eye(3, dtype=np.float32)
     tasks = {"a": axes[:1], "b": axes[1:2]}
     weights = {"a": 3.0, "b": 1.0}
-    quality = QualityDuplication(w1=1.0, w2=3.0)
-    rule = DistributionAlignment(
-        target=Target(samples=7),
+    quality = QualityDuplicationSettings(w1=1.0, w2=3.0)
+    rule = DistributionAlignmentSettings(
+        target=TargetSettings(samples=7),
         max_copies=100.0,
-        cids=Cids(tasks="t.npz", temperature=HALVING, task_weights=weights),
+        cids=CidsSettings(tasks="t.npz", temperature=HALVING, task_weights=weights),
         quality_duplication=quality,
     )
     found = allocate(rule, axes, sizes, tasks, 0, 7)
@@ -153,7 +158,7 @@ CLUSTERS = st.lists(st.tuples(st.integers(0, 50), st.floats(-1, 1), st.floats(-1
 
 def importance_of(clusters, weight=0.5, prior="pool", tau=0.1):
     sizes, a, b = (np.array(column) for column in zip(*clusters, strict=True))
-    options = Cids(tasks="t.npz", prior=prior, temperature=tau)
+    options = CidsSettings(tasks="t.npz", prior=prior, temperature=tau)
     shares = {"a": likeness_shares(a, sizes, options), "b": likeness_shares(b, sizes, options)}
     return cluster_importance(sizes, shares, {"a": weight, "b": 1 - weight}), shares
 
@@ -210,14 +215,14 @@ def allocated(pool, estimator=("similarity", "pool"), weights=None, cap=10.0, ta
     """The allocation of so many copies, else of `fill` of what the cap allows; and Σ E by cluster."""
     centroids, sizes, tasks = pool
     name, prior = estimator
-    quality = QualityDuplication(w1=1.0, w2=w2)
-    cids = Cids(tasks="t.npz", estimator=name, prior=prior, task_weights=weights)
+    quality = QualityDuplicationSettings(w1=1.0, w2=w2)
+    cids = CidsSettings(tasks="t.npz", estimator=name, prior=prior, task_weights=weights)
     if target is None:
         reachable = (
             sizes if name == "similarity" else sizes * (allocated(pool, estimator, weights, target=0)[0].importance > 0)
         )
         target = int(fill * cap * reachable.sum())
-    rule = DistributionAlignment(target=Target(samples=target), max_copies=cap, cids=cids, quality_duplication=quality)
+    rule = DistributionAlignmentSettings(target=TargetSettings(samples=target), max_copies=cap, cids=cids, quality_duplication=quality)
     found = allocate(rule, centroids, sizes, tasks, 0, int(sizes.sum()))
     totals = [
         math.fsum(copies.expected_copies(float(factor), np.arange(n), int(n), quality, cap))
@@ -288,10 +293,10 @@ def test_tasks_of_another_model_are_named():
 
 
 def test_no_clusters_no_importance():
-    rule = DistributionAlignment(target=Target(pool_share=0.2), cids=Cids(tasks="t.npz"))
+    rule = DistributionAlignmentSettings(target=TargetSettings(pool_share=0.2), cids=CidsSettings(tasks="t.npz"))
     nothing = np.empty((0, 0), np.float32)
     for estimator in ("similarity", "assignment"):
-        cids = Cids(tasks="t.npz", estimator=estimator)
+        cids = CidsSettings(tasks="t.npz", estimator=estimator)
         found = allocate(
             rule.model_copy(update={"cids": cids}),
             nothing,

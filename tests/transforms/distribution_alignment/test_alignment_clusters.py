@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.transforms.distribution_alignment.alignment_graph import lay_out, make_candidates
-from transforms.core.recipe import Clusters
+from transforms.core.recipe import ClustersSettings
 from transforms.distribution_alignment.clusters import (
     TrainCentroids,
     assign,
@@ -169,7 +169,7 @@ def test_training_takes_the_samples_with_the_smallest_hashes(tmp_path):
     chosen = ordered.take(draws < 20 / 60)
     assert 10 < len(chosen) < 30
     # As many clusters as rows are chosen: each is its own centroid, in the order of the hashes.
-    centroids = train(candidates, Clusters(count=20, samples_per_cluster=1), tmp_path)
+    centroids = train(candidates, ClustersSettings(count=20, samples_per_cluster=1), tmp_path)
     expected = train_centroids(unit_rows(chosen.embeddings), 20, 20, 7)
     assert np.array_equal(centroids, expected)
 
@@ -178,7 +178,7 @@ def test_two_levels_split_every_coarse_cluster_by_its_size(tmp_path):
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2], [240, 120, 40])
     candidates = make_candidates(10 * np.eye(3, 8)[labels] + rng.normal(size=(400, 8)))
-    centroids = train(candidates, Clusters(count=10, coarse_count=3, iterations=10), tmp_path)
+    centroids = train(candidates, ClustersSettings(count=10, coarse_count=3, iterations=10), tmp_path)
     assert centroids.shape == (10, 8)
     assert np.linalg.norm(centroids, axis=1) == pytest.approx(np.ones(10), abs=1e-6)
     coarse = load_centroids(str(tmp_path / "work" / "coarse.npy"))
@@ -204,7 +204,7 @@ def test_fine_clusters_are_shared_in_proportion(sizes, extra):
 
 
 def test_one_level_up_to_256_clusters_then_the_square_root():
-    assert [Clusters(count=n).first_level for n in (1, 256, 257, 10_000)] == [1, 1, 16, 100]
-    assert Clusters(count=1000, coarse_count=1).first_level == 1
+    assert [ClustersSettings(count=n).first_level for n in (1, 256, 257, 10_000)] == [1, 1, 16, 100]
+    assert ClustersSettings(count=1000, coarse_count=1).first_level == 1
     with pytest.raises(ValueError, match="must not exceed"):
-        Clusters(count=3, coarse_count=4)
+        ClustersSettings(count=3, coarse_count=4)

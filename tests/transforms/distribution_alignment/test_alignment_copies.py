@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from transforms.core.recipe import DigitEnhancement, QualityDuplication, Target
+from transforms.core.recipe import DigitEnhancementSettings, QualityDuplicationSettings, TargetSettings
 from transforms.distribution_alignment.copies import (
     UnreachableTargetError,
     expected_copies,
@@ -26,7 +26,7 @@ CLUSTERS = st.lists(
     st.tuples(st.integers(0, 30), st.sampled_from([0.0, 1e-12, 0.1, 0.5, 1.0, 3.0])), min_size=1, max_size=7
 )
 QUALITIES = st.builds(
-    lambda w1, rise: QualityDuplication(w1=w1, w2=w1 * rise), st.floats(0.1, 5), st.sampled_from([1.0, 1.5, 2.0, 3.0])
+    lambda w1, rise: QualityDuplicationSettings(w1=w1, w2=w1 * rise), st.floats(0.1, 5), st.sampled_from([1.0, 1.5, 2.0, 3.0])
 )
 
 
@@ -46,7 +46,7 @@ def every_expectation(scale, importance, sizes, quality, cap):
 
 
 @given(clusters=CLUSTERS, quality=QUALITIES, cap=st.floats(1, 20), fill=st.floats(0, 1))
-@example(clusters=[(0, 1.0), (1, 1.0), (2, 1.0)], quality=QualityDuplication(), cap=2.0, fill=1.0)
+@example(clusters=[(0, 1.0), (1, 1.0), (2, 1.0)], quality=QualityDuplicationSettings(), cap=2.0, fill=1.0)
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_expectations_add_up_to_any_target_that_the_cap_allows(clusters, quality, cap, fill):
     importance, sizes = arrays_of(clusters)
@@ -83,12 +83,12 @@ def test_scale_is_the_smallest_float_and_no_order_of_clusters_changes_it(cluster
 
 def test_without_a_binding_cap_scale_is_the_target():
     importance, sizes = np.array([0.25, 0.75]), np.array([10, 30])
-    assert solve_scale(8.0, importance, sizes, QualityDuplication(), 10.0) == pytest.approx(8, rel=1e-15)
+    assert solve_scale(8.0, importance, sizes, QualityDuplicationSettings(), 10.0) == pytest.approx(8, rel=1e-15)
 
 
 @pytest.mark.parametrize("first", [0, 1, 7, 19, 20])
 def test_splitting_a_cluster_changes_no_samples_expectation(first):
-    flat = QualityDuplication(w1=1.0, w2=1.0)
+    flat = QualityDuplicationSettings(w1=1.0, w2=1.0)
 
     def expectation(importance, sizes):
         p, n = np.array(importance), np.array(sizes)
@@ -103,20 +103,20 @@ def test_splitting_a_cluster_changes_no_samples_expectation(first):
 
 def test_a_target_the_cap_cannot_reach_says_which_and_by_how_much():
     importance, sizes = np.array([0.5, 0.5, 0.0]), np.array([3, 1, 9])
-    reached = solve_scale(8.0, importance, sizes, QualityDuplication(), 2.0)
-    rows = every_expectation(reached, importance, sizes, QualityDuplication(), 2.0)
+    reached = solve_scale(8.0, importance, sizes, QualityDuplicationSettings(), 2.0)
+    rows = every_expectation(reached, importance, sizes, QualityDuplicationSettings(), 2.0)
     assert rows[0] == pytest.approx([2, 2, 2], rel=1e-15)
     assert rows[1:] == [[2], [0] * 9]
     message = (
         r"target of 9 copies .*`max_copies` 2 allows 8 from 4 samples, 1 too few; raise `max_copies` to 2.25 or lower"
     )
     with pytest.raises(UnreachableTargetError, match=message):
-        solve_scale(9.0, importance, sizes, QualityDuplication(), 2.0)
+        solve_scale(9.0, importance, sizes, QualityDuplicationSettings(), 2.0)
 
 
 def test_every_sample_at_the_cap_however_small_its_share():
     importance, sizes = np.array([1.0, 1e-320, 0.0]), np.array([3, 2, 4])
-    flat = QualityDuplication(w1=1.0, w2=1.0)
+    flat = QualityDuplicationSettings(w1=1.0, w2=1.0)
     scale = solve_scale(5.0, importance, sizes, flat, 1.0)
     assert scale == math.inf
     assert every_expectation(scale, importance, sizes, flat, 1.0) == [[1] * 3, [1] * 2, [0] * 4]
@@ -124,25 +124,25 @@ def test_every_sample_at_the_cap_however_small_its_share():
 
 def test_nothing_can_be_copied_without_samples():
     nothing = np.zeros(0), np.zeros(0, int)
-    assert solve_scale(0.0, *nothing, QualityDuplication(), 2.0) == 0
+    assert solve_scale(0.0, *nothing, QualityDuplicationSettings(), 2.0) == 0
     with pytest.raises(UnreachableTargetError, match=r"allows 0 from 0 samples, 5 too few; lower `target`"):
-        solve_scale(5.0, *nothing, QualityDuplication(), 2.0)
+        solve_scale(5.0, *nothing, QualityDuplicationSettings(), 2.0)
 
 
 def test_targets():
-    assert target_copies(Target(samples=12), 1000, 50) == 12
-    assert target_copies(Target(pool_share=0.25), 1000, 50) == 250
-    assert target_copies(Target(survivors=True), 1000, 50) == 50
-    assert target_copies(Target(pool_share=0.25), 1000, 0) == 0
-    assert target_copies(Target(survivors=True), 1000, 0) == 0
-    assert target_copies(Target(samples=12), 1000, 0) == 12
+    assert target_copies(TargetSettings(samples=12), 1000, 50) == 12
+    assert target_copies(TargetSettings(pool_share=0.25), 1000, 50) == 250
+    assert target_copies(TargetSettings(survivors=True), 1000, 50) == 50
+    assert target_copies(TargetSettings(pool_share=0.25), 1000, 0) == 0
+    assert target_copies(TargetSettings(survivors=True), 1000, 0) == 0
+    assert target_copies(TargetSettings(samples=12), 1000, 0) == 12
 
 
 @pytest.mark.parametrize(
     ("size", "expected"), [(0, []), (1, [2.0]), (2, [1.0, 3.0]), (3, [1.0, 2.0, 3.0]), (5, [1.0, 1.5, 2.0, 2.5, 3.0])]
 )
 def test_weight_rises_with_the_rank(size, expected):
-    rule = QualityDuplication(w1=1.0, w2=3.0)
+    rule = QualityDuplicationSettings(w1=1.0, w2=3.0)
     assert weights(np.arange(size), size, rule).tolist() == expected
     assert weights(np.arange(size)[::-1], size, rule).tolist() == expected[::-1]
 
@@ -165,7 +165,7 @@ def test_the_mean_weight_is_the_mean_of_the_weights(size, quality):
     ],
 )
 def test_digits_get_a_floor(expected, probability, cap, enhanced):
-    rule = DigitEnhancement(min_digit_probability=0.75, floor_copies=2.0)
+    rule = DigitEnhancementSettings(min_digit_probability=0.75, floor_copies=2.0)
     column = np.array([probability, -1.0], np.float32)
     assert enhance(np.array([expected, 0.25]), column, rule, cap).tolist() == [enhanced, 0.25]
 
@@ -173,12 +173,12 @@ def test_digits_get_a_floor(expected, probability, cap, enhanced):
 def test_a_stored_probability_is_compared_with_the_threshold_itself():
     below, above = np.float32(0.7), np.float32(0.6)  # in float64: 0.69999999 and 0.60000002
     for probability, threshold, enhanced in ((below, 0.7, 0.5), (above, 0.6, 2.0)):
-        rule = DigitEnhancement(min_digit_probability=threshold)
+        rule = DigitEnhancementSettings(min_digit_probability=threshold)
         assert enhance(np.array([0.5]), np.array([probability]), rule, 10.0).tolist() == [enhanced]
 
 
 def test_a_sample_never_asked_is_left_alone_at_the_lowest_threshold():
-    found = enhance(np.array([0.5]), np.array([-1.0], np.float32), DigitEnhancement(min_digit_probability=0.0), 10.0)
+    found = enhance(np.array([0.5]), np.array([-1.0], np.float32), DigitEnhancementSettings(min_digit_probability=0.0), 10.0)
     assert found.tolist() == [0.5]
 
 

@@ -21,7 +21,7 @@ from pipeline.sinks.publication import publish
 from tests.helpers import sample_members, settings, write_pool
 from tests.transforms.distribution_alignment.alignment_graph import make_candidates, place
 from transforms.core.metrics import NAMES, Counts
-from transforms.core.recipe import STAGES, DistributionAlignment, QualityDuplication
+from transforms.core.recipe import STAGES, DistributionAlignmentSettings, QualityDuplicationSettings
 from transforms.distribution_alignment.copies import UnreachableTargetError, cluster_rows, solve_scale
 from transforms.distribution_alignment.records import Allocation
 from transforms.storage import files
@@ -50,7 +50,7 @@ def leaves(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[
 
 
 def test_every_setting_is_documented_with_its_default() -> None:
-    assert table("Settings") == dict(leaves(DistributionAlignment))
+    assert table("Settings") == dict(leaves(DistributionAlignmentSettings))
 
 
 def test_every_column_is_documented_in_its_order() -> None:
@@ -112,6 +112,6 @@ def test_a_target_that_cannot_be_reached_fails_the_run_and_says_why(
 def test_the_documented_message_is_the_real_one() -> None:
     section = DOCUMENT.split("## A target that cannot be reached\n")[1].split("\n## ")[0]
     with pytest.raises(UnreachableTargetError) as error:
-        solve_scale(100_000, np.ones(1), np.array([549]), QualityDuplication(), 10.0)
+        solve_scale(100_000, np.ones(1), np.array([549]), QualityDuplicationSettings(), 10.0)
     assert str(error.value) in " ".join(section.split())
     assert "exit status 1" in section

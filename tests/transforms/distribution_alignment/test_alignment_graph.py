@@ -8,13 +8,13 @@ import pytest
 
 from tests.transforms.distribution_alignment.alignment_graph import make_candidates, place
 from transforms.core.recipe import (
-    Cids,
-    Clusters,
-    DigitEnhancement,
-    DistributionAlignment,
-    QualityDuplication,
+    CidsSettings,
+    ClustersSettings,
+    DigitEnhancementSettings,
+    DistributionAlignmentSettings,
+    QualityDuplicationSettings,
     SemanticDedup,
-    Target,
+    TargetSettings,
 )
 from transforms.distribution_alignment.clusters import load_centroids
 from transforms.distribution_alignment.copies import UnreachableTargetError
@@ -47,15 +47,15 @@ def tasks(tmp_path_factory):
 
 def everything(tasks, **changes):
     options = {
-        "target": Target(samples=200),
+        "target": TargetSettings(samples=200),
         "max_copies": 4.0,
-        "clusters": Clusters(count=9, iterations=5),
+        "clusters": ClustersSettings(count=9, iterations=5),
         "semantic_dedup": SemanticDedup(),
-        "cids": Cids(tasks=tasks, task_weights={"digits": 3.0, "pets": 1.0}),
-        "quality_duplication": QualityDuplication(w1=1.0, w2=3.0),
-        "digit_enhancement": DigitEnhancement(),
+        "cids": CidsSettings(tasks=tasks, task_weights={"digits": 3.0, "pets": 1.0}),
+        "quality_duplication": QualityDuplicationSettings(w1=1.0, w2=3.0),
+        "digit_enhancement": DigitEnhancementSettings(),
     }
-    return DistributionAlignment(**{**options, **changes})
+    return DistributionAlignmentSettings(**{**options, **changes})
 
 
 def by_the_formulas(candidates, settings, centroids, seed, pool_count=0):
@@ -87,7 +87,7 @@ def by_the_formulas(candidates, settings, centroids, seed, pool_count=0):
             likeness = np.where(n > 0, n * np.exp(s / settings.cids.temperature), 0)
             p += w / total * likeness / likeness.sum()
 
-    quality = settings.quality_duplication or QualityDuplication(w1=1.0, w2=1.0)
+    quality = settings.quality_duplication or QualityDuplicationSettings(w1=1.0, w2=1.0)
     share = {}
     for c, ranks in enumerate(members):
         heights = np.linspace(0, 1, len(ranks)) if len(ranks) > 1 else np.full(len(ranks), 0.5)
@@ -119,13 +119,13 @@ def by_the_formulas(candidates, settings, centroids, seed, pool_count=0):
     "changes",
     [
         {},
-        {"semantic_dedup": SemanticDedup(after_duplication=True), "target": Target(survivors=True)},
+        {"semantic_dedup": SemanticDedup(after_duplication=True), "target": TargetSettings(survivors=True)},
         {
             "semantic_dedup": None,
             "cids": None,
             "quality_duplication": None,
             "digit_enhancement": None,
-            "target": Target(pool_share=0.2),
+            "target": TargetSettings(pool_share=0.2),
         },
     ],
     ids=["everything", "after_duplication", "nothing"],
@@ -170,14 +170,14 @@ def test_every_sample_gets_what_the_formulas_say(candidates, tasks, tmp_path, ch
 TWO_WORKERS = {"direct_num_workers": 2, "direct_running_mode": "multi_processing"}
 
 
-@pytest.mark.parametrize("clusters", [Clusters(count=9, iterations=5, samples_per_cluster=13)], ids=["one level"])
+@pytest.mark.parametrize("clusters", [ClustersSettings(count=9, iterations=5, samples_per_cluster=13)], ids=["one level"])
 def test_no_order_batch_or_number_of_workers_changes_anything(candidates, tasks, tmp_path, monkeypatch, clusters):
     assert_nothing_changes(candidates, everything(tasks, clusters=clusters), tmp_path, monkeypatch)
 
 
 def test_nor_where_clusters_have_two_levels_and_several_tiles(candidates, tasks, tmp_path, monkeypatch):
     monkeypatch.setattr("transforms.distribution_alignment.tiles.TILE_ROWS", 8)
-    clusters = Clusters(count=7, coarse_count=3, iterations=5, samples_per_cluster=20)
+    clusters = ClustersSettings(count=7, coarse_count=3, iterations=5, samples_per_cluster=20)
     table = assert_nothing_changes(candidates, everything(tasks, clusters=clusters), tmp_path, monkeypatch)
     assert len(table) == 7
     assert max(row["size"] for row in table) > 16
@@ -199,7 +199,7 @@ def assert_nothing_changes(candidates, settings, folder, monkeypatch):
 @pytest.mark.parametrize(("tile_rows", "after"), [(3, False), (40, True)])
 def test_a_cluster_in_tiles_is_judged_as_one(candidates, tasks, tmp_path, monkeypatch, tile_rows, after):
     settings = everything(
-        tasks, clusters=Clusters(count=2, iterations=5), semantic_dedup=SemanticDedup(after_duplication=after)
+        tasks, clusters=ClustersSettings(count=2, iterations=5), semantic_dedup=SemanticDedup(after_duplication=after)
     )
     whole = place(candidates, settings, str(tmp_path / "whole"), seed=11)
     monkeypatch.setattr("transforms.distribution_alignment.tiles.TILE_ROWS", tile_rows)
@@ -210,7 +210,7 @@ def test_a_cluster_in_tiles_is_judged_as_one(candidates, tasks, tmp_path, monkey
 
 def test_embeddings_through_the_shuffle_or_from_disk_are_the_same(candidates, tasks, tmp_path, monkeypatch):
     monkeypatch.setattr("transforms.distribution_alignment.tiles.TILE_ROWS", 40)
-    settings = everything(tasks, clusters=Clusters(count=2, iterations=5))
+    settings = everything(tasks, clusters=ClustersSettings(count=2, iterations=5))
     from_disk = place(candidates, settings, str(tmp_path / "disk"))
     elsewhere = types.SimpleNamespace(**{**vars(files), "in_cloud_storage": lambda path: True})
     monkeypatch.setattr("transforms.distribution_alignment.tiles.files", elsewhere)
@@ -221,7 +221,7 @@ def test_embeddings_through_the_shuffle_or_from_disk_are_the_same(candidates, ta
 def test_given_centroids_are_used_and_nothing_is_trained(candidates, tmp_path):
     given = str(tmp_path / "given.npy")
     np.save(given, np.eye(3, D, dtype=np.float32))
-    settings = DistributionAlignment(target=Target(survivors=True), clusters=Clusters(centroids=given))
+    settings = DistributionAlignmentSettings(target=TargetSettings(survivors=True), clusters=ClustersSettings(centroids=given))
     placements, table = place(candidates, settings, str(tmp_path / "run"))
     units = unit_rows(candidates.embeddings)
     assert [p.cluster for p in placements] == units[:, :3].argmax(axis=1).tolist()
@@ -230,7 +230,7 @@ def test_given_centroids_are_used_and_nothing_is_trained(candidates, tmp_path):
     assert not (tmp_path / "run" / "centroids.npy").exists()
 
 
-@pytest.mark.parametrize("target", [Target(pool_share=0.2), Target(survivors=True)])
+@pytest.mark.parametrize("target", [TargetSettings(pool_share=0.2), TargetSettings(survivors=True)])
 def test_no_candidates_flow_through(tasks, tmp_path, target):
     placements, table = place(NOBODY, everything(tasks, target=target), str(tmp_path), pool_count=1000)
     assert (placements, table) == ([], [])
@@ -239,12 +239,12 @@ def test_no_candidates_flow_through(tasks, tmp_path, target):
 
 def test_an_unreachable_target_ends_the_run_and_says_why(tasks, tmp_path):
     with pytest.raises(UnreachableTargetError, match=r"allows 0 from 0 samples, 7 too few"):
-        place(NOBODY, everything(tasks, target=Target(samples=7)), str(tmp_path))
+        place(NOBODY, everything(tasks, target=TargetSettings(samples=7)), str(tmp_path))
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_and_two_samples(candidates, tasks, tmp_path, count):
     some = candidates.take(slice(1, 1 + count))
-    placements, table = place(some, everything(tasks, target=Target(samples=count)), str(tmp_path))
+    placements, table = place(some, everything(tasks, target=TargetSettings(samples=count)), str(tmp_path))
     assert math.fsum(p.expected_copies for p in placements) == pytest.approx(count)
     assert sum(row["size"] for row in table) == count

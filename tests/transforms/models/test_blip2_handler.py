@@ -184,7 +184,7 @@ def _with_five_queries(processor: Blip2Processor) -> Blip2Processor:
 def test_the_transform_scores_whole_batches(digit_folder: Path, handler: Blip2Handler, model: LoadedBlip2):
     batch = make_batch(make_sample(i) for i in range(3))
     expected = scores(handler.run_inference(batch, model)[0])
-    models = recipe.CrossModality(flipped_clip=EVERYTHING, digit=settings_for(digit_folder))
+    models = recipe.CrossModalitySettings(flipped_clip=EVERYTHING, digit=settings_for(digit_folder))
     with TestPipeline("FnApiRunner") as p:
         scored = p | beam.Create([batch]) | Digit(models)
         assert_that(scored | beam.Map(scores), equal_to([expected]))

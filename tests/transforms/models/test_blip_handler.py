@@ -145,7 +145,7 @@ def test_probability_is_the_softmax_without_overflow():
 def test_the_transform_scores_whole_batches(itm_folder: Path, handler: BlipHandler, model: LoadedBlip):
     batch = make_batch(make_sample(i) for i in range(3))
     expected = scores(handler.run_inference(batch, model)[0])
-    models = recipe.CrossModality(flipped_clip=EVERYTHING, image_text_matching=settings_for(itm_folder))
+    models = recipe.CrossModalitySettings(flipped_clip=EVERYTHING, image_text_matching=settings_for(itm_folder))
     with TestPipeline("FnApiRunner") as p:
         scored = p | beam.Create([batch]) | ImageTextMatching(models)
         assert_that(scored | beam.Map(scores), equal_to([expected]))

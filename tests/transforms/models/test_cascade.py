@@ -75,8 +75,8 @@ def test_has_digits(probability: float | None, expected: bool):
     assert has_digits(annotation(digit_probability=probability), 0.5) is expected
 
 
-def stage(**sections) -> recipe.CrossModality:
-    return recipe.CrossModality(**{"flipped_clip": RESCUE, "image_text_matching": ITM} | sections)
+def stage(**sections) -> recipe.CrossModalitySettings:
+    return recipe.CrossModalitySettings(**{"flipped_clip": RESCUE, "image_text_matching": ITM} | sections)
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_the_transform_scores_whole_batches(clip_folder: Path, handler: ClipHand
         return scores(batch)
 
     with TestPipeline("FnApiRunner") as p:
-        models = recipe.CrossModality(flipped_clip=settings_for(clip_folder))
+        models = recipe.CrossModalitySettings(flipped_clip=settings_for(clip_folder))
         scored = p | beam.Create(batches) | FlippedClip(models) | beam.Map(check)
         assert_that(scored, equal_to(expected))
 
@@ -292,7 +292,7 @@ def test_a_caption_is_computed_in_a_bucket_of_its_own_length_and_means_the_same(
 
 
 def test_batches_keep_their_type_so_that_beam_does_not_pickle_them_to_learn_their_size(clip_folder: Path):
-    models = recipe.CrossModality(flipped_clip=settings_for(clip_folder))
+    models = recipe.CrossModalitySettings(flipped_clip=settings_for(clip_folder))
     batches = TestPipeline() | beam.Create([make_batch([make_sample(0)])])
     for found in (
         batches | FlippedClip(models),

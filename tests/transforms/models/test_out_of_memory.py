@@ -32,15 +32,15 @@ from transforms.models.prepare import load_prepare
 
 
 @pytest.fixture
-def models(clip_folder: Path, itm_folder: Path, digit_folder: Path) -> recipe.CrossModality:
-    return recipe.CrossModality(
+def models(clip_folder: Path, itm_folder: Path, digit_folder: Path) -> recipe.CrossModalitySettings:
+    return recipe.CrossModalitySettings(
         flipped_clip=recipe.FlippedClip(model=str(clip_folder), min=-1.0, batch_size=4),
         image_text_matching=recipe.ImageTextMatching(model=str(itm_folder), min=0.0, batch_size=4),
         digit=recipe.Digit(model=str(digit_folder), prompts=[PROMPT], batch_size=4),
     )
 
 
-def stage_2(models: recipe.CrossModality, shards: list[Shard], output: Path) -> dict[str, list[dict]]:
+def stage_2(models: recipe.CrossModalitySettings, shards: list[Shard], output: Path) -> dict[str, list[dict]]:
     layout = Layout(str(output))
     with beam.Pipeline("FnApiRunner") as p:
         read = p | beam.Create(shards) | ReadShards(FakeWork(), BOUNDS, 4, load_prepare=lambda: load_prepare(models))
@@ -106,7 +106,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, loaded: Any, rows: int) -> None:
 
 @pytest.mark.parametrize(("loaded", "rule"), [(LoadedClip, "flipped_clip"), (LoadedBlip, "image_text_matching")])
 def test_the_shard_is_scored_again_at_half_the_shape(
-    models: recipe.CrossModality, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: Any, rule: str
+    models: recipe.CrossModalitySettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: Any, rule: str
 ):
     shards = write_pool(
         tmp_path / "pool",
@@ -121,7 +121,7 @@ def test_the_shard_is_scored_again_at_half_the_shape(
         assert [tables.read_halvings(layout.cross_modality(shard.name)) for shard in shards] == [halvings] * 2
 
 
-def test_where_not_even_one_row_fits_the_run_stops(models: recipe.CrossModality, monkeypatch: pytest.MonkeyPatch):
+def test_where_not_even_one_row_fits_the_run_stops(models: recipe.CrossModalitySettings, monkeypatch: pytest.MonkeyPatch):
     handler = ClipHandler(models.flipped_clip.model_copy(update={"batch_size": 1}), "cpu")
     model = handler.load_model()
     refuse(monkeypatch, LoadedClip, 0)

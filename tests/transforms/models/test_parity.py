@@ -74,8 +74,8 @@ def plain_picture(mode: str, content: bytes) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def settings(clip_folder: Path, itm_folder: Path, digit_folder: Path) -> recipe.CrossModality:
-    return recipe.CrossModality(
+def settings(clip_folder: Path, itm_folder: Path, digit_folder: Path) -> recipe.CrossModalitySettings:
+    return recipe.CrossModalitySettings(
         flipped_clip=recipe.FlippedClip(model=str(clip_folder), min=-1.0, batch_size=8, score_unflipped=True),
         image_text_matching=recipe.ImageTextMatching(model=str(itm_folder), min=0.0, batch_size=8),
         digit=recipe.Digit(model=str(digit_folder), prompts=[PROMPT], batch_size=8),
@@ -83,7 +83,7 @@ def settings(clip_folder: Path, itm_folder: Path, digit_folder: Path) -> recipe.
 
 
 @pytest.fixture(scope="module")
-def handlers(settings: recipe.CrossModality) -> list:
+def handlers(settings: recipe.CrossModalitySettings) -> list:
     assert settings.image_text_matching and settings.digit
     return [
         ClipHandler(settings.flipped_clip, "cpu"),
@@ -105,7 +105,7 @@ def samples() -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def prepared(settings: recipe.CrossModality, samples: list[Sample]) -> list[Sample]:
+def prepared(settings: recipe.CrossModalitySettings, samples: list[Sample]) -> list[Sample]:
     return [*map(load_prepare(settings), samples)]
 
 
@@ -178,7 +178,7 @@ def test_digit(digit_folder: Path, scored: list[Sample]):
     assert largest([s.annotation.digit_probability for s in scored], expected) <= BOUND
 
 
-def test_flipping_is_horizontal(settings: recipe.CrossModality):
+def test_flipping_is_horizontal(settings: recipe.CrossModalitySettings):
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[:32, :32] = 255  # the upper left
     prepare = ClipPreparation.load(settings.flipped_clip)

@@ -174,7 +174,7 @@ def test_a_branch_is_pinned_to_its_commit_and_weights_are_fetched_where_asked(
         return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    given = recipe.CrossModality(
+    given = recipe.CrossModalitySettings(
         flipped_clip=recipe.FlippedClip(model=str(clip_folder), min=0.2),
         image_text_matching=recipe.ImageTextMatching(model="someone/itm", min=0.5),
     )
