@@ -77,7 +77,7 @@ def decisions_schema(recipe: Recipe) -> pa.Schema:
     return _schema({name: kind for name, kind in columns.items() if kind != "binary"})
 
 
-_CACHE_KEY = b"pairsift.cache_key"
+_CACHE_KEY = b"pairsift.made_from"  # the name on disk since the first version
 _HALVINGS = b"pairsift.batch_halvings"
 _DUE = b"pairsift.due"
 
