@@ -4,7 +4,7 @@ import logging
 import sys
 
 from pipeline.dataflow.template.launcher import launch
-from pipeline.runs.run import UsageError
+from transforms.core.errors import UsageError
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)

@@ -12,9 +12,8 @@ from typing import Any
 
 from pipeline.dataflow.names import job_name
 from pipeline.dataflow.settings import ALL_STAGES, ALL_WORKERS, RIGHT_FITTING, TEMPLATES, DataflowSettings
-from pipeline.google_cloud.jobs import OVER, named
+from pipeline.google_cloud.jobs import OVER, DataflowJob, named
 from pipeline.google_cloud.rest import CONSOLE, STORAGE, Api, ApiError, Request
-from pipeline.output_folder.lock import DataflowJob
 from transforms.core.errors import UsageError
 from transforms.core.recipe import FILES, Recipe, load_recipe, model_files
 from transforms.storage import files

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from pipeline.google_cloud.jobs import DataflowJob
 from transforms.core.errors import Failure
 from transforms.storage import files, generations
 
@@ -42,14 +43,6 @@ STARTING_SECONDS = 900.0  # a job that Dataflow does not know so long after it g
 
 class Held(RuntimeError):
     """An output folder that another run is writing: who, and since when."""
-
-
-class DataflowJob(NamedTuple):
-    """A job by its name, of which Dataflow runs no two at a time."""
-
-    project: str
-    region: str
-    name: str
 
 
 class HeldForJob(NamedTuple):

@@ -23,8 +23,9 @@ from pipeline.reshard.subset import Subset, read_subset
 from pipeline.reshard.tars import ReshardedFolder, WriteResharded
 from pipeline.runners.supported import check, pipeline_of
 from pipeline.runners.workers import run_to_end
-from pipeline.runs.run import UsageError, check_path, claim
+from pipeline.runs.claim import check_path, claim
 from pipeline.sources.webdataset import list_shards
+from transforms.core.errors import UsageError
 from transforms.core.recipe import PoolBounds
 from transforms.core.records import Shard
 from transforms.storage import files

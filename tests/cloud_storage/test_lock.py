@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from google.api_core.exceptions import Forbidden
 
+from pipeline.google_cloud.jobs import DataflowJob
 from pipeline.output_folder import lock
-from pipeline.output_folder.lock import DataflowJob, Held, hold_for_job, is_held, only_writer, release_for_job
+from pipeline.output_folder.lock import Held, hold_for_job, is_held, only_writer, release_for_job
 from tests.cloud_storage.server import CloudStorage, Request
 from transforms.storage import generations
 

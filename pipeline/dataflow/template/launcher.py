@@ -30,13 +30,16 @@ from pipeline.dataflow.names import job_name
 from pipeline.dataflow.settings import ALL_STAGES, ALL_WORKERS, RIGHT_FITTING, TEMPLATES, GpuWorker, vcpus_of
 from pipeline.dataflow.template.limits import exceeded_before, exceeded_by
 from pipeline.dataflow.template.options import PairsiftOptions
+from pipeline.google_cloud.jobs import DataflowJob
 from pipeline.output_folder import versions
 from pipeline.output_folder.layout import Layout
-from pipeline.output_folder.lock import DataflowJob, Held, HeldForJob, hold_for_job, release_for_job
-from pipeline.runs.run import UsageError, check_path, clear_leftovers, settled_job
+from pipeline.output_folder.listing import read_listing, write_listing
+from pipeline.output_folder.lock import Held, HeldForJob, hold_for_job, release_for_job
+from pipeline.runs.claim import check_path, clear_leftovers
+from pipeline.runs.job import settled_job
 from pipeline.sinks.publication import Publication
-from pipeline.sources.listing import read_listing, write_listing
 from pipeline.sources.webdataset import list_shards
+from transforms.core.errors import UsageError
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe, load_recipe
 from transforms.core.records import Shard
 from transforms.core.settings import SettingsError

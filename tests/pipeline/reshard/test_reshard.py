@@ -490,7 +490,7 @@ def test_wrong_use(place: Path) -> None:
     wrong_use(place, "lies in the pool", pool="pool/**.tar", output="pool/tars")
     wrong_use(place, "lies in the pool", pool="*/*.tar")
     wrong_use(place, "out: is not empty and holds no run of pairsift", output="out")
-    wrong_use(place, "nothing here opens foo://", output="foo://x")
+    wrong_use(place, "foo:// is not supported", output="foo://x")
     wrong_use(place, "--samples-per-shard", per_shard=0)
     wrong_use(place, "No such option", "--jsn")
     assert pairsift().exit_code == 0
