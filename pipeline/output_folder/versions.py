@@ -16,15 +16,15 @@ import json
 import os
 import uuid
 
+from pipeline.output_folder.defaults import KEPT_VERSIONS as KEPT
 from pipeline.output_folder.layout import Layout
 from transforms.storage import files, generations
 
 LINKED = (
     "decisions", "subset.npy", "funnel.json", "clusters.parquet", "clusters.svg", "centroids.npy", "manifest.json",
 )  # fmt: skip
-KEPT = 3
-"""Versions that stay readable unless the command line says otherwise, the newest included."""
 _CURRENT = "current"
+__all__ = ["KEPT", "VersionConflict", "begin", "newest", "prune", "switch"]
 
 
 class VersionConflict(RuntimeError):

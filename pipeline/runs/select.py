@@ -91,7 +91,9 @@ def _newest_run(layout: Layout) -> tuple[dict[str, Any], tuple[Shard, ...]]:
         earlier = json.loads(files.read_bytes(layout.newest_manifest))
         shards = read_listing(layout)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{layout.output}: holds no annotations to select from; `pairsift run` computes them") from error
+        raise UsageError(
+            f"{layout.output}: holds no annotations to select from; `pairsift run` computes them"
+        ) from error
     return earlier, shards
 
 

@@ -406,7 +406,7 @@ def test_a_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.runs.stage._run_stage", failing(RuntimeError("Traceback…\n  at x\nthe disk is full\n")))
     result = pairsift(*run_arguments())
     assert result.exit_code == 1
-    assert "the disk is full (--verbose shows the whole traceback)" in " ".join(result.stderr.split())
+    assert "the disk is full (--verbose shows the full traceback)" in " ".join(result.stderr.split())
     (line,) = pairsift(*run_arguments(), "--json").stdout.splitlines()
     assert json.loads(line)["event"] == "error"
     assert isinstance(pairsift(*run_arguments(), "--verbose").exception, RuntimeError)

@@ -368,7 +368,7 @@ def test_what_is_told(place: Path) -> None:
 
 def test_no_sample_twice(place: Path) -> None:
     finished_run(place / "out", place / "pool", lambda uid_: 1)
-    assert "no sample stands in it twice" in pairsift().stdout
+    assert "no sample occurs twice" in pairsift().stdout
 
 
 def told(result: Result) -> str:
