@@ -23,7 +23,6 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 from apache_beam.runners import DataflowRunner
-from google.protobuf import json_format
 
 from pipeline import graphs
 from pipeline.dataflow.names import job_name
@@ -35,6 +34,7 @@ from pipeline.output_folder import versions
 from pipeline.output_folder.layout import Layout
 from pipeline.output_folder.listing import read_listing, write_listing
 from pipeline.output_folder.lock import Held, HeldForJob, hold_for_job, release_for_job
+from pipeline.runners.beam_internals import dataflow_bytes
 from pipeline.runs.claim import check_path, clear_leftovers
 from pipeline.runs.job import settled_job
 from pipeline.sinks.publication import Publication
@@ -71,7 +71,7 @@ class Parameters(NamedTuple):
         return self.template in (CROSS_MODALITY, ALL_STAGES)
 
 
-def launch(arguments: Sequence[str]) -> str:
+def build_and_submit(arguments: Sequence[str]) -> str:
     """Build the job that the template's parameters in `arguments` describe, and have Beam hand it over; its name.
 
     Raises UsageError, with every fault at once, where the parameters cannot be used, or exceed what Dataflow takes.
@@ -124,8 +124,7 @@ def submit(options: PipelineOptions, parameters: Parameters) -> str:
         graphs.build({**graphs.GRAPHS, ALL_STAGES: graphs.all_stages}[parameters.template], pipeline, job)
         pipeline.run()
         # The service takes the job only when this process has ended well.
-        request = json_format.MessageToJson(runner.job.proto._pb)
-        _refuse(exceeded_by(len(request.encode()), runner.proto_pipeline.ByteSize()))
+        _refuse(exceeded_by(*dataflow_bytes(runner)))
     return cloud.job_name
 
 
