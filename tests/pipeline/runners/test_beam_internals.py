@@ -26,7 +26,7 @@ from pipeline.runners import beam_internals, workers
 from pipeline.runners.job_service import JobService
 
 POOL = beam_runner_api_pb2.ExternalPayload(
-    endpoint={"url": "localhost:1"}  # type: ignore[arg-type]
+    endpoint={"url": "localhost:1"}
 )
 
 
@@ -46,7 +46,7 @@ def handlers() -> Any:
         yield manager.get_worker_handlers("e", 2)
     finally:
         workers._ExternalWorker.start_worker = started  # type: ignore[method-assign]
-        manager._grpc_server.close()  # type: ignore[union-attr]
+        manager._grpc_server.close()
 
 
 def test_our_handlers_replace_those_of_beam() -> None:
@@ -91,14 +91,14 @@ def test_a_job_calls_invoke_in_place_of_beams_runner() -> None:
     assert "_invoke_runner" in inspect.getsource(BeamJob._run_job)
     assert parameters(BeamJob._invoke_runner) == ["self"]
     assert {"_job_id", "_pipeline_proto"} <= set(
-        vars(BeamJob.__mro__[1]("i", "n", beam_runner_api_pb2.Pipeline(), {}))  # type: ignore[call-arg]
+        vars(BeamJob.__mro__[1]("i", "n", beam_runner_api_pb2.Pipeline(), {}))
     )
     assert "_provision_info" in inspect.getsource(BeamJob.__init__)
 
 
 def test_a_service_gives_its_job_by_id() -> None:
     service = JobService()
-    service._jobs["i"] = job = object()  # type: ignore[assignment]
+    service._jobs["i"] = job = object()
     assert beam_internals.job_of_service(service, "i") is job
     assert parameters(beam_internals.LocalJobServicer.__init__)[1:3] == ["staging_dir", "beam_job_type"]
 
