@@ -37,6 +37,7 @@ chaos: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/hadolint --ignore DL3059 Dockerfile
 	$(BIN)/shellcheck tools/*.sh
 

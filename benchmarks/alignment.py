@@ -31,8 +31,8 @@ import pyarrow.parquet as pq
 from pipeline import graphs
 from pipeline.output_folder import tables
 from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.listing import write_listing
 from pipeline.runners.supported import pipeline_of
-from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 from transforms.core import recipe as recipes
 from transforms.distribution_alignment.semantic_dedup import semantic_duplicates

@@ -34,11 +34,11 @@ from benchmarks import alignment, pictures
 from pipeline import graphs
 from pipeline.output_folder import tables
 from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.listing import write_listing
 from pipeline.output_folder.manifest import identities
 from pipeline.report.progress import Progress
 from pipeline.runners.supported import pipeline_of
 from pipeline.runs.run import run
-from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 from transforms.core import recipe as recipes
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, load_recipe

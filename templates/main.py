@@ -3,12 +3,12 @@
 import logging
 import sys
 
-from pipeline.dataflow.template.launcher import launch
-from pipeline.runs.run import UsageError
+from pipeline.dataflow.template.launcher import build_and_submit
+from transforms.core.errors import UsageError
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     try:
-        logging.info("%s is handed over", launch(sys.argv[1:]))
+        logging.info("%s is handed over", build_and_submit(sys.argv[1:]))
     except UsageError as error:
         sys.exit(f"pairsift: {error}")  # status 1: to the service, every other status is one too

@@ -19,7 +19,8 @@ import torch
 from pipeline.centroids.images import NoImages, Picture, Unreadable, list_images, read_images
 from pipeline.decoding.tfio_decoder import HOW_TO_INSTALL, TfioDecoder
 from pipeline.output_folder.manifest import clip_identity
-from pipeline.runs.run import UsageError, check_path
+from pipeline.runs.claim import check_path
+from transforms.core.errors import UsageError
 from transforms.core.recipe import CrossModalitySettings, Recipe
 from transforms.core.records import Annotation, Sample, SampleBatch, Shard
 from transforms.distribution_alignment.cids import MODEL_KEY

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.dataflow import workflow as flow
 from pipeline.dataflow.follow import Screen, follow_execution, follow_job
-from pipeline.dataflow.launch import Launch, check_places, check_template, launch, settled_recipe
+from pipeline.dataflow.launch import Launch, check_places, check_template, launch_job, settled_recipe
 from pipeline.dataflow.settings import load_dataflow_settings
 from pipeline.dataflow.workflow import Workflow
 from pipeline.google_cloud.rest import Api, Request
@@ -56,7 +56,7 @@ def launch_template(
         return
     api = Api()
     _send(api, first)
-    job, is_new = launch(api, to_launch, template)
+    job, is_new = launch_job(api, to_launch, template)
     verb = "launched" if is_new else "adopted"
     told = {"event": verb, "job": job.name, "id": job.id, "address": job.address}
     screen.result(f"{verb} {job.name}{'' if is_new else ', which runs already with the same parameters'}", told)

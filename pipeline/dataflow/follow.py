@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from pipeline.dataflow.launch import Job, Launch, active_job, errors_of, job_of, metrics_of
+from pipeline.dataflow.launch import Launch, LaunchedJob, active_job, errors_of, job_of, metrics_of
 from pipeline.dataflow.names import job_name
 from pipeline.dataflow.workflow import Workflow
 from pipeline.google_cloud.rest import Api, ApiError
@@ -87,7 +87,7 @@ class Screen:
             raise
 
 
-def follow_job(api: Api, job: Job, screen: Screen, poll_seconds: float) -> None:
+def follow_job(api: Api, job: LaunchedJob, screen: Screen, poll_seconds: float) -> None:
     """Tell of a job until it ends. Raises Failure where it does not end well."""
     counts: dict[str, int] = {}
     with screen.live():
@@ -107,7 +107,7 @@ def follow_execution(
 ) -> None:
     """Tell of an execution of the workflow and of the jobs that it starts, until it ends. Raises Failure where it does
     not end well."""
-    job: Job | None = None
+    job: LaunchedJob | None = None
     counts: dict[str, int] = {}
     unknown: dict[str, Any] = {"state": "ACTIVE"}
     with screen.live():
@@ -148,18 +148,18 @@ def counters(metrics: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return dict(found)
 
 
-def _active(api: Api, launched: Launch) -> Job | None:
+def _active(api: Api, launched: Launch) -> LaunchedJob | None:
     """The job of the stage that runs."""
     jobs = (active_job(api, launched.settings, job_name(launched.output, stage)) for stage in STAGES)
     return next((job for job in jobs if job), None)
 
 
-def _look(api: Api, job: Job) -> tuple[Job, dict[str, int]]:
+def _look(api: Api, job: LaunchedJob) -> tuple[LaunchedJob, dict[str, int]]:
     job = job_of(api, job.settings, job.id)
     return job, {} if job.state in _NO_METRICS_YET else counters(metrics_of(api, job))
 
 
-def _as_told(job: Job, counts: dict[str, int], event: str = "progress") -> tuple[str, dict[str, Any]]:
+def _as_told(job: LaunchedJob, counts: dict[str, int], event: str = "progress") -> tuple[str, dict[str, Any]]:
     since = datetime.datetime.fromisoformat(job.content["createTime"])
     minutes = (datetime.datetime.now(datetime.UTC) - since).total_seconds() / 60
     text = f"{job.name}: {job.state_in_words}, {minutes:,.0f} min"

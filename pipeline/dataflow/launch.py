@@ -12,9 +12,8 @@ from typing import Any
 
 from pipeline.dataflow.names import job_name
 from pipeline.dataflow.settings import ALL_STAGES, ALL_WORKERS, RIGHT_FITTING, TEMPLATES, DataflowSettings
-from pipeline.google_cloud.jobs import OVER, named
+from pipeline.google_cloud.jobs import OVER, DataflowJob, named
 from pipeline.google_cloud.rest import CONSOLE, STORAGE, Api, ApiError, Request
-from pipeline.output_folder.lock import DataflowJob
 from transforms.core.errors import UsageError
 from transforms.core.recipe import FILES, Recipe, load_recipe, model_files
 from transforms.storage import files
@@ -91,7 +90,7 @@ class Launch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class LaunchedJob:
     """A Dataflow job, as the API tells of it."""
 
     settings: DataflowSettings
@@ -204,7 +203,7 @@ def fingerprint(asked: Any) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def launch(api: Api, asked: Launch, template: str) -> tuple[Job, bool]:
+def launch_job(api: Api, asked: Launch, template: str) -> tuple[LaunchedJob, bool]:
     """Start a template's job, and whether it was started now; else one with the same parameters was running.
 
     Raises UsageError where a job with other parameters runs on the output folder, ApiError.
@@ -221,30 +220,30 @@ def launch(api: Api, asked: Launch, template: str) -> tuple[Job, bool]:
         if not running:
             raise
         return _adopted(running, request), False
-    return Job(asked.settings, content), True
+    return LaunchedJob(asked.settings, content), True
 
 
-def active_job(api: Api, settings: DataflowSettings, name: str) -> Job | None:
+def active_job(api: Api, settings: DataflowSettings, name: str) -> LaunchedJob | None:
     """The job of this name that has not ended; Dataflow lets there be but one."""
     for found in named(api, DataflowJob(settings.project, settings.region, name), "ACTIVE"):
-        if not Job(settings, found).is_settled:
+        if not LaunchedJob(settings, found).is_settled:
             return job_of(api, settings, found["id"])
     return None
 
 
-def job_of(api: Api, settings: DataflowSettings, job_id: str) -> Job:
+def job_of(api: Api, settings: DataflowSettings, job_id: str) -> LaunchedJob:
     """The job with its state and labels."""
     view = {"view": "JOB_VIEW_DESCRIPTION"}
-    return Job(settings, api.send(_reading(settings, f"jobs/{job_id}", "dataflow.jobs.get", view)))
+    return LaunchedJob(settings, api.send(_reading(settings, f"jobs/{job_id}", "dataflow.jobs.get", view)))
 
 
-def metrics_of(api: Api, job: Job) -> list[dict[str, Any]]:
+def metrics_of(api: Api, job: LaunchedJob) -> list[dict[str, Any]]:
     """All metrics of a job (`MetricUpdate`)."""
     request = _reading(job.settings, f"jobs/{job.id}/metrics", "dataflow.metrics.get")
     return api.send(request).get("metrics", [])
 
 
-def errors_of(api: Api, job: Job) -> list[str]:
+def errors_of(api: Api, job: LaunchedJob) -> list[str]:
     """What the service says went wrong in a job, the earliest first."""
     query = {"minimumImportance": "JOB_MESSAGE_ERROR"}
     request = _reading(job.settings, f"jobs/{job.id}/messages", "dataflow.messages.list", query)
@@ -258,7 +257,7 @@ def check_same(labels: dict[str, str], wanted: str, what: str, when: str, advice
         raise UsageError(f"{what} runs with other parameters, started by {who} at {when}; {advice}")
 
 
-def _adopted(job: Job, request: Request) -> Job:
+def _adopted(job: LaunchedJob, request: Request) -> LaunchedJob:
     labels = job.content.get("labels", {})
     if REQUEST not in labels and job.state == _NOT_YET_SUBMITTED:
         raise UsageError(

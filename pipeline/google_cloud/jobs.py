@@ -1,22 +1,34 @@
-"""What Dataflow knows of jobs by their names."""
+"""Looking up Dataflow jobs by name."""
 
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.google_cloud.rest import Api, Request
-from pipeline.output_folder.lock import DataflowJob
+if TYPE_CHECKING:  # the client takes a second to import; a lock that no job holds does not need it
+    from pipeline.google_cloud.rest import Api
 
 OVER = ("JOB_STATE_DONE", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_UPDATED", "JOB_STATE_DRAINED")
-"""A job in one of these states does nothing more."""
+"""Terminal states of a job."""
 
-_SLACK = datetime.timedelta(minutes=1)  # two services, two clocks
+_CLOCK_SKEW = datetime.timedelta(minutes=1)  # between the clocks of Dataflow and Cloud Storage
+
+
+class DataflowJob(NamedTuple):
+    """The name of a job. Dataflow runs at most one job of a name at a time."""
+
+    project: str
+    region: str
+    name: str
 
 
 def named(api: Api, job: DataflowJob, only: str = "ALL") -> list[dict[str, Any]]:
-    """The jobs of that name as the API lists them, without their labels, the newest first: at most one of them is not
-    over. `only` is the API's filter. Raises ApiError."""
+    """The jobs of that name as the API lists them (without labels), newest first. At most one of them is not over.
+
+    `only` is the API's filter. Raises ApiError.
+    """
+    from pipeline.google_cloud.rest import Request
+
     request = Request(
         "dataflow",
         "GET",
@@ -30,19 +42,22 @@ def named(api: Api, job: DataflowJob, only: str = "ALL") -> list[dict[str, Any]]
 
 
 def is_over(job: DataflowJob, since: datetime.datetime) -> bool | None:
-    """Whether the job of that name that got a lock at `since` is over; None where there is none (yet).
+    """Whether the job of that name that got a lock at `since` is over; None if there is no such job (yet).
 
-    Names come again, week by week: a job that was over before does not count. One that is not over does, whenever it
-    was made: the service makes it minutes before its launcher runs. Raises ApiError.
+    Scheduled runs reuse a job name. A job that ended before `since` is therefore ignored. A job that is still running
+    counts whenever it was created, because the service creates it minutes before its launcher takes the lock. Raises
+    ApiError.
     """
+    from pipeline.google_cloud.rest import Api
+
     found = named(Api(), job)
     if any(one.get("currentState") not in OVER for one in found):
         return False
-    return True if any(_ended(one) >= since - _SLACK for one in found) else None
+    return True if any(_ended(one) >= since - _CLOCK_SKEW for one in found) else None
 
 
 def _ended(job: dict[str, Any]) -> datetime.datetime:
-    """Since when a job is in its state, the last one."""
+    """The time at which a finished job entered its current state."""
     return datetime.datetime.fromisoformat(job.get("currentStateTime") or job["createTime"])
 
 

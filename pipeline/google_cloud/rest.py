@@ -1,11 +1,10 @@
 """Google Cloud's REST APIs: requests as data, sent with google-auth's default credentials.
 
-What may pass (429, 5xx, a connection that broke) is tried again, `Retry-After` honoured; so every request that is sent
-here must do no harm when it arrives twice. What does not pass becomes ApiError: one line with what to do next.
+Transient errors (429, 5xx, a broken connection) are retried, honouring `Retry-After`, so every request must be safe to
+send twice. Other errors become ApiError: one line that says what to do next.
 
-Another address for a service, say a private endpoint, is given as gcloud takes it
-(`CLOUDSDK_API_ENDPOINT_OVERRIDES_DATAFLOW=https://…/`); for Cloud Storage as its client takes it
-(`STORAGE_EMULATOR_HOST`).
+The environment variables of gcloud and of the Cloud Storage client set other endpoints, for example private ones:
+`CLOUDSDK_API_ENDPOINT_OVERRIDES_DATAFLOW=https://…/` and `STORAGE_EMULATOR_HOST`.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ STORAGE = "storage"
 CONSOLE = "https://console.cloud.google.com"
 LOG_IN = "gcloud auth application-default login"
 
-_TRIES_AGAIN = 5
-_LONGEST_WAIT_SECONDS = 120  # of any one; a service that asks for more is asked again by the user
+_RETRIES = 5
+_LONGEST_WAIT_SECONDS = 120  # per retry; the user retries a service that asks for more
 _TIMEOUT_SECONDS = 60
-_UNWELL = (429, 500, 502, 503, 504)
+_TRANSIENT = (429, 500, 502, 503, 504)
 _ROLES = {
     "dataflow": "roles/dataflow.developer",
     "workflows": "roles/workflows.editor",
@@ -50,8 +49,8 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A request to the API `service`, within `project`. `permission` is what it takes; `missing` says what is not there
-    where the API answers 404, and what to do; `service_account` whom the service is to act as, if anybody."""
+    """A request to the API `service`, within `project`. `permission` is the IAM permission that it needs, `missing` the
+    advice to give if the API answers 404, `service_account` the account that the service acts as, if any."""
 
     service: str
     method: str
@@ -65,19 +64,19 @@ class Request:
 
     @property
     def url(self) -> str:
-        """The whole address."""
+        """The complete URL."""
         query = f"?{urllib.parse.urlencode(self.query)}" if self.query else ""
         return f"{endpoint(self.service)}/{self.path}{query}"
 
 
 def endpoint(service: str) -> str:
-    """Where a service's API is reached, without a last slash."""
+    """The base URL of a service's API, without a trailing slash."""
     variable = "STORAGE_EMULATOR_HOST" if service == STORAGE else f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{service.upper()}"
     return (os.environ.get(variable) or f"https://{service}.googleapis.com").rstrip("/")
 
 
 class ApiError(Failure):
-    """What an API refused, or could not do: `status` is HTTP's, 0 where there was no answer."""
+    """An API refused a request or failed. `status` is the HTTP status, 0 if there was no answer."""
 
     def __init__(self, status: int, message: str) -> None:
         self.status = status
@@ -85,18 +84,18 @@ class ApiError(Failure):
 
 
 class Api:
-    """Sends requests. Raises ApiError where there are no credentials."""
+    """Sends requests with default credentials. Raises ApiError if there are none."""
 
     def __init__(self) -> None:
         try:
             credentials, _ = google.auth.default(scopes=[SCOPE])
         except GoogleAuthError as error:
-            raise ApiError(0, f"no credentials of Google Cloud: {_line(error)}; give `{LOG_IN}`") from error
+            raise ApiError(0, f"no credentials of Google Cloud: {_line(error)}; run `{LOG_IN}`") from error
         self._credentials = credentials
         self._session = AuthorizedSession(credentials)
-        retry = _ToldRetry(
-            total=_TRIES_AGAIN,
-            status_forcelist=_UNWELL,
+        retry = _LoggedRetry(
+            total=_RETRIES,
+            status_forcelist=_TRANSIENT,
             allowed_methods=None,
             backoff_factor=1.0,
             backoff_max=_LONGEST_WAIT_SECONDS,
@@ -115,10 +114,10 @@ class Api:
             content = {"json": request.body}
         try:
             response = self._session.request(request.method, request.url, timeout=_TIMEOUT_SECONDS, **content)
-        except TransportError as error:  # of the place that gives tokens
+        except TransportError as error:  # from the token server
             raise ApiError(0, f"credentials cannot be refreshed: {_line(error)}; check the network") from error
         except GoogleAuthError as error:
-            raise ApiError(401, f"credentials are refused: {_line(error)}; give `{LOG_IN}`") from error
+            raise ApiError(401, f"credentials are refused: {_line(error)}; run `{LOG_IN}`") from error
         except requests.RequestException as error:
             raise ApiError(0, f"{request.url} cannot be reached: {_line(error)}; check the network") from error
         if response.ok:
@@ -137,15 +136,15 @@ class Api:
 
     @property
     def _account(self) -> str:
-        """Whose the credentials are, as IAM names members; a placeholder where they do not say."""
+        """The account of the credentials as an IAM member; a placeholder if the credentials do not name it."""
         email = getattr(self._credentials, "service_account_email", None)
         if email and "@" in email:
             return f"serviceAccount:{email}"
         return f"user:{getattr(self._credentials, 'account', None) or 'YOUR_ACCOUNT'}"
 
 
-class _ToldRetry(Retry):
-    """Says that it waits."""
+class _LoggedRetry(Retry):
+    """Logs each wait."""
 
     def sleep(self, response: BaseHTTPResponse | None = None) -> None:
         seconds = (response and self.get_retry_after(response)) or self.get_backoff_time()
@@ -156,14 +155,14 @@ class _ToldRetry(Retry):
 
 
 def _refusal(request: Request, response: requests.Response, account: str) -> ApiError:
-    message, reason, metadata = _told(response)
+    message, reason, metadata = _error_of(response)
     advice = _advice(request, response.status_code, f"{reason} {message}", metadata, account)
     said = f"{request.service} answered {response.status_code}: {message.rstrip('.') or response.reason}"
     return ApiError(response.status_code, f"{said}; {advice}")
 
 
-def _told(response: requests.Response) -> tuple[str, str, dict[str, str]]:
-    """Message, reason and the reason's metadata, as far as the answer has Google's form of errors."""
+def _error_of(response: requests.Response) -> tuple[str, str, dict[str, str]]:
+    """Message, reason and metadata of the reason, as far as the answer has the form of Google's errors."""
     try:
         error = response.json()["error"]
         details = [detail for detail in error.get("details", ()) if detail.get("reason")]
@@ -173,25 +172,25 @@ def _told(response: requests.Response) -> tuple[str, str, dict[str, str]]:
         return " ".join(response.text.split())[:200], "", {}
 
 
-def _advice(request: Request, status: int, told: str, metadata: dict[str, str], account: str) -> str:
+def _advice(request: Request, status: int, error: str, metadata: dict[str, str], account: str) -> str:
     if status == 401:
-        return f"give `{LOG_IN}`"
-    if "SERVICE_DISABLED" in told:
+        return f"run `{LOG_IN}`"
+    if "SERVICE_DISABLED" in error:
         service = metadata.get("service", f"{request.service}.googleapis.com")
-        return f"give `gcloud services enable {service} --project={request.project}`, then wait some minutes"
+        return f"run `gcloud services enable {service} --project={request.project}`, then wait some minutes"
     if status == 403:
-        return _grant(request, told, metadata, account)
+        return _grant(request, error, metadata, account)
     if status == 404 and request.missing:
         return request.missing
     if status == 429:
-        return "a quota is used up: give the same command again later, or raise it on the console's page of quotas"
+        return "a quota is used up: run the same command again later, or raise it on the quota page of the console"
     if status >= 500:
-        return "the service is unwell: give the same command again later; nothing is started twice"
-    return f"nothing was changed; mend that (it was {request.method} {request.url})"
+        return "the service is failing: run the same command again later; nothing is started twice"
+    return f"nothing was changed; correct that (it was {request.method} {request.url})"
 
 
-def _grant(request: Request, told: str, metadata: dict[str, str], account: str) -> str:
-    if _ACT_AS in (metadata.get("permission") or told) and request.service_account:
+def _grant(request: Request, error: str, metadata: dict[str, str], account: str) -> str:
+    if _ACT_AS in (metadata.get("permission") or error) and request.service_account:
         permission, role = _ACT_AS, "roles/iam.serviceAccountUser"
         where = f"iam service-accounts add-iam-policy-binding {request.service_account} --project={request.project}"
     elif request.service == STORAGE:

@@ -1,1 +1,1 @@
-"""The files of an output folder: layout, tables, reuse, versions, and the lock."""
+"""The output folder: paths, tables, reuse, lock, versions and accounting."""

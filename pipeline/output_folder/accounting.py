@@ -1,4 +1,4 @@
-"""Every sample of the pool is accounted for: by its row, or by its dead letter. Where one is not, the run fails."""
+"""Accounting: every sample of the pool must have a row or a dead letter, or the run fails."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ _MAX_STATS_BYTES = 2**20
 
 
 class Unaccounted(AssertionError):
-    """Samples that were neither dropped by a rule, nor kept, nor dead-lettered; or more than once."""
+    """Some samples have neither a row nor a dead letter, or more than one of them."""
 
 
-def reconcile(where: str, due: Iterable[str], told: Iterable[str], what: str = "keys") -> None:
-    """Raise Unaccounted, naming them, where `told` does not hold what `due` holds, each as often."""
-    expected, found = Counter(due), Counter(told)
+def reconcile(where: str, due: Iterable[str], found: Iterable[str], what: str = "keys") -> None:
+    """Raise Unaccounted, naming the differences, unless `found` and `due` are equal as multisets."""
+    expected, actual = Counter(due), Counter(found)
     faults = [
         f"{verb} {n} {what} ({', '.join(sorted(names)[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
-        for verb, names in (("lost", expected - found), ("counted too often", found - expected))
+        for verb, names in (("lost", expected - actual), ("counted too often", actual - expected))
         if (n := names.total())
     ]
     if faults:
-        raise Unaccounted(f"{where}: {' and '.join(faults)}; nothing was written for it. This is a fault of pairsift")
+        raise Unaccounted(f"{where}: {' and '.join(faults)}; nothing was written for it. This is a bug of pairsift")
 
 
 def reconcile_shard(
     shard: Shard, stage: str, due: Sequence[str], rows: Iterable[Mapping[str, Any]], letters: Sequence[DeadLetter]
 ) -> None:
-    """Raise Unaccounted unless each key that is `due` has a row or a dead letter.
+    """Raise Unaccounted unless each key in `due` has a row or a dead letter.
 
-    A dead letter without a key is that of a tar which breaks off: it stands for the sample that the break cut through,
-    and for all that was not read.
+    A dead letter without a key belongs to a truncated tar: it stands for the sample at the end of the tar and for all
+    samples that could not be read.
     """
-    told = [row["key"] for row in rows] + [letter.key for letter in letters if letter.key]
-    if any(not letter.key for letter in letters) and due and Counter(told)[due[-1]] < Counter(due)[due[-1]]:
+    found = [row["key"] for row in rows] + [letter.key for letter in letters if letter.key]
+    if any(not letter.key for letter in letters) and due and Counter(found)[due[-1]] < Counter(due)[due[-1]]:
         due = due[:-1]
-    reconcile(f"shard {shard.name}, stage {stage}", due, told)
+    reconcile(f"shard {shard.name}, stage {stage}", due, found)
 
 
 class ReconcilePool(beam.PTransform):
-    """PCollection[Shard] -> nothing. Compares each table of stage 1, made now or long ago, with what was counted in the
-    tar when it was read, and with img2dataset's `_stats.json` where that lies beside the tar.
+    """PCollection[Shard] -> empty PCollection. Compares each table of stage 1, whichever run wrote it, with the samples
+    that were counted in the tar, and with img2dataset's `_stats.json` if that is beside the tar.
 
-    Raises Unaccounted, which names all shards that differ, when all have been compared.
+    After comparing all shards, raises Unaccounted, which names those that differ.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -71,25 +71,25 @@ class ReconcilePool(beam.PTransform):
 
 
 def differences(shard: Shard, layout: Layout) -> Iterator[str]:
-    """What does not add up in a shard that stage 1 has finished, in words."""
+    """Messages about the differences in a shard that stage 1 has finished."""
     shard = Shard(*shard)
     table = layout.single_modality(shard.name)
     letters = tables.read_dead_letters(layout.dead_letters(SINGLE_MODALITY, shard.name))
-    told = [row["key"] for row in tables.read_table(table, ["key"])]
-    told += [letter.key for letter in letters if letter.key]
+    keys = [row["key"] for row in tables.read_table(table, ["key"])]
+    keys += [letter.key for letter in letters if letter.key]
     is_broken = any(not letter.key for letter in letters)
     in_tar = tables.read_due(table)
-    if in_tar - is_broken > len(told) or in_tar < len(told):
+    if in_tar - is_broken > len(keys) or in_tar < len(keys):
         yield (
-            f"{shard.path}: {in_tar} samples were read, {len(told)} are accounted for: something was taken out of "
-            f"{layout.output}; delete {table}, and the shard is read again"
+            f"{shard.path}: {in_tar} samples were read, {len(keys)} are accounted for: something was removed from "
+            f"{layout.output}; delete {table}, so that the shard is read again"
         )
     successes = _successes(shard)
-    if successes is None or successes == len(set(told)) or (is_broken and successes > len(set(told))):
+    if successes is None or successes == len(set(keys)) or (is_broken and successes > len(set(keys))):
         return
     yield (
-        f"{shard.path}: holds {len(set(told))} samples, img2dataset's {_stats_path(shard)} says {successes}; "
-        "download that shard again, or delete the stats where it is they that are wrong"
+        f"{shard.path}: holds {len(set(keys))} samples, img2dataset's {_stats_path(shard)} says {successes}; "
+        "download that shard again, or delete the stats if they are wrong"
     )
 
 
@@ -105,7 +105,7 @@ def _stats_path(shard: Shard) -> str:
 
 
 def _successes(shard: Shard) -> int | None:
-    """How many samples img2dataset says it wrote into the tar; None where it says nothing."""
+    """The number of samples that img2dataset reports for the tar; None if there is no report."""
     path = _stats_path(shard)
     if not files.exists(path):
         return None
@@ -117,6 +117,6 @@ def _successes(shard: Shard) -> int | None:
         stats = None
     successes = stats.get("successes") if isinstance(stats, dict) else None
     if not isinstance(successes, int):
-        logging.warning("%s: is no file of img2dataset's; the tar is not compared with it", path)
+        logging.warning("%s: is not a stats file of img2dataset; the tar is not compared with it", path)
         return None
     return successes

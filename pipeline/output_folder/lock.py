@@ -1,14 +1,14 @@
-"""One writer: an output folder belongs to one run at a time.
+"""The lock of an output folder: one run at a time may write it.
 
-On a file system the lock is the operating system's own, which vanishes with its process, so a dead holder's is taken
-over by itself; who holds it stands in a file beside it.
+On a file system the lock is a file lock, which the operating system releases when the process ends. A file beside it
+names the holder.
 
-In Cloud Storage the lock is that file, a lease: the object is created only if it does not exist, and replaced or deleted
-only at the generation that was read (`transforms.storage.generations`), so exactly one of two contenders gets it. A
-process renews its lease every minute. The lease expires after five minutes without renewal, by the store's own clock (at
-once if its process died on this machine). A process that cannot renew its lease, or finds that another run holds it,
-exits before that. A Dataflow job, whose workers come and go, holds the lock by its job name, and Dataflow is asked
-whether the job has ended.
+In Cloud Storage that file is the lock, as a lease: the object is created only if it does not exist, and replaced or
+deleted only at the generation that was read (`transforms.storage.generations`), so exactly one of two contenders gets
+it. A process renews its lease every minute. The lease expires after five minutes without renewal, by the clock of the
+store, or at once if its process died on this machine. A process that cannot renew its lease, or finds that another run
+holds it, exits before the lease expires. A Dataflow job, whose workers come and go, holds the lock by its job name;
+Dataflow is queried to find out whether the job has ended.
 """
 
 from __future__ import annotations
@@ -29,66 +29,60 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from pipeline.google_cloud import jobs
+from pipeline.google_cloud.jobs import DataflowJob
 from transforms.core.errors import Failure
 from transforms.storage import files, generations
 
 NAMES = (".lock", ".lock.json", ".lock.clock")
-"""The files of the lock; one that was killed leaves them behind."""
+"""The files of the lock. A killed run leaves them behind."""
 
 REFRESHED_SECONDS = 60.0
 STALE_SECONDS = 300.0
-STARTING_SECONDS = 900.0  # a job that Dataflow does not know so long after it got the lock was never started
+STARTING_SECONDS = 900.0  # a job still unknown to Dataflow this long after it got the lock was never started
 
 
 class Held(RuntimeError):
-    """An output folder that another run is writing: who, and since when."""
-
-
-class DataflowJob(NamedTuple):
-    """A job by its name, of which Dataflow runs no two at a time."""
-
-    project: str
-    region: str
-    name: str
+    """Another run is writing the output folder. The message names it and says since when."""
 
 
 class HeldForJob(NamedTuple):
-    """A folder that is held for a job. `token` tells this holding from every other one, also for a job of that name."""
+    """A lock held for a job. `token` is unique to this acquisition, even among jobs of the same name."""
 
     job: DataflowJob
     token: str
 
 
 IsOver = Callable[[DataflowJob, datetime.datetime], bool | None]
-"""Whether the job of that name that got its lock at that time is over; None where Dataflow knows of none."""
+"""Whether the job of that name that got its lock at that time is over; None if Dataflow knows no such job."""
 
 
 @contextlib.contextmanager
 def only_writer(output: str, is_over: IsOver | None = None) -> Iterator[None]:
-    """Hold the output folder while the body runs. Raises Held where another run does.
+    """Lock the output folder while the body runs. Raises Held if another run holds the lock.
 
-    `is_over` tells of a Dataflow job that holds it; by default Dataflow is asked.
+    `is_over` says whether a Dataflow job that holds the lock is over; by default Dataflow is queried.
     """
     with _held_object(output, is_over) if files.in_cloud_storage(output) else _held_file(output):
         yield
 
 
 def hold_for_job(output: str, job: DataflowJob, is_over: IsOver | None = None) -> HeldForJob:
-    """Hold the folder in Cloud Storage for a job that is about to be started; held for one of its name already will do.
+    """Lock a folder in Cloud Storage for a job that is about to start. A lock held by a job of that name is taken over.
 
-    It is held until `release_for_job`, which is the job's last step, or until the job is over. Raises Held.
+    The lock is held until `release_for_job`, which is the job's last step, or until the job is over. Raises Held.
     """
     held = _take(output, {**job._asdict(), "since": _since()}, is_over)
     return HeldForJob(job, _content(held)["token"])
 
 
 def is_held(output: str, held: HeldForJob) -> bool:
-    """Whether the folder is still held so."""
+    """Whether `held` is still the lock of the folder."""
     return _object_of(output, held) is not None
 
 
 def release_for_job(output: str, held: HeldForJob) -> None:
-    """Let go of the folder where it is still held so; a step that is tried again changes nothing."""
+    """Release the lock if `held` still holds it. Calling it again, as a retried step does, changes nothing."""
     if found := _object_of(output, held):
         with contextlib.suppress(generations.GenerationConflict):
             generations.remove(_object_path(output), found.generation)
@@ -127,21 +121,21 @@ def _held_object(output: str, is_over: IsOver | None) -> Iterator[None]:
 
 
 def _take(output: str, me: dict[str, Any], is_over: IsOver | None) -> generations.Object:
-    """The lock object, once it is ours. Raises Held."""
+    """Acquire the lock and return its object. Raises Held."""
     path = _object_path(output)
     content = (json.dumps({**me, "token": uuid.uuid4().hex}) + "\n").encode()
     while True:
         found = generations.read(path)
-        if found and found.content == content:  # an earlier try did it, and its answer was lost
+        if found and found.content == content:  # an earlier attempt succeeded, and its response was lost
             return found
         if found:
             _check_free(output, found, _job_of(me), is_over)
-        with contextlib.suppress(generations.GenerationConflict):  # then what lies there now decides
+        with contextlib.suppress(generations.GenerationConflict):  # the next iteration reads the new state
             return generations.replace(path, content, found.generation if found else generations.NOTHING)
 
 
 def _check_free(output: str, found: generations.Object, us: DataflowJob | None, is_over: IsOver | None) -> None:
-    """Raise Held unless the holder is this very job, or is gone."""
+    """Raise Held unless the holder is this job (`us`) or is gone."""
     who = _content(found)
     job = _job_of(who)
     if job and job == us:
@@ -154,53 +148,51 @@ def _check_free(output: str, found: generations.Object, us: DataflowJob | None, 
         try:
             over = (is_over or _ask_dataflow)(job, found.updated)
         except (OSError, Failure, *files.CLOUD_ERRORS) as error:
-            over, advice = False, f"whether it is over cannot be told ({' '.join(str(error).split())})"
+            over, advice = False, f"cannot find out whether it is over ({' '.join(str(error).split())})"
         is_free = age_seconds > STARTING_SECONDS if over is None else over
     else:
         is_free = age_seconds > STALE_SECONDS
         if not is_free:
-            advice += f"; one that was killed is known by its silence, in {STALE_SECONDS - age_seconds:.0f} s at most"
+            advice += f"; if it was killed, its lock expires in {STALE_SECONDS - age_seconds:.0f} s at most"
     if not is_free:
         raise Held(f"{output}: {_named(who)} is writing it; {advice}")
 
 
 def _ask_dataflow(job: DataflowJob, since: datetime.datetime) -> bool | None:
-    from pipeline.google_cloud.jobs import is_over  # its client takes a second to import, and is seldom needed
-
-    return is_over(job, since)
+    return jobs.is_over(job, since)
 
 
 class _Keeper:
-    """Keeps a lock object fresh by a thread of its own."""
+    """Renews a lock object in a thread of its own."""
 
     def __init__(self, output: str, held: generations.Object, begun: float) -> None:
-        self._output, self._held, self._said = output, held, begun
+        self._output, self._held, self._renewed = output, held, begun
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="keep_lock", daemon=True)
         self._thread.start()
 
     def release(self) -> None:
-        """Let go, where it is still ours."""
+        """Stop renewing, and delete the lock object if it is still this process's."""
         self._done.set()
         self._thread.join()
         try:
             generations.remove(_object_path(self._output), self._held.generation)
         except generations.GenerationConflict:
-            logging.warning("%s: its lock was another's, or gone, when this run ended", self._output)
+            logging.warning("%s: when this run ended, another run held its lock, or the lock was deleted", self._output)
         except OSError as error:
-            logging.warning("%s: its lock cannot be deleted (%s); it runs out by itself", self._output, error)
+            logging.warning("%s: its lock cannot be deleted (%s); it expires by itself", self._output, error)
 
     def _keep(self) -> None:
         while not self._done.wait(REFRESHED_SECONDS):
             begun = time.monotonic()
             try:
                 self._held = self._refreshed()
-                self._said = begun
+                self._renewed = begun
             except generations.GenerationConflict:
-                self._give_up("another run has taken its lock, because this one had not been heard of for minutes")
+                self._give_up("another run has taken its lock, which this run had not renewed for minutes")
             except OSError as error:
-                if time.monotonic() - self._said > STALE_SECONDS / 2:  # another may take it when all of them are over
-                    self._give_up(f"its lock cannot be kept: {error}")
+                if time.monotonic() - self._renewed > STALE_SECONDS / 2:  # another run may take it after STALE_SECONDS
+                    self._give_up(f"its lock cannot be renewed: {error}")
 
     def _refreshed(self) -> generations.Object:
         path = _object_path(self._output)
@@ -208,7 +200,7 @@ class _Keeper:
             return generations.replace(path, self._held.content, self._held.generation)
         except generations.GenerationConflict:
             found = generations.read(path)
-            if found and found.content == self._held.content:  # it was us, and the answer was lost
+            if found and found.content == self._held.content:  # our own write, whose response was lost
                 return found
             raise
 
@@ -216,12 +208,11 @@ class _Keeper:
         if self._done.is_set():
             return
         logging.critical(
-            "%s: %s; this process ends, so that no two write there; give the same command again: it goes on where it "
-            "stopped",
+            "%s: %s; this process exits, so that only one run writes the folder; run the same command again to resume",
             self._output,
             reason,
         )
-        os._exit(1)  # not `sys.exit`, which would end this thread only
+        os._exit(1)  # `sys.exit` would end this thread only
 
 
 def _object_path(output: str) -> str:
@@ -246,8 +237,8 @@ def _this_process() -> dict[str, Any]:
 
 
 def _machine() -> str | None:
-    """What processes share that can see each other's ids, from the start of this machine to its end; None where the
-    system does not tell."""
+    """An identifier shared by processes that can see each other's ids, until this machine restarts; None if the system
+    has none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -262,7 +253,7 @@ def _died_here(who: dict[str, Any]) -> bool:
         os.kill(int(who["pid"]), 0)  # sends nothing
     except ProcessLookupError:
         return True
-    except PermissionError:  # it lives, and is another user's
+    except PermissionError:  # it is alive, and another user's
         pass
     return False
 
@@ -274,14 +265,14 @@ def _since() -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container may run as a number that nobody named
+    except (KeyError, OSError):  # a container may run as a user id without a name
         return str(os.getuid())
 
 
 def _holder(path: str) -> str:
     try:
         return _named(json.loads(files.read_bytes(path)))
-    except (OSError, ValueError):  # just begun, or just ended
+    except (OSError, ValueError):  # it has just started or just ended
         return "another run"
 
 

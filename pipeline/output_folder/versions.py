@@ -1,12 +1,12 @@
-"""Versions: what stage 3 leaves lies in a folder of its own for each run, and readers change over in one step.
+"""Versions of the results: stage 3 of each run writes a folder of its own, and readers switch to it in one step.
 
-    OUT/versions/3/…                        whole once its manifest.json is there
+    OUT/versions/3/…                        complete once its manifest.json exists
     OUT/current -> versions/3               replaced by a rename
-    OUT/decisions -> current/decisions      and so on: the paths that readers know
+    OUT/decisions -> current/decisions      and so on, for the paths that readers know
 
-A reader of several files resolves `current` once (`newest` does) and reads one version throughout, whatever is written
-meanwhile. Cloud Storage has no links: there `current.json` names the version, and whoever replaces it names the
-generation that he saw, so that a slower run never takes readers back.
+A reader of several files resolves `current` once (`newest` does) and reads that version throughout, even if another is
+published meanwhile. Cloud Storage has no links: `current.json` names the version there. It is replaced only at the
+generation that was read, so a slower run never moves readers back to an older version.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import json
 import os
 import uuid
 
+from pipeline.output_folder.defaults import KEPT_VERSIONS as KEPT
 from pipeline.output_folder.layout import Layout
 from transforms.storage import files, generations
 
 LINKED = (
     "decisions", "subset.npy", "funnel.json", "clusters.parquet", "clusters.svg", "centroids.npy", "manifest.json",
 )  # fmt: skip
-KEPT = 3
-"""Versions that stay readable unless the command line says otherwise, the newest included."""
 _CURRENT = "current"
+__all__ = ["KEPT", "VersionConflict", "begin", "newest", "prune", "switch"]
 
 
 class VersionConflict(RuntimeError):
-    """Another run has switched readers to a later version: two have written one output folder."""
+    """Another run has published a later version: two runs have written the same output folder."""
 
 
 def newest(output: str) -> Layout:
-    """The layout of the version that readers are to see; its `results` are empty where there is none yet."""
+    """The layout of the current version; its `results` is empty if there is none yet."""
     if files.in_cloud_storage(output):
         pointer = generations.read(_pointer(output))
         return Layout(output, _folder(output, _version_in(pointer)) if pointer else "")
@@ -41,15 +41,15 @@ def newest(output: str) -> Layout:
 
 
 def begin(output: str) -> Layout:
-    """The layout of a new version. What an interrupted run left of it goes."""
-    number = max(_whole(output), default=0) + 1
+    """The layout of a new version. Deletes what an interrupted run left in its folder."""
+    number = max(_complete(output), default=0) + 1
     folder = _folder(output, number)
     files.delete_folder(folder)
     return Layout(output, folder)
 
 
 def switch(layout: Layout) -> None:
-    """Let readers see the version of `layout`, which is whole. May be done again. Raises VersionConflict."""
+    """Make the version of `layout`, which must be complete, the current one. Idempotent. Raises VersionConflict."""
     number = _number(layout)
     if files.in_cloud_storage(layout.output):
         _switch_pointer(layout.output, number)
@@ -65,26 +65,26 @@ def switch(layout: Layout) -> None:
 
 
 def prune(layout: Layout, keep: int) -> None:
-    """Delete all versions before that of `layout` but for the newest `keep` that are whole, it included."""
+    """Delete the versions before that of `layout`, except the newest `keep` complete ones, itself included."""
     output, own = layout.output, _number(layout)
-    kept = sorted(number for number in _whole(output) if number <= own)[-keep:]
+    kept = sorted(number for number in _complete(output) if number <= own)[-keep:]
     for number in sorted(number for number in _numbers(output) if number < own and number not in kept):
         older = Layout(output, _folder(output, number))
-        files.delete_if_there(older.manifest)  # first: without it the rest is no version
+        files.delete_if_there(older.manifest)  # first: a folder without a manifest is no version
         files.delete_folder(older.results)
 
 
 def _switch_pointer(output: str, number: int) -> None:
     path = _pointer(output)
-    while (there := generations.read(path)) is None or (shown := _version_in(there)) != number:
-        if there and shown > number:
+    while (pointer := generations.read(path)) is None or (shown := _version_in(pointer)) != number:
+        if pointer and shown > number:
             raise VersionConflict(
-                f"{output}: version {number} is whole, but another run has switched readers to version {shown} "
-                "meanwhile, and they stay with that; let one run at a time write there, then run again"
+                f"{output}: version {number} is complete, but another run has published version {shown} meanwhile, "
+                "which stays current; let one run at a time write the folder, then run again"
             )
-        with contextlib.suppress(generations.GenerationConflict):  # then what lies there now decides
+        with contextlib.suppress(generations.GenerationConflict):  # the next iteration reads the new state
             content = json.dumps({"version": number}).encode() + b"\n"
-            generations.replace(path, content, there.generation if there else generations.NOTHING)
+            generations.replace(path, content, pointer.generation if pointer else generations.NOTHING)
 
 
 def _pointer(output: str) -> str:
@@ -95,13 +95,13 @@ def _version_in(pointer: generations.Object) -> int:
     return int(json.loads(pointer.content)["version"])
 
 
-def _whole(output: str) -> set[int]:
-    """The numbers of the versions that are whole."""
+def _complete(output: str) -> set[int]:
+    """The numbers of the complete versions."""
     return {number for number in _numbers(output) if files.exists(Layout(output, _folder(output, number)).manifest)}
 
 
 def _numbers(output: str) -> set[int]:
-    """The numbers of the versions of which anything lies there."""
+    """The numbers of all versions, complete or not."""
     return {int(name) for name in files.folders_in(files.join(output, "versions")) if name.isdigit()}
 
 

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live line on a terminal, plain lines elsewhere, JSON lines for machines."""
+"""Progress of a run: a live line on a terminal, plain lines elsewhere, or JSON lines."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.output_folder.layout import DONE, TABLE_OF, Layout
-from transforms.core import metrics as work
-from transforms.core.records import Shard
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from transforms.core import metrics as work
+    from transforms.core.records import Shard
 
 _LIVE_SECONDS = 0.5
 _PLAIN_SECONDS = 10.0
 
 
 class Counts(NamedTuple):
-    """How far a stage is: finished shards, samples in all, and samples in finished shards, since it started."""
+    """Work of a stage since it started: finished shards, all samples, and samples in finished shards."""
 
     shards: int
     samples: int
@@ -31,14 +31,14 @@ class Counts(NamedTuple):
 
 
 class Progress:
-    """Follows a stage by the tables and counts that its workers leave, so it sees every local worker process."""
+    """Follows a stage through the tables and counts that its workers write, so it sees every local worker process."""
 
     def __init__(self, console: Console, as_json: bool = False) -> None:
         self._console, self._as_json = console, as_json
 
     @contextlib.contextmanager
     def stage(self, name: str, layout: Layout, shards: Sequence[Shard]) -> Iterator[None]:
-        """Show a stage while the body runs it."""
+        """Show the progress of a stage while the body runs it."""
         before = frozenset(self._with_table(name, layout, shards))
         started = time.monotonic()
 
@@ -52,14 +52,17 @@ class Progress:
             yield
 
     def counted(self, name: str, counts: work.Counts) -> None:
-        """Show what a stage with shards had to do."""
+        """Show the counts of a per-shard stage."""
         if name in TABLE_OF:
-            told = described(counts) if counts else "the runner does not tell what was done"
-            self._emit("stage_counts", name, f"{name}: {told}")
+            text = described(counts) if counts else "the runner reports no counts"
+            self._emit("stage_counts", name, f"{name}: {text}")
 
     @contextlib.contextmanager
     def following(self, name: str, line: Callable[[], str]) -> Iterator[None]:
-        """Show what `line` says, again and again while the body runs and once when it is through."""
+        """Show `line()` repeatedly while the body runs, and once at its end."""
+        from rich.live import Live
+        from rich.text import Text
+
         done = threading.Event()
 
         def follow() -> None:
@@ -93,33 +96,33 @@ class Progress:
         there = layout.shards_with(TABLE_OF[name])
         return [shard.name for shard in shards if shard.name in there]
 
-    def _counts(
-        self, name: str, layout: Layout, shards: Sequence[Shard], before: frozenset[str]
-    ) -> tuple[Counts, int]:
-        """How far it is, and how many of the shards that had a table `before` nothing is done on (so far)."""
+    def _counts(self, name: str, layout: Layout, shards: Sequence[Shard], before: frozenset[str]) -> tuple[Counts, int]:
+        """The counts, and how many shards in `before` (those with an earlier table) have no work done on them yet."""
         if name not in TABLE_OF:
             return Counts(0, 0, 0), 0
         finished = set(self._with_table(name, layout, shards)) - before
         samples, finished_samples, at_rest = 0, 0, 0
         begun = layout.shards_with(lambda layout, shard: layout.progress(name, shard))
         for shard in shards:
-            told = ""
+            count_text = ""
             if shard.name in begun:
-                with contextlib.suppress(OSError):  # gone again
-                    told = Path(layout.progress(name, shard.name)).read_text()
+                with contextlib.suppress(OSError):  # deleted since the listing
+                    count_text = Path(layout.progress(name, shard.name)).read_text()
             if shard.name in before:
-                at_rest += not told
-                if told.endswith(DONE):
+                at_rest += not count_text
+                if count_text.endswith(DONE):
                     finished.add(shard.name)
-            with contextlib.suppress(ValueError):  # just being written
-                count = int(told.removesuffix(DONE))
+            with contextlib.suppress(ValueError):  # being written
+                count = int(count_text.removesuffix(DONE))
                 samples += count
                 finished_samples += count * (shard.name in finished)
         return Counts(len(finished), samples, finished_samples), at_rest
 
 
 def described(counts: work.Counts) -> str:
-    """One line of what was done, and of what had been done before."""
+    """The counts of a stage as one line."""
+    from transforms.core import metrics as work
+
     back = counts[work.SAMPLES_BACK]
     return (
         f"{counts[work.SHARDS_FINISHED_BEFORE]} shards were finished before, {counts[work.SHARDS_DONE]} done now; "
@@ -129,7 +132,7 @@ def described(counts: work.Counts) -> str:
 
 
 def describe(stage: str, counts: Counts, shards: int, seconds: float) -> str:
-    """One line: shards and samples done, samples a second, and the time left once a shard is finished."""
+    """One line: shards and samples done, samples per second, and the estimated time left, once a shard is finished."""
     if stage not in TABLE_OF:
         return f"{stage}: {seconds:.0f} s"
     rate = counts.samples / max(seconds, 1e-9)

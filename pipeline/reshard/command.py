@@ -23,8 +23,9 @@ from pipeline.reshard.subset import Subset, read_subset
 from pipeline.reshard.tars import ReshardedFolder, WriteResharded
 from pipeline.runners.supported import check, pipeline_of
 from pipeline.runners.workers import run_to_end
-from pipeline.runs.run import UsageError, check_path, claim
+from pipeline.runs.claim import check_path, claim
 from pipeline.sources.webdataset import list_shards
+from transforms.core.errors import UsageError
 from transforms.core.recipe import PoolSettings
 from transforms.core.records import Shard
 from transforms.storage import files
@@ -82,6 +83,32 @@ def reshard(
             run_to_end(pipeline, NAME)
     files.delete_folder(folder.places_folder)
     return Resharded(subset, spread, folder)
+
+
+def show_resharded(done: Resharded, as_json: bool) -> None:
+    """Print what was written, and the least distance between copies of a sample."""
+    subset, spread, folder = done.subset, done.spread, done.folder
+    has_copies = spread.most_copies > 1
+    if as_json:
+        content = {
+            "event": "done",
+            "output": folder.output,
+            "samples": subset.samples,
+            "copies": subset.tally.rows,
+            "tars": spread.tars,
+            "least_rows_apart": spread.least_rows_apart if has_copies else None,
+            "least_tars_apart": spread.least_tars_apart if has_copies else None,
+        }
+        print(json.dumps(content))
+        return
+    print(f"{folder.output}: {subset.tally.rows:,} copies of {subset.samples:,} samples in {spread.tars:,} tars")
+    if has_copies:
+        print(
+            f"copies of one sample are at least {spread.least_rows_apart:,} rows apart; the numbers of their tars "
+            f"differ by at least {spread.least_tars_apart:,}"
+        )
+    else:
+        print("no sample occurs twice")
 
 
 def _is_complete(folder: ReshardedFolder) -> bool:

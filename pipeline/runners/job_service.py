@@ -1,8 +1,8 @@
-"""A job service for the portable runner: Beam's own local one, but for what it lacks.
+"""A job service for the portable runner, based on Beam's local job service.
 
-Beam's runs each job with one worker, whatever is asked for; waits for ever where that worker dies; and goes on with a
-job whose client is gone. Here a job has as many workers as `--direct_num_workers` says, they are watched
-(`pipeline.runners.workers`), and the job ends with its client, as a local run does.
+Beam's service runs each job with one worker, waits forever if that worker dies, and continues a job whose client is
+gone. This service starts as many workers as `--direct_num_workers` says, watches them (`pipeline.runners.workers`), and
+ends a job when its client ends.
 
     python -m pipeline.runners.job_service --port 8099
 """
@@ -21,31 +21,29 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from apache_beam.options.pipeline_options import DirectOptions
 from apache_beam.portability.api import beam_job_api_pb2
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from apache_beam.runners.portability.local_job_service import BeamJob, LocalJobServicer
 
 from pipeline.runners import workers
+from pipeline.runners.beam_internals import LocalJobServicer, PortableJob, job_of_service
 
-_GOING = (beam_job_api_pb2.JobState.STARTING, beam_job_api_pb2.JobState.RUNNING)
+_ACTIVE = (beam_job_api_pb2.JobState.STARTING, beam_job_api_pb2.JobState.RUNNING)
 
 
 class JobService(LocalJobServicer):
-    """As Beam's LocalJobServicer; in this process where `start_grpc_server` is not called."""
+    """Beam's LocalJobServicer with watched workers. Serves this process only until `start_grpc_server` is called."""
 
     def __init__(self) -> None:
-        self._staging = tempfile.TemporaryDirectory(prefix="pairsift_job_service_")  # goes with this object
-        super().__init__(self._staging.name, _Job)
+        self._staging = tempfile.TemporaryDirectory(prefix="pairsift_job_service_")  # deleted with this object
+        super().__init__(self._staging.name, _PortableJob)
 
     def DescribePipelineOptions(
         self, request: Any, context: Any = None, timeout: Any = None
     ) -> beam_job_api_pb2.DescribePipelineOptionsResponse:
-        # By this a client tells this service from Beam's own, which describes none.
+        # Clients recognise this service by this answer: Beam's own describes no options.
         option = beam_job_api_pb2.PipelineOptionDescriptor(
             name="direct_num_workers",
             type=beam_job_api_pb2.PipelineOptionType.INTEGER,
-            description="Worker processes of the job; 0: one for each core of the job service's machine.",
+            description="Worker processes of the job; 0: one for each core of this machine.",
         )
         return beam_job_api_pb2.DescribePipelineOptionsResponse(options=[option])
 
@@ -58,41 +56,32 @@ class JobService(LocalJobServicer):
         yield from super().GetStateStream(request, context, timeout)
 
     def _end_unless_over(self, job_id: str) -> None:
-        """For a job that nobody waits for any more. Its output folder may have another writer next."""
-        job = self._jobs[job_id]
-        while job.state in _GOING:
-            workers.end_job(job_id, "was killed, because the run that its job belongs to is gone")
+        """End a job whose client is gone, because its output folder may get another writer."""
+        job = job_of_service(self, job_id)
+        while job.state in _ACTIVE:
+            workers.end_job(job_id, "was killed, because the client of its job is gone")
             time.sleep(0.5)  # its workers may not have been started yet
 
 
-class _Job(BeamJob):
-    def _invoke_runner(self) -> Any:
-        self.set_state(beam_job_api_pb2.JobState.RUNNING)
-        self._provision_info.provision_info.metadata[workers.JOB] = self._job_id
-        options = self.pipeline_options()
-        asked = int(options.view_as(DirectOptions).direct_num_workers)  # a text, where a client has sent it
-        runner = _Runner(asked or os.cpu_count() or 1, provision_info=self._provision_info)
+class _PortableJob(PortableJob):
+    def invoke(self) -> Any:
+        self.worker_metadata[workers.JOB] = self.id
         try:
-            return runner.run_via_runner_api(self._pipeline_proto, options)
+            return self.run_with(self.asked_workers or os.cpu_count() or 1)
         except Exception as error:
-            death = workers.death_in(self._job_id)
+            death = workers.death_in(self.id)
             if death is None:
                 raise
-            raise workers.WorkerDied(death) from error  # what its death led to says less
-
-
-class _Runner(FnApiRunner):
-    """The local runner, which by itself heeds the number of workers only where it gets no ready-made proto."""
-
-    def __init__(self, workers: int, **others: Any) -> None:
-        super().__init__(**others)
-        self._num_workers = workers
+            raise workers.WorkerDied(death) from error  # more precise than the errors that the death led to
 
 
 def main() -> None:
     """Serve until SIGINT or SIGTERM."""
-    parser = argparse.ArgumentParser(description="Runs jobs of `pairsift … -- --runner=PortableRunner`.")
-    parser.add_argument("--port", type=int, default=0, help="where it listens; 0: anywhere (it says where)")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.runners.job_service",
+        description="Run jobs of `pairsift … -- --runner=PortableRunner`.",
+    )
+    parser.add_argument("--port", type=int, default=0, help="port to listen on; 0: any free port, which is printed")
     port = parser.parse_args().port
     logging.basicConfig(level=logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

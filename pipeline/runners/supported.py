@@ -1,4 +1,4 @@
-"""Which of Beam's runners a run is on, and what that one needs and lacks: said at the start, not half-way."""
+"""The Beam runners that pairsift supports. Their requirements and limits are checked before a run starts."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from apache_beam.runners.portability.portable_runner import JobServiceHandle, PortableRunner
 
+from pipeline.runners.beam_internals import FnApiRunner, JobServiceHandle, PortableRunner, without_time_limit
 from pipeline.runners.job_service import JobService
 from transforms.core.errors import UsageError
 
 EMBED = "embed"
-"""The job endpoint of a service in this process."""
+"""The value of --job_endpoint for a job service in this process."""
 
 _SERVICE_SECONDS = 20.0
 
 
 class Kind(enum.Enum):
-    """The runners that pairsift knows how to use."""
+    """The runners that pairsift supports."""
 
     LOCAL = "FnApiRunner"
     PORTABLE = "PortableRunner"
@@ -48,8 +47,8 @@ class Kind(enum.Enum):
 _KIND_OF = {kind.value.lower(): kind for kind in Kind} | {"directrunner": Kind.LOCAL}
 
 _REFUSED = {
-    "daskrunner": "it writes empty files and reports success, has no stateful steps and no metrics",
-    "prismrunner": "it downloads a program when it starts, and nothing here was ever run on it",
+    "daskrunner": "it writes empty files and reports success, and supports neither stateful steps nor metrics",
+    "prismrunner": "it downloads a program when it starts, and is not tested with pairsift",
     "interactiverunner": "it is for notebooks",
 }
 
@@ -57,11 +56,11 @@ _REFUSED = {
 def check(
     beam_options: list[str], paths: Mapping[str, str], models: Mapping[str, str | None], needs_gpu: bool
 ) -> None:
-    """Raise UsageError where the runner that Beam's options name is not supported, or cannot do what is asked of it.
+    """Raise UsageError if the runner that `beam_options` name is not supported or cannot run the job.
 
-    `paths` are the folders that every worker reads or writes, by the option that named them; `models` the recipe's
-    files and folders of models, by setting; `needs_gpu` says that a model is to run on one. A job service and a worker
-    pool on this machine are asked whether they are there.
+    `paths` maps options to the folders that every worker reads or writes, `models` maps settings to the model files and
+    folders of the recipe. `needs_gpu` says that a model runs on a GPU. Connects to the job service, and to a worker
+    pool on this machine, to check that they are running.
     """
     PipelineOptions(beam_options).get_all_options()  # exits with status 2 where Beam refuses a value
     options, kind = PipelineOptions(beam_options), _kind(beam_options)
@@ -73,11 +72,11 @@ def check(
     _check_service(options, kind)
     _check_environment(options, kind, paths, models)
     if not has_metrics(beam_options):
-        logging.warning("%s: tells no metrics of a job in a jar; the counts of run.json will be missing", kind.value)
+        logging.warning("%s: reports no metrics of a job in a jar; run.json will have no counts", kind.value)
 
 
 def is_here(beam_options: list[str]) -> bool:
-    """Whether the workers are on this machine, and so what is true of it is true of them."""
+    """Whether the workers run on this machine, and so have its hardware and files."""
     kind = _kind(beam_options)
     if kind is Kind.DATAFLOW:
         return False
@@ -89,20 +88,20 @@ def is_here(beam_options: list[str]) -> bool:
 
 
 def has_metrics(beam_options: list[str]) -> bool:
-    """Whether the runner tells what its workers counted."""
+    """Whether the runner reports the metrics of its workers."""
     options = PipelineOptions(beam_options)
     return not (_kind(beam_options) is Kind.SPARK and options.view_as(SparkRunnerOptions).spark_submit_uber_jar)
 
 
 def pipeline_of(beam_options: list[str]) -> beam.Pipeline:
-    """An empty pipeline on the runner that Beam's options name; on the local one where they name none."""
-    # Named outright, because Beam's DirectRunner first tries to download another runner.
+    """An empty pipeline on the runner that `beam_options` name, by default the local runner."""
+    # Not Beam's DirectRunner, which first tries to download another runner.
     ours = {Kind.LOCAL: FnApiRunner, Kind.PORTABLE: _PortableRunner}.get(_kind(beam_options))
     return beam.Pipeline(runner=ours() if ours else None, options=PipelineOptions(beam_options))
 
 
 class _PortableRunner(PortableRunner):
-    """Beam's, with a job service of ours in this process where one is to be in it."""
+    """Beam's PortableRunner; `--job_endpoint=embed` starts pairsift's job service in this process."""
 
     def create_job_service(self, options: PipelineOptions) -> JobServiceHandle:
         if options.view_as(PortableOptions).job_endpoint == EMBED:
@@ -115,24 +114,23 @@ class _PortableRunner(PortableRunner):
 
 class _Handle(JobServiceHandle):
     def run(self, preparation_id: str) -> Any:
-        # Beam would stop following the job after `job_server_timeout`, and take that for its failure.
-        self.timeout = None
+        without_time_limit(self)
         return super().run(preparation_id)
 
 
 def _kind(beam_options: list[str]) -> Kind:
-    """Raises UsageError where it is none."""
+    """The runner that the options name. Raises UsageError if it is not supported."""
     named = PipelineOptions(beam_options).view_as(StandardOptions).runner
     if named is None:
         return Kind.LOCAL
-    name = named.rpartition(".")[2].lower()  # as Beam reads it: a class, its name, or that without "Runner"
+    name = named.rpartition(".")[2].lower()  # Beam accepts a path of a class, its name, and the name without "Runner"
     name = name if name.endswith("runner") else f"{name}runner"
     if name in _KIND_OF:
         return _KIND_OF[name]
-    why = _REFUSED.get(name, "nothing here was ever run on it")
+    why = _REFUSED.get(name, "it is not tested with pairsift")
     raise UsageError(
         f"--runner: {named}: {why}; allowed: {', '.join(kind.value for kind in Kind)} (docs/runners.md; "
-        "without --runner it is this machine)"
+        "without --runner the job runs on this machine)"
     )
 
 
@@ -141,21 +139,21 @@ def _check_dataflow(options: PipelineOptions, paths: Mapping[str, str], lacks_ac
     missing = [
         f"--{name} ({what})"
         for name, what, value in (
-            ("project", "whose quota and bill it is", google.project),
-            ("temp_location", "a gs:// folder for what is staged", google.temp_location),
+            ("project", "which is billed", google.project),
+            ("temp_location", "a gs:// folder for staged files", google.temp_location),
             (
                 "sdk_container_image",
-                "an image with pairsift in it, which Beam's own has not",
+                "an image that contains pairsift; Beam's own does not",
                 options.view_as(WorkerOptions).sdk_container_image,
             ),
         )
         if not value
     ]
     faults = [f"say {', '.join(missing)}"] if missing else []
-    faults += [f"{option}: {path}: its workers see gs:// only" for option, path in paths.items() if "://" not in path]
+    faults += [f"{option}: {path}: workers read gs:// only" for option, path in paths.items() if "://" not in path]
     if lacks_accelerator:
         faults.append(
-            "the recipe says cross_modality.device: cuda, and no accelerator is asked for; add "
+            "the recipe says cross_modality.device: cuda, but the options name no accelerator; add "
             "--dataflow_service_options=worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver, or say cpu"
         )
     if faults:
@@ -168,8 +166,8 @@ def _check_service(options: PipelineOptions, kind: Kind) -> None:
         java = options.view_as(JobServerOptions).job_server_java_launcher
         if not shutil.which(java):
             raise UsageError(
-                f"{kind.value}: starts Beam's job server, and there is no {java} on the PATH; install Java, or name a "
-                "job server that runs with --job_endpoint=HOST:PORT"
+                f"{kind.value}: starts Beam's job server, but there is no {java} on the PATH; install Java, or name a "
+                "running job server with --job_endpoint=HOST:PORT"
             )
         return
     if not portable.job_endpoint:
@@ -179,15 +177,15 @@ def _check_service(options: PipelineOptions, kind: Kind) -> None:
         )
     if portable.job_endpoint != EMBED and not _describes_options(portable.job_endpoint):
         raise UsageError(
-            f"--job_endpoint: {portable.job_endpoint}: is Beam's own local job service (or another that describes no "
-            "options), which runs one worker and waits for ever where that dies; start "
+            f"--job_endpoint: {portable.job_endpoint}: is Beam's own local job service (or another one that describes "
+            "no options), which runs one worker and waits forever if that dies; start "
             f"`python -m pipeline.runners.job_service` there, or say --job_endpoint={EMBED}"
         )
 
 
 def _describes_options(endpoint: str) -> bool:
-    """Whether the job service tells of options of its own, as ours and Flink's and Spark's do. Raises UsageError where
-    none answers."""
+    """Whether the job service describes options, as those of pairsift, Flink and Spark do. Raises UsageError if no job
+    service answers."""
     with grpc.insecure_channel(endpoint) as channel:
         try:
             stub = beam_job_api_pb2_grpc.JobServiceStub(channel)
@@ -196,16 +194,17 @@ def _describes_options(endpoint: str) -> bool:
         except grpc.RpcError as error:
             raise UsageError(
                 f"--job_endpoint: {endpoint}: no job service answers there; start one: "
-                f"python -m pipeline.runners.job_service --port {endpoint.rpartition(':')[2]} (or say --job_endpoint={EMBED})"
+                f"python -m pipeline.runners.job_service --port {endpoint.rpartition(':')[2]} "
+                f"(or say --job_endpoint={EMBED})"
             ) from error
 
 
 def _environment(options: PipelineOptions, kind: Kind) -> str:
-    """How the workers come to be, as Beam names it."""
+    """The type of the workers' environment, in upper case: Beam's name for how they are started."""
     named = options.view_as(PortableOptions).environment_type
     if named:
         return named.upper()
-    # What starts a cluster in this machine takes its workers from here; else Beam's default holds.
+    # A runner that starts a cluster on this machine starts its workers here too; otherwise Beam's default applies.
     starts_cluster = {Kind.FLINK: ("flink_master", ("[local]", "[auto]")), Kind.SPARK: ("spark_master_url", ("local",))}
     option, here = starts_cluster.get(kind, ("", ()))
     master = str(options.get_all_options().get(option, ""))
@@ -225,8 +224,8 @@ def _check_environment(
             )
         for option in paths.keys() & local.keys():
             raise UsageError(
-                f"{option}: {local[option]}: lies on this machine's disk, which a container does not see; give a gs:// "
-                "folder, or say --environment_type=EXTERNAL"
+                f"{option}: {local[option]}: is on this machine's disk, which a container cannot read; give a "
+                "gs:// folder, or say --environment_type=EXTERNAL"
             )
     if environment == "EXTERNAL":
         _check_pool(options, kind)
@@ -234,9 +233,10 @@ def _check_environment(
         return
     for option, path in local.items():
         if not os.path.isabs(path):
-            raise UsageError(f"{option}: {path}: workers have another working folder; give the whole path")
+            raise UsageError(f"{option}: {path}: workers have another working folder; give the absolute path")
     if local and not (environment == "EXTERNAL" and _has_pool_here(options, kind)):
-        logging.warning("%s: every worker must see the same there: %s", kind.value, ", ".join(sorted(local.values())))
+        paths_in_words = ", ".join(sorted(local.values()))
+        logging.warning("%s: every worker must see the same files at: %s", kind.value, paths_in_words)
 
 
 def _is_local_path(path: str) -> bool:
@@ -244,7 +244,7 @@ def _is_local_path(path: str) -> bool:
 
 
 def _pool(options: PipelineOptions) -> str:
-    """The worker pool's host:port; empty where none is named."""
+    """The host:port of the worker pool; empty if none is named."""
     portable = options.view_as(PortableOptions)
     config = portable.environment_config or portable.lookup_environment_option("external_service_address") or ""
     try:
@@ -255,7 +255,7 @@ def _pool(options: PipelineOptions) -> str:
 
 
 def _has_pool_here(options: PipelineOptions, kind: Kind) -> bool:
-    """Whether the worker pool is on this machine. To a cluster, `localhost` is each of its own machines."""
+    """Whether the worker pool is on this machine. For a cluster, `localhost` is each of its own machines."""
     endpoint = options.view_as(PortableOptions).job_endpoint or ""
     return kind is Kind.PORTABLE and (endpoint == EMBED or _is_this_host(endpoint)) and _is_this_host(_pool(options))
 
@@ -274,7 +274,7 @@ def _check_pool(options: PipelineOptions, kind: Kind) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_SERVICE_SECONDS).close()
     except OSError as error:
         raise UsageError(
-            f"--environment_config: {pool}: no worker pool answers there; start one, with the `python` that has "
+            f"--environment_config: {pool}: no worker pool answers there; start one, with the `python` of "
             "pairsift first on its PATH: python -m apache_beam.runners.worker.worker_pool_main "
             f"--service_port={port}"
         ) from error

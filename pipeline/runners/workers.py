@@ -1,8 +1,8 @@
-"""Worker processes, watched: where one dies, Beam waits for its answer for ever.
+"""Watched worker processes. If a worker process dies, Beam alone waits forever for its answer.
 
-This module takes the place of two of Beam's worker handlers, the local runner's processes (`multi_processing`) and
-those of an external worker pool. Both serve whichever of Beam's runners is in this process: the local runner itself, or
-a job service (`pipeline.runners.job_service`).
+This module replaces two of Beam's worker handlers: the processes of the local runner (`multi_processing`) and those of
+an external worker pool. Both serve the Beam runner of this process: the local runner, or a job service
+(`pipeline.runners.job_service`).
 """
 
 from __future__ import annotations
@@ -24,42 +24,47 @@ import apache_beam as beam
 import grpc
 from apache_beam.portability import common_urns, python_urns
 from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc, beam_runner_api_pb2
-from apache_beam.runners.portability.fn_api_runner.worker_handlers import (
-    ExternalWorkerHandler,
-    GrpcWorkerHandler,
-    WorkerHandler,
-)
 from apache_beam.runners.runner import PipelineResult
 from google.protobuf import json_format, text_format
 
-JOB = "pairsift_job"
-"""Where a job service tells its workers' handlers, in the metadata of their provision, whose they are."""
+from pipeline.runners.beam_internals import (
+    ExternalWorkerHandler,
+    GrpcWorkerHandler,
+    WorkerHandler,
+    connection_thread,
+    pending_answers,
+    pool_address,
+    workers_of_job,
+)
 
-_TELL_SECONDS = 0.5
+JOB = "pairsift_job"
+"""Key of the job's id in the provision metadata of a worker, which a job service sets."""
+
+_POLL_SECONDS = 0.5
 _STOP_SECONDS = 10.0
 _CONNECT_SECONDS = 120.0  # to start Python and import Beam
 _ASK_SECONDS = 30.0
-_ANSWER_SECONDS = 300.0  # a library may keep the GIL for a while
+_ANSWER_SECONDS = 300.0  # a library may hold the GIL for minutes
 
 _MARK = "a worker process "
-_deaths: dict[str, str] = {}  # by job ("": the local runner's own): how the first worker ended that ended early
+_deaths: dict[str, str] = {}  # job ("" for the local runner) -> how its first worker to die ended
 _handlers: weakref.WeakSet[_Watched] = weakref.WeakSet()
 _handlers_lock = threading.Lock()
 
 
 class WorkerDied(RuntimeError):
-    """A worker process that ended before its work did, or that cannot be had."""
+    """A worker process died before its work was done, or could not be started."""
 
 
 class JobServiceGone(RuntimeError):
-    """A job service that does not answer any more."""
+    """A job service stopped answering."""
 
 
 def run_to_end(pipeline: beam.Pipeline, name: str) -> PipelineResult:
-    """Run `pipeline`, wait until it is through and give its result; `name` says in errors which it was.
+    """Run `pipeline` to its end and return its result. `name` identifies the pipeline in error messages.
 
-    Raises WorkerDied within seconds where a worker process dies that is watched here or by our job service,
-    JobServiceGone, and whatever else the pipeline raises.
+    Raises WorkerDied within seconds if a worker process dies that this module or pairsift's job service watches,
+    JobServiceGone, and any error of the pipeline.
     """
     _deaths.clear()
     try:
@@ -67,31 +72,31 @@ def run_to_end(pipeline: beam.Pipeline, name: str) -> PipelineResult:
         try:
             result.wait_until_finish()
         except KeyboardInterrupt:
-            result.cancel()  # the output folder will have another writer next
+            result.cancel()  # the output folder may get another writer
             raise
         return result
     except Exception as error:
-        death = next(iter(_deaths.values()), None) or _told_by_job_service(error)
+        death = next(iter(_deaths.values()), None) or _reported_by_job_service(error)
         if death is None and isinstance(error, grpc.RpcError):
             raise JobServiceGone(
-                f"{name}: the job service is gone ({_details(error)}); start it again, then give the same command "
-                "again: it goes on where it stopped"
+                f"{name}: the job service is gone ({_details(error)}); start it again, then run the same command "
+                "again to resume"
             ) from error
         if death is None:
             raise
         raise WorkerDied(
-            f"{name}: {death}; the tables that were finished are kept. Where memory ran out, use "
-            "fewer workers; then give the same command again: it goes on where it stopped"
+            f"{name}: {death}; finished tables are kept. If memory ran out, use fewer workers. Run the same command "
+            "again to resume"
         ) from error
 
 
 def death_in(job: str) -> str | None:
-    """How a worker ended early in the job that a job service knows by that name, if one did."""
+    """How a worker of that job of a job service died; None if none did."""
     return _deaths.get(job)
 
 
 def end_job(job: str, why: str) -> None:
-    """Kill the workers of the job that a job service knows by that name, and let it fail."""
+    """Kill the workers of that job of a job service, so that it fails. `why` ends the sentence "a worker process …"."""
     with _handlers_lock:
         handlers = list(_handlers)
     for handler in handlers:
@@ -100,20 +105,20 @@ def end_job(job: str, why: str) -> None:
 
 
 def _details(error: grpc.RpcError) -> str:
-    """What a call came to, on one line; its text takes many."""
+    """The status and details of a failed call on one line; its text has many."""
     return f"{error.code().name}: {' '.join(str(error.details()).split())}"
 
 
-def _told_by_job_service(error: Exception) -> str | None:
-    """How a worker ended, where a job service in another process has told so as the cause of `error`."""
+def _reported_by_job_service(error: Exception) -> str | None:
+    """How a worker died, if a job service in another process reported that as the cause of `error`."""
     last = str(error).strip().rpartition("\n")[2]
     found = last.find(_MARK)
     return last[found:] if found >= 0 else None
 
 
 class _Watched(GrpcWorkerHandler, abc.ABC):
-    """The handler of a worker process. Where that ends early, all that the runner waits for fails, and the other
-    workers are killed."""
+    """The handler of a worker process. If the process dies, every pending request of the runner fails, and the other
+    workers of the job are killed."""
 
     def __init__(self, *others: Any) -> None:
         super().__init__(*others)
@@ -124,17 +129,13 @@ class _Watched(GrpcWorkerHandler, abc.ABC):
 
     @property
     def job(self) -> str:
-        """Which job of a job service's it works on; empty where there is none."""
+        """The job of a job service that the worker works on; empty for the local runner."""
         return self.provision_info.provision_info.metadata.get(JOB, "")
 
-    @property
-    def _all_of_job(self) -> list[_Watched]:
-        return list(self.control_handler._worker_manager._workers_by_id.values())
-
     def close(self) -> None:
-        if sys.exc_info()[0] is not None and not any(handler._closed.is_set() for handler in self._all_of_job):
-            # The job has failed. Where that is because a worker has just died, its watcher sees it by now.
-            time.sleep(2 * _TELL_SECONDS)
+        if sys.exc_info()[0] is not None and not any(handler._closed.is_set() for handler in workers_of_job(self)):
+            # The job has failed. If a worker has just died, give its watcher time to see that.
+            time.sleep(2 * _POLL_SECONDS)
         self._closed.set()
         super().close()
 
@@ -143,25 +144,25 @@ class _Watched(GrpcWorkerHandler, abc.ABC):
         """End the process now, if it was started."""
 
     def fail(self, why: str) -> None:
-        """Kill this worker and all others of its job, and let all that the runner asked of them fail."""
+        """Kill all workers of the job and fail every pending request of the runner. `why` says how this one died."""
         death = f"{_MARK}{why}"
         _deaths.setdefault(self.job, death)
         failure = beam_fn_api_pb2.InstructionResponse(error=death)
-        while not self._closed.wait(_TELL_SECONDS):  # again and again: workers may still be started, or asked for more
-            for handler in self._all_of_job:
+        while not self._closed.wait(_POLL_SECONDS):  # repeat: workers may still start, or get requests
+            for handler in workers_of_job(self):
                 handler.kill()
-                for future in list(handler.control_conn._futures_by_id.values()):
+                for future in pending_answers(handler):
                     future.set(failure)
 
     @abc.abstractmethod
     def _watch(self) -> None:
-        """`fail` where the worker ends before `close`."""
+        """Call `fail` if the worker ends before `close`."""
 
 
 @WorkerHandler.register_environment(python_urns.SUBPROCESS_SDK, bytes)
 class _LocalWorker(_Watched):
-    """A process of the local runner, in place of Beam's SubprocessSdkWorkerHandler. Where it does not end when it
-    should, it is killed."""
+    """A process of the local runner. Replaces Beam's SubprocessSdkWorkerHandler. A process that does not end in time is
+    killed."""
 
     def __init__(self, command: bytes, *others: Any) -> None:
         super().__init__(*others)
@@ -176,7 +177,7 @@ class _LocalWorker(_Watched):
             "PIPELINE_OPTIONS": json_format.MessageToJson(options),
             "WORKER_ID": self.worker_id,
         }
-        # What it prints are the tracebacks of errors, which the runner is told all the same.
+        # It prints tracebacks of errors that the runner reports as well.
         verbose = logging.getLogger("pipeline").isEnabledFor(logging.DEBUG)
         self._process = subprocess.Popen(
             self._command, env={**os.environ, **environment}, stderr=None if verbose else subprocess.DEVNULL
@@ -189,7 +190,7 @@ class _LocalWorker(_Watched):
 
     def stop_worker(self) -> None:
         self._watcher.join(_STOP_SECONDS)
-        # One that had not connected yet when the run failed never hears of its end.
+        # A worker that had not connected when the run failed is never told to stop.
         self.kill()
         self._watcher.join()
 
@@ -202,47 +203,47 @@ class _LocalWorker(_Watched):
 
 @WorkerHandler.register_environment(common_urns.environments.EXTERNAL.urn, beam_runner_api_pb2.ExternalPayload)
 class _ExternalWorker(_Watched, ExternalWorkerHandler):
-    """A process of a worker pool, of which nothing is known but whether its connection holds and it answers."""
+    """A process of a worker pool. All that is known is whether its connection is up and whether it answers."""
 
     def start_worker(self) -> None:
         try:
             super().start_worker()
         except grpc.RpcError as error:
             raise WorkerDied(
-                f"the worker pool at {self._pool} starts no worker ({_details(error)}); start it again, then give the "
-                "same command again: it goes on where it stopped"
+                f"the worker pool at {self._pool} starts no worker ({_details(error)}); restart the pool, then run the "
+                "same command again to resume"
             ) from error
         self._watcher.start()
 
     def kill(self) -> None:
-        # A pool that is gone itself kills nobody.
+        # The call fails if the pool itself is gone.
         with contextlib.suppress(grpc.RpcError), grpc.insecure_channel(self._pool) as channel:
             request = beam_fn_api_pb2.StopWorkerRequest(worker_id=self.worker_id)
             beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolStub(channel).StopWorker(request, timeout=_STOP_SECONDS + 5)
 
     def stop_worker(self) -> None:
-        # It has let go of its connection and will end; the pool, by itself, would keep it as a zombie.
+        # The worker has closed its connection and ends; the pool alone would keep it as a zombie.
         self.kill()
 
     @property
     def _pool(self) -> str:
-        return self._external_payload.endpoint.url
+        return pool_address(self)
 
     def _watch(self) -> None:
-        connection, started = self.control_conn._read_thread, time.monotonic()
+        connection, started = connection_thread(self), time.monotonic()
         while connection.ident is None:
             if time.monotonic() - started > _CONNECT_SECONDS:
                 self.fail(
-                    f"that the pool at {self._pool} started has not connected within {_CONNECT_SECONDS:.0f} s: is "
-                    "pairsift installed for the `python` that comes first on that pool's PATH?"
+                    f"of the pool at {self._pool} has not connected within {_CONNECT_SECONDS:.0f} s: is pairsift "
+                    "installed for the first `python` on that pool's PATH?"
                 )
-            if self._closed.wait(_TELL_SECONDS):
+            if self._closed.wait(_POLL_SECONDS):
                 return
         asked, answer = time.monotonic(), None
-        while not self._closed.wait(_TELL_SECONDS):
+        while not self._closed.wait(_POLL_SECONDS):
             seconds = time.monotonic() - asked
             if not connection.is_alive():
-                self.fail(f"of the pool at {self._pool} is gone: its connection broke off")
+                self.fail(f"of the pool at {self._pool} is gone: its connection broke")
             elif answer and not answer.is_done() and seconds > _ANSWER_SECONDS:
                 self.fail(f"of the pool at {self._pool} has not answered for {seconds:.0f} s")
             elif seconds > _ASK_SECONDS and (answer is None or answer.is_done()):

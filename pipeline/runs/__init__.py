@@ -1,1 +1,1 @@
-"""The `run` and `select` commands."""
+"""Running the stages on a Beam runner: `run` over a pool, `select` over stored annotations."""

@@ -1,4 +1,4 @@
-"""Deciding again from kept annotations: other thresholds, weights or targets, without an image or a model."""
+"""Deciding again from stored annotations with other thresholds, weights or targets: no images, no models."""
 
 from __future__ import annotations
 
@@ -10,22 +10,16 @@ from typing import Any
 from pipeline import graphs
 from pipeline.output_folder import tables, versions
 from pipeline.output_folder.layout import POOL_WIDE, Layout
+from pipeline.output_folder.listing import read_listing
 from pipeline.output_folder.manifest import identities_from, manifest
 from pipeline.report.progress import Progress
 from pipeline.runners import supported
-from pipeline.runs.run import (
-    Outcome,
-    UsageError,
-    WorkDone,
-    check_path,
-    decide,
-    only_writer,
-    run_graph,
-    shown,
-    with_tagger,
-)
+from pipeline.runs.claim import check_path, only_writer, shown
+from pipeline.runs.job import with_tagger
+from pipeline.runs.run import Outcome
+from pipeline.runs.stage import WorkDone, decide, run_graph
 from pipeline.sinks.publication import Publication
-from pipeline.sources.listing import read_listing
+from transforms.core.errors import UsageError
 from transforms.core.recipe import Recipe
 from transforms.core.records import Shard
 from transforms.models.precision import resolve
@@ -40,11 +34,12 @@ def select(
     progress: Progress,
     keep_versions: int = versions.KEPT,
 ) -> Outcome:
-    """Decide by `recipe`, whose path is for messages only, over the annotations under `output`; the results are those
-    of a run of that recipe, to the byte.
+    """Run stage 3 with `recipe` over the annotations under `output`. The results are byte-identical to a run of that
+    recipe. `recipe_path` is used in messages only.
 
-    Raises UsageError, with nothing changed, where there are no annotations, where features or scores that the recipe
-    needs were never computed (how many, and by which command they are), or where another run writes the folder.
+    Raises UsageError, with nothing changed, if there are no annotations, if features or scores that the recipe needs
+    were never computed (the message says how many, and the command that computes them), or if another run is writing
+    the folder.
     """
     check_path("--output", output)
     supported.check(beam_options, {"--output": output}, {}, needs_gpu=False)
@@ -75,7 +70,7 @@ def select(
                     f"{output}: {missing} samples have no score that this recipe needs; compute them: {command}"
                 )
             unscored = files.each(output, aside.cross_modality_work.is_begun, shards).count(False)
-            if unscored:  # of which nothing is kept
+            if unscored:  # shards of which no sample is kept
                 raise UsageError(
                     f"{output}: {unscored} of {len(shards)} shards have no scores yet; compute them: {command}"
                 )
@@ -91,17 +86,19 @@ def select(
 
 
 def _newest_run(layout: Layout) -> tuple[dict[str, Any], tuple[Shard, ...]]:
-    """The manifest of the newest run, and the shards that it found."""
+    """The manifest of the newest run, and the shards that it listed."""
     try:
         earlier = json.loads(files.read_bytes(layout.newest_manifest))
         shards = read_listing(layout)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{layout.output}: holds no annotations to select from; `pairsift run` makes them") from error
+        raise UsageError(
+            f"{layout.output}: holds no annotations to select from; `pairsift run` computes them"
+        ) from error
     return earlier, shards
 
 
 def _with_precision(recipe: Recipe, earlier: dict[str, Any]) -> Recipe:
-    """The recipe with `auto` settled as the newest run had it: this machine may have other hardware."""
+    """The recipe with `precision: auto` resolved as in the newest run, which may have had other hardware."""
     cross, before = recipe.cross_modality, earlier["recipe"]["cross_modality"]
     same = (cross.device, cross.precision) == (before["device"], before["precision"])
     precision = earlier["precision"] if same else resolve(cross.precision, cross.device)
@@ -109,7 +106,7 @@ def _with_precision(recipe: Recipe, earlier: dict[str, Any]) -> Recipe:
 
 
 def _pool_wide_aside(job: graphs.Job, beam_options: list[str]) -> graphs.Job:
-    """The job with what only the whole pool can tell, judged by its recipe: aside, unless that lies there already."""
+    """The job with valid pool-wide tables for its recipe; missing ones are computed into `select_work`."""
     work = job.pool_wide_work
     if all(files.each(job.layout.output, work.is_complete, job.shards)):
         return job
@@ -119,13 +116,13 @@ def _pool_wide_aside(job: graphs.Job, beam_options: list[str]) -> graphs.Job:
 
 
 def _missing(job: graphs.Job, beam_options: list[str]) -> int:
-    """How many samples lack a score that the recipe needs."""
+    """The number of samples that lack a score which the recipe needs."""
     run_graph(graphs.count_missing, job, beam_options)
     return int(files.read_bytes(job.layout.missing))
 
 
 def _move(source: Layout, target: Layout, shards: tuple[Shard, ...]) -> None:
-    """Put the pool-wide tables and dead letters of `source` in the place of those of `target`."""
+    """Replace the pool-wide tables and dead letters of `target` with those of `source`."""
 
     def move(shard: Shard) -> None:
         letters = tables.read_dead_letters(source.dead_letters(POOL_WIDE, shard.name))

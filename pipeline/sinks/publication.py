@@ -13,9 +13,9 @@ from typing import Any
 
 from pipeline.output_folder import versions
 from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.listing import read_listing
 from pipeline.output_folder.lock import HeldForJob, is_held, release_for_job
 from pipeline.sinks.decisions import DEAD_LETTER_STEPS, SMALLER_BATCHES
-from pipeline.sources.listing import read_listing
 from transforms.storage import files
 
 

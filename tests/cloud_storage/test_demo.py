@@ -21,12 +21,14 @@ from pipeline.output_folder import versions
 from pipeline.output_folder.lock import only_writer
 from pipeline.report.progress import Progress
 from pipeline.reshard.command import reshard
-from pipeline.runs.run import UsageError, check_path, run
+from pipeline.runs.claim import check_path
+from pipeline.runs.run import run
 from pipeline.runs.select import select
 from tests.cloud_storage.server import CloudStorage, Request
 from tests.demo_run import POOL, demo_output
 from tests.helpers import jpeg, recipe, settings
 from tests.integration.chaos import Command
+from transforms.core.errors import UsageError
 from transforms.core.recipe import DISTRIBUTION_ALIGNMENT, load_recipe
 from transforms.single_modality import language
 from transforms.storage import files
@@ -223,7 +225,7 @@ def test_a_language_model_may_lie_there(store: CloudStorage, bucket: str) -> Non
     assert language.model_identity(f"gs://{bucket}/lid.ftz")["sha256"] == language.model_identity(None)["sha256"]
 
 
-@pytest.mark.parametrize(("path", "message"), [("gs://", "names no bucket"), ("s3://b/x", "nothing here opens s3://")])
+@pytest.mark.parametrize(("path", "message"), [("gs://", "names no bucket"), ("s3://b/x", "s3:// is not supported")])
 def test_places_that_nothing_opens(path: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_path("--output", path)

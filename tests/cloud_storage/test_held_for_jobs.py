@@ -10,13 +10,14 @@ import pytest
 from pipeline import graphs
 from pipeline.dataflow.names import job_name
 from pipeline.dataflow.template import launcher, limits
+from pipeline.google_cloud.jobs import DataflowJob
 from pipeline.output_folder import lock
 from pipeline.output_folder.layout import Layout
-from pipeline.output_folder.lock import DataflowJob, hold_for_job
-from pipeline.runs.run import UsageError
+from pipeline.output_folder.listing import write_listing
+from pipeline.output_folder.lock import hold_for_job
 from pipeline.sinks.publication import NotHeld, Publication, publish
-from pipeline.sources.listing import write_listing
 from tests.pipeline.dataflow.jobs import handed_over
+from transforms.core.errors import UsageError
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY
 from transforms.distribution_alignment.work_folder import WorkFolder
 from transforms.storage import files, generations

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from google.api_core.exceptions import Forbidden
 
+from pipeline.google_cloud.jobs import DataflowJob
 from pipeline.output_folder import lock
-from pipeline.output_folder.lock import DataflowJob, Held, hold_for_job, is_held, only_writer, release_for_job
+from pipeline.output_folder.lock import Held, hold_for_job, is_held, only_writer, release_for_job
 from tests.cloud_storage.server import CloudStorage, Request
 from transforms.storage import generations
 
@@ -146,7 +147,7 @@ def test_one_that_is_silent_elsewhere_is_followed_after_minutes_of_the_store_s_c
 ) -> None:
     on_another_machine(store, output)
     pass_minutes(store, 4.9)
-    with pytest.raises(Held, match=r"known by its silence, in \d s at most"):
+    with pytest.raises(Held, match=r"its lock expires in \d s at most"):
         hold(output)
     pass_minutes(store, 0.2)
     hold(output)
@@ -188,7 +189,7 @@ def test_one_whose_lock_was_taken_ends_and_leaves_it_alone(store: CloudStorage, 
     holder.process.join(30)
     assert holder.process.exitcode == 1
     assert f"{output}: another run has taken its lock" in holder.said
-    assert "give the same command again" in holder.said
+    assert "the same command again" in holder.said
     assert generations.read(path) == taken
 
 
@@ -209,7 +210,7 @@ def test_one_that_cannot_say_so_ends_before_another_may_take_it(
             time.sleep(0.005)
         assert 0.2 < time.monotonic() - begun < 0.55
         store._faults.clear()
-    assert "its lock cannot be kept: " in gave_up[0]
+    assert "its lock cannot be renewed: " in gave_up[0]
     assert "HTTP status 403" in gave_up[0]
 
 
@@ -386,7 +387,7 @@ def test_where_dataflow_cannot_be_asked_the_job_keeps_it(store: CloudStorage, ou
 
     hold_for_job(output, JOB)
     pass_minutes(store, 60 * 24)
-    with pytest.raises(Held, match=r"whether it is over cannot be told \(403 no dataflow\.jobs\.list\)"):
+    with pytest.raises(Held, match=r"cannot find out whether it is over \(403 no dataflow\.jobs\.list\)"):
         hold(output, is_over=is_over)
 
 

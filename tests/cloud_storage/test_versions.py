@@ -93,7 +93,7 @@ def test_a_switch_that_lost_is_an_error_and_readers_stay(store: CloudStorage, ou
     write_version(slow)
     quick = publish(output)
     assert quick.results == f"{output}/versions/2"
-    expected = f"{output}: version 1 is whole, but another run has switched readers to version 2"
+    expected = f"{output}: version 1 is complete, but another run has published version 2"
     with pytest.raises(versions.VersionConflict, match=re.escape(expected)):
         versions.switch(slow)
     assert versions.newest(output) == quick
@@ -118,7 +118,7 @@ def test_a_switch_that_is_overtaken_on_its_way_lost_too(store: CloudStorage, buc
     store.put(bucket, "out/current.json", json.dumps({"version": 3}).encode())
     on_its_way.go_on()
     thread.join()
-    assert "switched readers to version 3" in str(lost[0])
+    assert "published version 3" in str(lost[0])
     assert versions.newest(output).results == f"{output}/versions/3"
 
 

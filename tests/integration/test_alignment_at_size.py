@@ -13,8 +13,8 @@ import pytest
 from benchmarks import alignment
 from pipeline import graphs
 from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.listing import write_listing
 from pipeline.runners.supported import pipeline_of
-from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 
 ROWS = 20_000

@@ -19,12 +19,12 @@ from rich.table import Table
 
 from pipeline import graphs
 from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.listing import write_listing
 from pipeline.output_folder.manifest import clip_identity
 from pipeline.report.progress import Progress
 from pipeline.reshard.command import reshard
-from pipeline.runs import run as run_module
+from pipeline.runs import stage
 from pipeline.sources import listing
-from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards, read_samples
 from tests.demo_run import POOL, RECIPE, demo_output, run_demo, snapshot
 from tests.helpers import least_apart
@@ -263,7 +263,7 @@ def test_the_digit_task_alone_raises_the_share_of_digit_pictures(output, labels,
     shutil.copytree(output / "annotations", tmp_path / "annotations")
     job = graphs.Job(changed, tuple(list_shards(str(POOL))), Layout(str(tmp_path)), {stage: {} for stage in STAGES})
     write_listing(job.layout, job.shards)
-    run_module._run_stage("distribution_alignment", job, [])
+    stage._run_stage("distribution_alignment", job, [])
 
     digits = {label["uid"] for label in labels if label["digit"] == "1"}
     subset = [f"{int(high):016x}{int(low):016x}" for high, low in np.load(tmp_path / "subset.npy")]

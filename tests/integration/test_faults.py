@@ -23,7 +23,7 @@ import psutil
 import pytest
 from apache_beam.io.filesystems import FileSystems
 
-import pipeline.runs.run as run_module
+import pipeline.runs.stage as stage_module
 from tests.integration.chaos import TWO_WORKERS, Case, Reference, Run, tree
 from transforms.storage import files
 
@@ -80,7 +80,7 @@ def test_a_worker_that_is_killed(case: Case, reference: Reference, tmp_path: Pat
     workers[0].send_signal(signal.SIGKILL)
     message = error_of(run)
     assert message.startswith("single_modality: a worker process was killed by signal 9 (Killed); ")
-    assert "give the same command again" in message
+    assert "the same command again" in message
     assert psutil.wait_procs(workers, timeout=20)[1] == []  # none lives on
     finishes_like(case, output, reference)
 
@@ -168,14 +168,14 @@ def test_what_may_not_be_written(
 
 def delete_before(stage: str, shard: Path) -> None:
     """The shard goes after it was listed, before its turn in that stage."""
-    plain = run_module._run_stage
+    plain = stage_module._run_stage
 
     def run_stage(name: str, *others: Any) -> Any:
         if name == stage:
             shard.unlink()
         return plain(name, *others)
 
-    run_module._run_stage = run_stage  # type: ignore[assignment]
+    stage_module._run_stage = run_stage  # type: ignore[assignment]
 
 
 @LONG

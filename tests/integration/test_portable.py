@@ -63,7 +63,7 @@ def test_a_worker_that_is_killed(
         there[0].send_signal(signal.SIGKILL)
         message = error_of(run)
         assert message.startswith(f"{stage}: a worker process of the pool at {pool.address} is gone: ")
-        assert "give the same command again" in message
+        assert "the same command again" in message
         wait_for(lambda: not any(map(lives, there)))
         finishes_like(portable(case, pool, endpoint), output, reference)
 

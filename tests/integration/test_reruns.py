@@ -18,14 +18,17 @@ from rich.console import Console
 from pipeline import graphs
 from pipeline.output_folder import versions
 from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.listing import write_listing
 from pipeline.report.progress import Progress
-from pipeline.runs.run import UsageError, run, run_graph, settled_job
+from pipeline.runs.job import settled_job
+from pipeline.runs.run import run
 from pipeline.runs.select import select
+from pipeline.runs.stage import run_graph
 from pipeline.sinks.publication import Publication, publish
-from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 from tests.helpers import encode, jpeg, picture, sample_members, write_pool
 from tests.transforms.models import tiny_models
+from transforms.core.errors import UsageError
 from transforms.core.recipe import SINGLE_MODALITY, STAGES, Recipe, parse_recipe
 from transforms.models.handler import OnDemand
 from transforms.storage import files

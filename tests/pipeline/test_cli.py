@@ -14,18 +14,18 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-import pipeline.runs.run as run_module
 from pipeline.cli import app
 from pipeline.graphs import Job
 from pipeline.output_folder import lock
 from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.listing import read_listing, write_listing
 from pipeline.output_folder.lock import only_writer
 from pipeline.output_folder.manifest import identities
 from pipeline.report.printable import PrintableFormatter
 from pipeline.runners import supported
+from pipeline.runs import claim
 from pipeline.sinks.decisions import funnel
 from pipeline.sinks.publication import publish
-from pipeline.sources.listing import read_listing, write_listing
 from tests.helpers import DEMO_RECIPE, recipe, sample_members, settings, write_pool
 from transforms.core.metrics import NAMES, Counts
 from transforms.core.recipe import STAGES
@@ -51,7 +51,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a pool in it, where models need not be there and stages are told and not run."""
     write_pool(tmp_path / "pool", {"a.tar": sample_members("k0")})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_module, "identities", lambda recipe: KNOWN)
+    monkeypatch.setattr("pipeline.runs.job.identities", lambda recipe: KNOWN)
 
     def stage(name: str, job: Job, beam_options: list[str]) -> Counts:
         with open(tmp_path / "stages.txt", "a") as file:
@@ -62,7 +62,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             publish(job.layout, job.publication)
         return dict.fromkeys(NAMES, 0)
 
-    monkeypatch.setattr(run_module, "_run_stage", stage)
+    monkeypatch.setattr("pipeline.runs.stage._run_stage", stage)
     return tmp_path
 
 
@@ -133,8 +133,8 @@ def run_arguments(**changes: str) -> list[str]:
         ({"output": ""}, "--output: is empty"),
         ({"input": ""}, "--input: is empty"),
         ({"output": "/"}, "/: is not empty"),
-        ({"input": "foo://x"}, "nothing here opens foo://"),
-        ({"output": "foo://x"}, "nothing here opens foo://"),
+        ({"input": "foo://x"}, "foo:// is not supported"),
+        ({"output": "foo://x"}, "foo:// is not supported"),
     ],
 )
 def test_wrong_use(place: Path, changes: dict[str, str], message: str) -> None:
@@ -171,7 +171,7 @@ def test_a_beam_option_with_an_impossible_value(place: Path) -> None:
     ],
 )
 def test_a_stage_before_the_one_it_reads_from(place: Path, stages: str, missing: str) -> None:
-    message = f"1 of 1 shards have no table of {missing} that holds for this recipe (the first is a); run that stage"
+    message = f"1 of 1 shards have no valid {missing} table for this recipe (the first is a); run that stage"
     wrong_use(place, *run_arguments(), "--stages", stages, message=message)
     assert stages_run(place) == []
 
@@ -190,7 +190,7 @@ def failing(error: Exception) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("error", [FileNotFoundError("bundled:clip: not there"), ValueError("no"), LookupError("no")])
 def test_models_that_are_not_there(place: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    monkeypatch.setattr(run_module, "identities", failing(error))
+    monkeypatch.setattr("pipeline.runs.job.identities", failing(error))
     wrong_use(place, *run_arguments(), message=f"recipe: {error}")
 
 
@@ -316,7 +316,7 @@ def test_who_holds_the_folder_clears_what_a_killed_run_left_and_nobody_else_does
             files.write_bytes(str(place / "out" / name), b"left")
         wrong_use(place, *run_arguments(), message="out: process")
         assert all((place / "out" / name).exists() for name in left)
-    with run_module.only_writer(Layout("out")):
+    with claim.only_writer(Layout("out")):
         assert not any((place / "out" / name.split("/")[0]).exists() for name in left[1:])
         assert not (place / "out" / left[0]).exists()
     assert tree(place / "out") == before
@@ -330,7 +330,7 @@ def test_an_output_folder_with_a_broken_manifest(place: Path, content: str) -> N
 
 
 def test_select_without_annotations(place: Path) -> None:
-    message = "nowhere: holds no annotations to select from; `pairsift run` makes them"
+    message = "nowhere: holds no annotations to select from; `pairsift run` computes them"
     wrong_use(place, "select", str(DEMO_RECIPE), "--output", "nowhere", message=message)
     wrong_use(place, "select", "nowhere.yaml", "--output", "out", message="cannot be read as YAML")
     wrong_use(place, "select", str(DEMO_RECIPE), "--output", "out", "--keep-versions", "0", message="--keep-versions")
@@ -403,10 +403,10 @@ def test_an_empty_folder_and_an_odd_name_will_do(place: Path) -> None:
 
 
 def test_a_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "_run_stage", failing(RuntimeError("Traceback…\n  at x\nthe disk is full\n")))
+    monkeypatch.setattr("pipeline.runs.stage._run_stage", failing(RuntimeError("Traceback…\n  at x\nthe disk is full\n")))
     result = pairsift(*run_arguments())
     assert result.exit_code == 1
-    assert "the disk is full (--verbose shows the whole traceback)" in " ".join(result.stderr.split())
+    assert "the disk is full (--verbose shows the full traceback)" in " ".join(result.stderr.split())
     (line,) = pairsift(*run_arguments(), "--json").stdout.splitlines()
     assert json.loads(line)["event"] == "error"
     assert isinstance(pairsift(*run_arguments(), "--verbose").exception, RuntimeError)
@@ -415,7 +415,7 @@ def test_a_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_text_of_a_pool_does_not_steer_the_terminal(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = "key \x1b]0;title\x07\x1b[2J \x9b31m \u202e\u2066 \ud800 \r gone"
-    monkeypatch.setattr(run_module, "_run_stage", failing(RuntimeError(hostile)))
+    monkeypatch.setattr("pipeline.runs.stage._run_stage", failing(RuntimeError(hostile)))
     shown = pairsift(*run_arguments()).stderr
     assert all(c.isprintable() or c == "\n" for c in shown)
     assert r"key \x1b]0;title\x07\x1b[2J \x9b31m \u202e\u2066 \ud800 \r gone" in " ".join(shown.split())

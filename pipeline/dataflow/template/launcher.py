@@ -23,20 +23,23 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 from apache_beam.runners import DataflowRunner
-from google.protobuf import json_format
 
 from pipeline import graphs
 from pipeline.dataflow.names import job_name
 from pipeline.dataflow.settings import ALL_STAGES, ALL_WORKERS, RIGHT_FITTING, TEMPLATES, GpuWorker, vcpus_of
 from pipeline.dataflow.template.limits import exceeded_before, exceeded_by
 from pipeline.dataflow.template.options import PairsiftOptions
+from pipeline.google_cloud.jobs import DataflowJob
 from pipeline.output_folder import versions
 from pipeline.output_folder.layout import Layout
-from pipeline.output_folder.lock import DataflowJob, Held, HeldForJob, hold_for_job, release_for_job
-from pipeline.runs.run import UsageError, check_path, clear_leftovers, settled_job
+from pipeline.output_folder.listing import read_listing, write_listing
+from pipeline.output_folder.lock import Held, HeldForJob, hold_for_job, release_for_job
+from pipeline.runners.beam_internals import dataflow_bytes
+from pipeline.runs.claim import check_path, clear_leftovers
+from pipeline.runs.job import settled_job
 from pipeline.sinks.publication import Publication
-from pipeline.sources.listing import read_listing, write_listing
 from pipeline.sources.webdataset import list_shards
+from transforms.core.errors import UsageError
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe, load_recipe
 from transforms.core.records import Shard
 from transforms.core.settings import SettingsError
@@ -68,7 +71,7 @@ class Parameters(NamedTuple):
         return self.template in (CROSS_MODALITY, ALL_STAGES)
 
 
-def launch(arguments: Sequence[str]) -> str:
+def build_and_submit(arguments: Sequence[str]) -> str:
     """Build the job that the template's parameters in `arguments` describe, and have Beam hand it over; its name.
 
     Raises UsageError, with every fault at once, where the parameters cannot be used, or exceed what Dataflow takes.
@@ -121,8 +124,7 @@ def submit(options: PipelineOptions, parameters: Parameters) -> str:
         graphs.build({**graphs.GRAPHS, ALL_STAGES: graphs.all_stages}[parameters.template], pipeline, job)
         pipeline.run()
         # The service takes the job only when this process has ended well.
-        request = json_format.MessageToJson(runner.job.proto._pb)
-        _refuse(exceeded_by(len(request.encode()), runner.proto_pipeline.ByteSize()))
+        _refuse(exceeded_by(*dataflow_bytes(runner)))
     return cloud.job_name
 
 

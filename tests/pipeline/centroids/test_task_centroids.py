@@ -183,7 +183,7 @@ def test_real_digits_lie_nearer_to_their_own_centroid(tmp_path: Path, monkeypatc
         (["a/b=pets"], "a/b=pets: the name 'a/b': allowed"),
         (["pets=pets", "pets=cars"], "pets=cars: the name pets stands twice"),
         (["pets=nowhere"], "nowhere: no files there"),
-        (["pets=foo://x"], "nothing here opens foo://"),
+        (["pets=foo://x"], "foo:// is not supported"),
         (["pets=pets", "--centroids-per-task", "0"], "Invalid value"),
         (["pets=pets", "--tfio-python", "nowhere/python"], "--tfio-python: nowhere/python: is no program"),
         ([], "Missing argument"),

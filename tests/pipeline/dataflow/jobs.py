@@ -20,13 +20,12 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability.api import beam_runner_api_pb2
 
-import pipeline.runs.run as run_module
 from pipeline.dataflow.names import job_name
 from pipeline.dataflow.settings import ALL_STAGES, RIGHT_FITTING, TEMPLATES, GpuWorker
 from pipeline.dataflow.template import launcher
 from pipeline.output_folder.layout import Layout
+from pipeline.output_folder.listing import write_listing
 from pipeline.output_folder.lock import HeldForJob
-from pipeline.sources.listing import write_listing
 from pipeline.sources.webdataset import list_shards
 from tests.helpers import sample_members, write_pool
 from transforms.core.recipe import SINGLE_MODALITY, STAGES, load_recipe
@@ -84,8 +83,8 @@ def handed_over(
     output: str | None = None,
 ) -> Job:
     """The job of a template over a pool of small tars; into a local folder, which no job can hold, by default."""
-    monkeypatch.setattr(run_module, "identities", lambda recipe: KNOWN)
-    monkeypatch.setattr(run_module, "pinned", lambda settings, fetch: settings)
+    monkeypatch.setattr("pipeline.runs.job.identities", lambda recipe: KNOWN)
+    monkeypatch.setattr("pipeline.runs.job.pinned", lambda settings, fetch: settings)
     if output is None:
         output = str(folder / "out")
         monkeypatch.setattr(launcher, "hold_for_job", lambda output, job: HeldForJob(job, "0" * 32))

@@ -12,7 +12,7 @@ from google.cloud import dataflow_v1beta3
 from pipeline.dataflow.names import job_name
 from pipeline.dataflow.settings import ALL_STAGES, ALL_WORKERS, RIGHT_FITTING, TEMPLATES, GpuWorker
 from pipeline.output_folder.layout import Layout
-from pipeline.sources.listing import read_listing
+from pipeline.output_folder.listing import read_listing
 from tests.pipeline.dataflow.jobs import IMAGE, L4, Job, Jobs, handed_over
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY
 

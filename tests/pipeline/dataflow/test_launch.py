@@ -268,7 +268,7 @@ def test_an_answer_that_is_lost_starts_nothing_twice(cloud: GoogleCloud, pairsif
 @pytest.mark.parametrize(
     ("answer", "advice"),
     [
-        (Answer(401, "Request had invalid credentials."), "give `gcloud auth application-default login`"),
+        (Answer(401, "Request had invalid credentials."), "run `gcloud auth application-default login`"),
         (
             Answer(403, "The caller does not have permission"),
             f"{ACCOUNT} lacks dataflow.jobs.create; `gcloud projects add-iam-policy-binding my-project "
@@ -281,13 +281,13 @@ def test_an_answer_that_is_lost_starts_nothing_twice(cloud: GoogleCloud, pairsif
         ),
         (
             Answer(403, "not used before", "SERVICE_DISABLED", {"service": "dataflow.googleapis.com"}),
-            "give `gcloud services enable dataflow.googleapis.com --project=my-project`",
+            "run `gcloud services enable dataflow.googleapis.com --project=my-project`",
         ),
         (
             Answer(404, "Unable to open template file"),
             "look whether gs://my-bucket/templates/single_modality.json is there",
         ),
-        (Answer(400, "Invalid value"), "nothing was changed; mend that"),
+        (Answer(400, "Invalid value"), "nothing was changed; correct that"),
     ],
 )
 def test_a_refusal_says_what_to_do_next(
@@ -322,7 +322,7 @@ def test_a_quota_is_waited_for_as_long_as_the_service_says(cloud: GoogleCloud, p
     assert first.body == second.body
 
 
-@pytest.mark.parametrize(("status", "advice"), [(429, "a quota is used up"), (503, "the service is unwell")])
+@pytest.mark.parametrize(("status", "advice"), [(429, "a quota is used up"), (503, "the service is failing")])
 def test_what_does_not_pass_is_given_up_at_last(
     cloud: GoogleCloud, pairsift: Pairsift, waits: list[float], status: int, advice: str
 ) -> None:
@@ -345,7 +345,7 @@ def test_nobody_is_logged_in(place: Path, pairsift: Pairsift) -> None:
     result = pairsift(*STAGE_1)
     assert result.exit_code == 1
     assert "no credentials of Google Cloud" in said(result)
-    assert "give `gcloud auth application-default login`" in said(result)
+    assert "run `gcloud auth application-default login`" in said(result)
 
 
 def test_a_service_that_is_not_there(cloud: GoogleCloud, pairsift: Pairsift, monkeypatch: Any, waits: list) -> None:

@@ -17,9 +17,9 @@ from pipeline.dataflow.settings import ALL_STAGES, RIGHT_FITTING, TEMPLATES
 from pipeline.dataflow.template import launcher, limits
 from pipeline.graphs import Job
 from pipeline.output_folder.layout import Layout
-from pipeline.runs.run import UsageError
 from tests.helpers import recipe
 from tests.pipeline.dataflow.jobs import L4, RECIPES, handed_over
+from transforms.core.errors import UsageError
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, load_recipe
 from transforms.core.records import Shard
 

@@ -131,7 +131,7 @@ def test_a_week_s_moment(pairsift: Pairsift, weekly: str, cron: str) -> None:
          f"my-project --member=serviceAccount:{ACCOUNT} --role=roles/cloudscheduler.admin` grants it"),
         ("workflows.create", Answer(403, "no"), "--role=roles/workflows.editor` grants it"),
         ("workflows.get", Answer(403, "off", "SERVICE_DISABLED", {"service": "workflows.googleapis.com"}),
-         "give `gcloud services enable workflows.googleapis.com --project=my-project`"),
+         "run `gcloud services enable workflows.googleapis.com --project=my-project`"),
         ("jobs.create", Answer(404, "no such location"), "whether its region has cloudscheduler"),
     ],
 )  # fmt: skip

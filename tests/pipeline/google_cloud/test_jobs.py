@@ -13,9 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from google.auth.credentials import AnonymousCredentials
 
-from pipeline.google_cloud.jobs import is_over, named
+from pipeline.google_cloud.jobs import DataflowJob, is_over, named
 from pipeline.google_cloud.rest import Api, ApiError
-from pipeline.output_folder.lock import DataflowJob
 
 JOB = DataflowJob("my-project", "europe-west4", "pairsift-0123456789ab-single-modality")
 SINCE = datetime.datetime(2026, 7, 6, 12, 0, tzinfo=datetime.UTC)

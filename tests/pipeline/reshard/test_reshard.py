@@ -368,7 +368,7 @@ def test_what_is_told(place: Path) -> None:
 
 def test_no_sample_twice(place: Path) -> None:
     finished_run(place / "out", place / "pool", lambda uid_: 1)
-    assert "no sample stands in it twice" in pairsift().stdout
+    assert "no sample occurs twice" in pairsift().stdout
 
 
 def told(result: Result) -> str:
@@ -490,7 +490,7 @@ def test_wrong_use(place: Path) -> None:
     wrong_use(place, "lies in the pool", pool="pool/**.tar", output="pool/tars")
     wrong_use(place, "lies in the pool", pool="*/*.tar")
     wrong_use(place, "out: is not empty and holds no run of pairsift", output="out")
-    wrong_use(place, "nothing here opens foo://", output="foo://x")
+    wrong_use(place, "foo:// is not supported", output="foo://x")
     wrong_use(place, "--samples-per-shard", per_shard=0)
     wrong_use(place, "No such option", "--jsn")
     assert pairsift().exit_code == 0

@@ -65,8 +65,8 @@ def listening() -> Iterator[str]:
         ("PrismRunner", "downloads a program"),
         ("prism", "downloads a program"),
         ("InteractiveRunner", "for notebooks"),
-        ("KafkaStreamsRunner", "nothing here was ever run on it"),
-        ("NoSuchRunner", "nothing here was ever run on it"),
+        ("KafkaStreamsRunner", "it is not tested with pairsift"),
+        ("NoSuchRunner", "it is not tested with pairsift"),
     ],
 )
 def test_runners_that_are_refused(runner: str, why: str) -> None:
@@ -88,10 +88,10 @@ def test_every_name_of_the_local_runner(runner: str) -> None:
         (["--runner=PortableRunner"], "--job_endpoint=embed for one in this process, or --job_endpoint=HOST:PORT"),
         (
             ["--runner=PortableRunner", f"--job_endpoint={NOTHING_THERE}"],
-            rf"--job_endpoint: {NOTHING_THERE}: no job service answers there; .*-m pipeline.runners.job_service --port 1",
+            rf"--job_endpoint: {NOTHING_THERE}: no job service answers there; .*pipeline.runners.job_service --port 1 ",
         ),
         (PORTABLE, r"Beam's own image, which has no pairsift; .*--environment_config=IMAGE"),
-        ([*PORTABLE, "--environment_type=DOCKER", "--environment_config=i"], "a container does not see"),
+        ([*PORTABLE, "--environment_type=DOCKER", "--environment_config=i"], "a container cannot read"),
         ([*PORTABLE, "--environment_type=EXTERNAL", "--environment_config=x"], "needs the HOST:PORT of a worker pool"),
         (
             [*PORTABLE, "--environment_type=EXTERNAL", f"--environment_config={NOTHING_THERE}"],
@@ -116,7 +116,7 @@ def test_a_worker_pool_that_listens_will_do(listening: str, tmp_path: Path, monk
     assert supported.is_here(options)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clip").mkdir()
-    with pytest.raises(UsageError, match="model: clip: workers have another working folder; give the whole path"):
+    with pytest.raises(UsageError, match="model: clip: workers have another working folder; give the absolute path"):
         check(options, {"--input": str(tmp_path)}, model="clip")
 
 
@@ -125,7 +125,7 @@ def test_a_pool_elsewhere_is_not_asked_from_here(tmp_path: Path, caplog: pytest.
     check(options, IN_CLOUD)
     assert not caplog.records and not supported.is_here(options)
     check(options, {"--input": str(tmp_path), "--output": "gs://b/out"})
-    assert caplog.messages == [f"PortableRunner: every worker must see the same there: {tmp_path}"]
+    assert caplog.messages == [f"PortableRunner: every worker must see the same files at: {tmp_path}"]
 
 
 def test_to_a_cluster_localhost_is_each_of_its_machines(listening: str) -> None:
@@ -147,11 +147,11 @@ def test_loopback_is_here() -> None:
 
 
 def test_beams_own_job_service_is_refused() -> None:
-    """It has one worker for each job, and waits for ever where that dies."""
+    """It has one worker for each job, and waits forever if that dies."""
     theirs, ours = LocalJobServicer(), JobService()
     try:
         options = ["--runner=PortableRunner", "--environment_type=LOOPBACK"]
-        with pytest.raises(UsageError, match=r"is Beam's own local job service .*waits for ever where that dies"):
+        with pytest.raises(UsageError, match=r"is Beam's own local job service .*waits forever if that dies"):
             check([*options, f"--job_endpoint=localhost:{theirs.start_grpc_server()}"])
         check([*options, f"--job_endpoint=localhost:{ours.start_grpc_server()}"])
     finally:
@@ -166,8 +166,8 @@ def test_what_dataflow_needs_is_said_at_once() -> None:
         check(["--runner=dataflow"], {"--input": "/pool", "--output": "gs://b/out"}, needs_gpu=True)
     message = str(caught.value)
     for part in (
-        "--project (", "--temp_location (", "--sdk_container_image (", "--input: /pool: its workers see gs:// only",
-        "cross_modality.device: cuda, and no accelerator is asked for",
+        "--project (", "--temp_location (", "--sdk_container_image (", "--input: /pool: workers read gs:// only",
+        "cross_modality.device: cuda, but the options name no accelerator",
     ):  # fmt: skip
         assert part in message
     assert "gs://b/out" not in message

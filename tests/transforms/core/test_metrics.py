@@ -51,7 +51,7 @@ def run(case: Case, output: Path) -> Measured:
         return metrics.counts_of(metrics)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "counts_of", counts_of)
+        patch.setattr("pipeline.runs.stage.counts_of", counts_of)
         progress = Progress(Console(stderr=True))
         run_module.run(load_recipe(str(case.recipe)), str(case.pool), str(output), list(STAGES), [], progress)
     return dict(zip(STAGES, found, strict=True))

@@ -14,7 +14,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import pipeline.runs.run as run_module
 from pipeline.cli import app
 from pipeline.graphs import Job
 from pipeline.sinks.publication import publish
@@ -85,7 +84,7 @@ def test_a_target_that_cannot_be_reached_fails_the_run_and_says_why(
     monkeypatch.chdir(tmp_path)
     aligned = {"target": target, "max_copies": 2.0}
     Path("r.yaml").write_text(yaml.safe_dump(settings(distribution_alignment=aligned)))
-    monkeypatch.setattr(run_module, "identities", lambda recipe: {stage: {} for stage in STAGES} | {
+    monkeypatch.setattr("pipeline.runs.job.identities", lambda recipe: {stage: {} for stage in STAGES} | {
         "single_modality": {"pos_tagger": {"source": "bundled"}}
     })  # fmt: skip
 
@@ -97,7 +96,7 @@ def test_a_target_that_cannot_be_reached_fails_the_run_and_says_why(
             publish(job.layout, job.publication)
         return dict.fromkeys(NAMES, 0)
 
-    monkeypatch.setattr(run_module, "_run_stage", align)
+    monkeypatch.setattr("pipeline.runs.stage._run_stage", align)
     arguments = ["run", "r.yaml", "--input", "pool", "--output", "out"]
     in_words = CliRunner().invoke(app, arguments)
     assert in_words.exit_code == (1 if told else 0), in_words.output

@@ -1,0 +1,155 @@
+"""The names of Apache Beam that pairsift uses and Beam does not document. All of them are here, each with the reason.
+
+Beam may change them in any release. `tests/pipeline/runners/test_beam_internals.py` checks each against the installed
+release, so a new one is tried by running that test.
+"""
+
+from __future__ import annotations
+
+import abc
+import threading
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
+from apache_beam.portability.api import beam_job_api_pb2
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.runners.portability.fn_api_runner.worker_handlers import (
+    ControlFuture,
+    ExternalWorkerHandler,
+    GrpcWorkerHandler,
+    WorkerHandler,
+)
+from apache_beam.runners.portability.local_job_service import BeamJob, LocalJobServicer
+from apache_beam.runners.portability.portable_runner import JobServiceHandle, PortableRunner
+from google.protobuf import json_format
+
+if TYPE_CHECKING:
+    from apache_beam.runners import DataflowRunner
+
+__all__ = [
+    "ExternalWorkerHandler",
+    "FnApiRunner",
+    "GrpcWorkerHandler",
+    "JobServiceHandle",
+    "LocalJobServicer",
+    "PortableJob",
+    "PortableRunner",
+    "WorkerHandler",
+    "connection_thread",
+    "dataflow_bytes",
+    "job_of_service",
+    "pending_answers",
+    "pool_address",
+    "without_time_limit",
+    "workers_of_job",
+]
+
+# The module `apache_beam.runners.portability` is undocumented as a whole. Its classes are used for these reasons:
+# FnApiRunner          the local runner. Beam's DirectRunner first tries to download another one.
+# WorkerHandler        `register_environment` replaces Beam's handlers of worker processes, which do not notice a death.
+# GrpcWorkerHandler,   the base classes of the handlers that take their place.
+# ExternalWorkerHandler
+# LocalJobServicer     the base class of the job service.
+# PortableRunner,      `create_job_service` and `create_job_service_handle` are overridden, to run that service in this
+# JobServiceHandle     process and to wait for a job of any length.
+
+
+def workers_of_job(handler: GrpcWorkerHandler) -> list[Any]:
+    """The handlers of all workers of the job that `handler` works on.
+
+    A runner waits for every worker of a job, so all of them must end when one dies. Only the manager knows them.
+    """
+    return list(handler.control_handler._worker_manager._workers_by_id.values())
+
+
+def pending_answers(handler: GrpcWorkerHandler) -> list[ControlFuture]:
+    """The requests that the worker of `handler` has not answered.
+
+    The runner waits for them without a time limit, so they must be answered when the worker dies.
+    """
+    return list(handler.control_conn._futures_by_id.values())
+
+
+def connection_thread(handler: GrpcWorkerHandler) -> threading.Thread:
+    """The thread that reads what the worker of `handler` sends.
+
+    It starts when the worker connects and ends when the connection breaks: the only sign of life of a process on
+    another machine.
+    """
+    return handler.control_conn._read_thread
+
+
+def pool_address(handler: ExternalWorkerHandler) -> str:
+    """The host:port of the worker pool of `handler`. Needed in messages, and to stop a worker."""
+    return handler._external_payload.endpoint.url
+
+
+class _RunnerOfManyWorkers(FnApiRunner):
+    """The local runner with `workers` processes.
+
+    The runner reads `--direct_num_workers` only in `run_pipeline`. A job service calls `run_via_runner_api`, where one
+    worker is the default.
+    """
+
+    def __init__(self, workers: int, **others: Any) -> None:
+        super().__init__(**others)
+        self._num_workers = workers
+
+
+class PortableJob(BeamJob, abc.ABC):
+    """A job of the local job service, in which `invoke` takes the place of the call of Beam's runner.
+
+    Beam's own job runs with one worker and cannot be watched.
+    """
+
+    @abc.abstractmethod
+    def invoke(self) -> Any:
+        """Run the job and return the result of the runner."""
+
+    @property
+    def id(self) -> str:
+        """The job's id within its service."""
+        return self._job_id
+
+    @property
+    def asked_workers(self) -> int:
+        """The value of `--direct_num_workers`; 0 if it is not given."""
+        return int(self.pipeline_options().view_as(DirectOptions).direct_num_workers)  # a client sends it as text
+
+    @property
+    def worker_metadata(self) -> MutableMapping[str, str]:
+        """Metadata that the handlers of the job's workers can read."""
+        return self._provision_info.provision_info.metadata
+
+    def run_with(self, workers: int) -> Any:
+        """Run the job with `workers` worker processes and return the result of the runner."""
+        options: PipelineOptions = self.pipeline_options()
+        runner = _RunnerOfManyWorkers(workers, provision_info=self._provision_info)
+        return runner.run_via_runner_api(self._pipeline_proto, options)
+
+    def _invoke_runner(self) -> Any:
+        self.set_state(beam_job_api_pb2.JobState.RUNNING)
+        return self.invoke()
+
+
+def job_of_service(service: LocalJobServicer, job_id: str) -> Any:
+    """The job of that id. The service has no public way to reach a job from within its process."""
+    return service._jobs[job_id]
+
+
+def without_time_limit(handle: JobServiceHandle) -> None:
+    """Let `handle` follow a job of any length.
+
+    Beam stops following a job after `--job_server_timeout` and reports it as failed.
+    """
+    handle.timeout = None
+
+
+def dataflow_bytes(runner: DataflowRunner) -> tuple[int, int]:
+    """Bytes of the request that creates the job, as JSON, and of the graph. Dataflow limits both.
+
+    `job` and `proto_pipeline` are set by `run_pipeline`; `_pb` is the protobuf message under a proto-plus wrapper.
+    """
+    request = json_format.MessageToJson(runner.job.proto._pb)
+    return len(request.encode()), runner.proto_pipeline.ByteSize()
