@@ -23,6 +23,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from transforms.core import recipe
 from transforms.storage import files
+from transforms.storage.local_copies import local_copy
 
 _BUNDLED = "bundled:"
 LOCAL = "local-dir:"  # open_clip's own prefixes
@@ -150,7 +151,7 @@ def local_path(name: str) -> str:
             if path.is_dir() or path.is_file():
                 return str(path)
         raise FileNotFoundError(f"{name}: this installation holds no such file")
-    return files.local_copy(name)
+    return local_copy(name)
 
 
 def _clip_snapshot(repository: str, revision: str | None) -> str:

@@ -26,6 +26,7 @@ from transforms.annotate import AnnotateByModel
 from transforms.core import recipe
 from transforms.core.records import Sample
 from transforms.storage import files
+from transforms.storage.local_copies import local_copy
 
 Box = list[float]
 
@@ -91,7 +92,7 @@ def load_detector(yunet_model: str | None = None) -> Detector:
         if classifier.empty():
             raise FileNotFoundError(f"the installed OpenCV has no {CASCADE}; opencv-python-headless 4 does")
         return HaarCascade(classifier)
-    path = files.local_copy(yunet_model)
+    path = local_copy(yunet_model)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"face model {yunet_model!r} is not there")
     try:

@@ -22,6 +22,7 @@ from transforms.annotate import AnnotateByModel
 from transforms.core import recipe
 from transforms.core.records import Sample
 from transforms.storage import files
+from transforms.storage.local_copies import local_copy
 
 UNDETERMINED = "und"  # ISO 639's code for it
 
@@ -40,7 +41,7 @@ def load_detector(model_path: str | None = None) -> Detector:
     Raises FileNotFoundError for a missing file, ValueError for one that is no fastText model.
     """
     config = LangDetectConfig(
-        custom_model_path=model_path and files.local_copy(model_path),
+        custom_model_path=model_path and local_copy(model_path),
         max_input_length=None,  # the library's default looks at 80 characters only
         model="lite",  # its default, "auto", downloads
     )
