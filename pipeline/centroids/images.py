@@ -73,7 +73,9 @@ def list_images(path: str) -> list[files.FileStatus]:
     return sorted(shown, key=lambda file: file.path)
 
 
-def read_images(listed: list[files.FileStatus], bounds: PoolBounds, decoder: TfioDecoder) -> Iterator[Picture | Unreadable]:
+def read_images(
+    listed: list[files.FileStatus], bounds: PoolBounds, decoder: TfioDecoder
+) -> Iterator[Picture | Unreadable]:
     """Every picture of the files, in their order; one in memory at a time.
 
     Several pictures come of a file that holds several (pages of a TIFF, frames of a DICOM; of a GIF the first). What

@@ -22,6 +22,8 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
+from transforms.storage import globs
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -30,7 +32,6 @@ Result = TypeVar("Result")
 
 _ASIDE = re.compile(r"\..+\.tmp-[0-9a-f]{32}", re.DOTALL)
 _SCHEME = re.compile(r"([a-zA-Z][-+.a-zA-Z0-9]*)://")
-_GLOB_TOKEN = re.compile(r"(?P<any>\*\*)|(?P<star>\*)|(?P<one>\?)|\[(?P<set>!?+\]?+[^\]]*+)\]|.", re.DOTALL)
 _SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SPOOLED_BYTES = 2**24  # kept in memory; larger files are kept on the local disk until they are uploaded
@@ -78,11 +79,11 @@ def literal(path: str) -> str:
 def matches(pattern: str, path: str) -> bool:
     """Whether the glob `pattern` matches all of `path`. `*` matches within a folder, `**` across folders, `?` any
     character; `[abc]`, `[a-z]` and `[!a]` match one character."""
-    return _regex(pattern).fullmatch(path) is not None
+    return globs.regex(pattern).fullmatch(path) is not None
 
 
 def in_cloud_storage(path: str) -> bool:
-    """Whether `path` is in Cloud Storage; otherwise it is local. Raises UnsupportedScheme for other `scheme://` paths."""
+    """Whether `path` is in Cloud Storage; otherwise it is local. Raises UnsupportedScheme for other schemes."""
     scheme = _SCHEME.match(path)
     if scheme and scheme[1] != "gs":
         raise UnsupportedScheme(f"{path}: {scheme[1]}:// is not supported; give a local path or gs://BUCKET/…")
@@ -133,7 +134,7 @@ def matching(pattern: str) -> list[FileStatus]:
     else:
         tree = os.walk(os.path.dirname(fixed))
         found = _statuses(os.path.join(place, name) for place, _, names in tree for name in names)
-    regex = _regex(pattern)
+    regex = globs.regex(pattern)
     return [file for file in found if regex.fullmatch(file.path)]
 
 
@@ -142,26 +143,6 @@ def _statuses(paths: Iterable[str]) -> Iterator[FileStatus]:
         with contextlib.suppress(OSError):  # deleted since it was listed, or a broken link
             if not os.path.isdir(path) and (found := status(path)):
                 yield found
-
-
-def _regex(pattern: str) -> re.Pattern[str]:
-    def translated(token: re.Match[str]) -> str:
-        if token["any"]:
-            return ".*"
-        if token["star"]:
-            return r"[^/\\]*"
-        if token["one"]:
-            return "."
-        if token["set"] is None:
-            return re.escape(token[0])
-        content = token["set"].replace("\\", r"\\").replace("[", r"\[")
-        if content.startswith("!"):
-            content = f"^{content[1:]}"
-        elif content.startswith("^"):
-            content = f"\\{content}"
-        return f"[{content}]"
-
-    return re.compile(_GLOB_TOKEN.sub(translated, pattern), re.DOTALL)
 
 
 def names_in(folder: str) -> set[str]:
@@ -207,8 +188,8 @@ def sha256(path: str) -> str:
 def write_aside(path: str) -> Iterator[BinaryIO]:
     """Open a file that gets the name `path` only once it is complete.
 
-    Raises WriteFailed where it cannot be written, IncompleteWrite where it is missing or truncated afterwards. Errors of
-    the body are passed on unchanged.
+    Raises WriteFailed where it cannot be written, IncompleteWrite where it is missing or truncated afterwards. Errors
+    of the body are passed on unchanged.
     """
     with _uploaded(path) if in_cloud_storage(path) else _renamed(path) as file:
         yield file  # type: ignore[misc]
@@ -392,8 +373,8 @@ def _cloud() -> ModuleType:
 
 
 class _CountingWriter:
-    """Counts the bytes written to `handle`. Errors name `path`, the final name of the file. `closes`: whether closing it
-    closes `handle` too."""
+    """Counts the bytes written to `handle`. Errors name `path`, the final name of the file. `closes`: whether closing
+    it closes `handle` too."""
 
     def __init__(self, path: str, handle: Any, closes: bool = True) -> None:
         self._path, self._handle, self._closes = path, handle, closes
