@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
-from transforms.storage import globs
+from transforms.storage import globs, liveness
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -205,7 +204,7 @@ def _renamed(path: str) -> Iterator[_CountingWriter]:
         handle = create(aside)
     counter = _CountingWriter(path, handle)
     try:
-        with _marked_live(aside, handle):
+        with liveness.marked_live(aside, handle):
             with contextlib.closing(counter):
                 yield counter
             with _failing_as(path):
@@ -265,29 +264,8 @@ def clear_aside(folder: str) -> None:
     if in_cloud_storage(folder):
         return
     for path in (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names):
-        if is_aside(path) and not _is_live(path):
+        if is_aside(path) and not liveness.is_live(path):
             delete_if_there(path)
-
-
-@contextlib.contextmanager
-def _marked_live(path: str, handle: Any) -> Iterator[None]:
-    """Hold a lock on a local file. The system releases it when this process dies, however it dies."""
-    descriptor = os.dup(handle.fileno())  # stays open after the handle is closed, until the rename
-    try:
-        with contextlib.suppress(OSError):  # no locks on this filesystem: `_is_live` then takes every file for live
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _is_live(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    return False
 
 
 @contextlib.contextmanager
