@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
@@ -225,6 +224,8 @@ def create(path: str) -> BinaryIO:
 @contextlib.contextmanager
 def _uploaded(path: str) -> Iterator[_CountingWriter]:
     # Not the client's own writer: it completes the object when it is closed or collected, even after a failed write.
+    import tempfile  # slow to import
+
     with tempfile.SpooledTemporaryFile(_SPOOLED_BYTES) as spool:
         counter = _CountingWriter(path, spool, closes=False)
         yield counter
