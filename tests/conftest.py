@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from apache_beam.utils import retry
+
+from transforms.storage import steady_reader
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -21,5 +22,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that would have been waited before each new try, which now none waits."""
     waited: list[float] = []
-    monkeypatch.setattr(retry.Clock, "sleep", lambda self, seconds: waited.append(seconds))
+    monkeypatch.setattr(steady_reader, "sleep", waited.append)
     return waited

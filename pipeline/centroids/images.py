@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from apache_beam.io.filesystem import FileMetadata
 from PIL import Image
 
 from pipeline.decoding import tfio_child
@@ -62,7 +61,7 @@ class Unreadable:
         return f"{self.name}: {self.message}".encode("unicode_escape").decode("ascii")
 
 
-def list_images(path: str) -> list[FileMetadata]:
+def list_images(path: str) -> list[files.FileStatus]:
     """The files under the folder `path`, hidden ones left out, or the tar `path`; sorted by path. Raises NoImages."""
     folder = path.rstrip("/") or path
     found = files.matching(files.join(files.literal(folder), "**"))
@@ -74,7 +73,9 @@ def list_images(path: str) -> list[FileMetadata]:
     return sorted(shown, key=lambda file: file.path)
 
 
-def read_images(listed: list[FileMetadata], bounds: PoolSettings, decoder: TfioDecoder) -> Iterator[Picture | Unreadable]:
+def read_images(
+    listed: list[files.FileStatus], bounds: PoolSettings, decoder: TfioDecoder
+) -> Iterator[Picture | Unreadable]:
     """Every picture of the files, in their order; one in memory at a time.
 
     Several pictures come of a file that holds several (pages of a TIFF, frames of a DICOM; of a GIF the first). What
@@ -88,7 +89,7 @@ def read_images(listed: list[FileMetadata], bounds: PoolSettings, decoder: TfioD
             continue
         try:
             with files.open_binary(file.path) as stream:
-                content = _image_content(file.path, file.size_in_bytes, stream.read, bounds)
+                content = _image_content(file.path, file.size_bytes, stream.read, bounds)
         except OSError as error:
             yield Unreadable(file.path, f"cannot be opened ({error})")
             continue

@@ -15,6 +15,7 @@ from pipeline.output_folder.layout import Layout
 from transforms.core.recipe import SINGLE_MODALITY
 from transforms.core.records import DeadLetter, Shard
 from transforms.storage import files
+from transforms.storage.steady_reader import SteadyReader
 
 _SHOWN = 5
 _MAX_STATS_BYTES = 2**20
@@ -109,7 +110,7 @@ def _successes(shard: Shard) -> int | None:
     path = _stats_path(shard)
     if not files.exists(path):
         return None
-    with files.SteadyReader(path) as file:
+    with SteadyReader(path) as file:
         content = file.read(_MAX_STATS_BYTES)
     try:
         stats = json.loads(content)

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable
 
 from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY
-from transforms.storage import files
+from transforms.storage import files, local_copies
 
 POOL_WIDE = "pool_wide"
 DONE = " done"
@@ -57,7 +57,7 @@ class Layout:
         """Deleted when the run ends. Always on this machine: it is written for every batch, and only runs with local
         workers show it. Other runners have counters."""
         if files.in_cloud_storage(self.output):
-            return str(files.cache_folder() / "progress" / hashlib.sha256(self.output.encode()).hexdigest()[:32])
+            return str(local_copies.cache_folder() / "progress" / hashlib.sha256(self.output.encode()).hexdigest()[:32])
         return files.join(self.output, ".progress")
 
     def in_progress(self, stage: str, shard: str) -> str:

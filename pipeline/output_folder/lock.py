@@ -145,9 +145,11 @@ def _check_free(output: str, found: generations.Object, us: DataflowJob | None, 
     age_seconds = (generations.now(files.join(output, NAMES[2])) - found.updated).total_seconds()
     advice = "wait for that run, or end it"
     if job:
+        from transforms.storage import cloud_storage  # imported already: the lock is an object
+
         try:
             over = (is_over or _ask_dataflow)(job, found.updated)
-        except (OSError, Failure, *files.CLOUD_ERRORS) as error:
+        except (OSError, Failure, *cloud_storage.ERRORS) as error:
             over, advice = False, f"cannot find out whether it is over ({' '.join(str(error).split())})"
         is_free = age_seconds > STARTING_SECONDS if over is None else over
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.io.filesystem import FileSystem
 
 from pipeline.output_folder import versions
 from pipeline.output_folder.layout import Layout
@@ -169,8 +167,7 @@ def _manifest(tables: dict[str, int], layout: Layout, subset: Subset, spread: Sp
 def _lies_in(folder: str, path: str) -> bool:
     """Whether `path` is the pool's `folder` or under it, or a tar in it is one of the pool's pattern."""
     if folder.endswith(".tar"):
-        pattern = FileSystem.translate_pattern(files.absolute(folder))
-        return re.fullmatch(pattern, files.join(files.absolute(path), "00000.tar")) is not None
+        return files.matches(files.absolute(folder), files.join(files.absolute(path), "00000.tar"))
     if files.in_cloud_storage(folder) or files.in_cloud_storage(path):
         return f"{path}/".startswith(f"{folder.rstrip('/')}/")
     return Path(path).resolve().is_relative_to(Path(folder).resolve())

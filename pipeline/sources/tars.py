@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from transforms.core.recipe import PoolSettings
 from transforms.storage import files
+from transforms.storage.steady_reader import SteadyReader
 
 _MAX_EXTENDED_HEADERS = 8  # in a row
 _MAX_EXTENDED_HEADER_BYTES = 2**20
@@ -48,7 +49,7 @@ class TarMember(NamedTuple):
     read: Callable[[int], bytes]
 
 
-def tar_members(file: BinaryIO | files.SteadyReader, bounds: PoolSettings) -> Iterator[TarMember]:
+def tar_members(file: BinaryIO | SteadyReader, bounds: PoolSettings) -> Iterator[TarMember]:
     """What a tar holds, in its order, as a stream.
 
     Raises BrokenTar, which names the offset; so does `TarMember.read`.
@@ -103,7 +104,7 @@ class _BoundedFile:
     """What tarfile reads from. Past the end of a file it would go on asking, block by block, for as long as a header
     says that there is more: for years, where that says 8 EiB."""
 
-    def __init__(self, file: BinaryIO | files.SteadyReader, max_bytes: int) -> None:
+    def __init__(self, file: BinaryIO | SteadyReader, max_bytes: int) -> None:
         self._file, self._max_bytes = file, max_bytes
         self._read_bytes = self._empty_reads = 0
 

@@ -14,14 +14,12 @@ import urllib.parse
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from apache_beam.io.filesystem import BeamIOError, FileMetadata
-from apache_beam.io.filesystems import FileSystems
-
 from pipeline.sources.tars import BrokenTar, TarMember, tar_members
 from transforms.core.errors import UsageError
 from transforms.core.recipe import PoolSettings
 from transforms.core.records import Annotation, DeadLetter, Sample, Shard, dead_letter, uid_of
 from transforms.storage import files
+from transforms.storage.steady_reader import SteadyReader
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _OTHER_PICTURES = ("avif", "bmp", "gif", "heic", "jxl", "tif", "tiff")
@@ -43,7 +41,7 @@ def list_shards(pool: str) -> list[Shard]:
     Raises NoShards.
     """
     if pool.endswith(".tar"):
-        pattern = pool if "/" in pool else f"./{pool}"  # Beam lists no folder that is not named
+        pattern = pool if "/" in pool else f"./{pool}"  # no folder is listed that is not named
         folder = _GLOB.split(pattern)[0].rpartition("/")[0]
     else:
         folder = pool.rstrip("/") or pool
@@ -67,17 +65,17 @@ def list_shards(pool: str) -> list[Shard]:
 def check_unchanged(shard: Shard) -> None:
     """Raise files.ReadFailed where the tar is no longer the one that was listed: what was read of it may be of both."""
     now = None
-    with contextlib.suppress(BeamIOError):  # it is gone
-        now = _fingerprint(FileSystems.get_filesystem(shard.path).metadata(shard.path))
-    if now != shard.fingerprint:
+    with contextlib.suppress(OSError):
+        now = files.status(shard.path)
+    if now is None or _fingerprint(now) != shard.fingerprint:
         raise files.ReadFailed(
             f"{shard.path}: was changed or deleted after this run had listed it; give the same command again when it "
             "is whole: it goes on where it stopped"
         )
 
 
-def _fingerprint(metadata: FileMetadata) -> str:
-    return f"{metadata.size_in_bytes}-{metadata.last_updated_in_seconds:.3f}"
+def _fingerprint(file: files.FileStatus) -> str:
+    return f"{file.size_bytes}-{file.updated_seconds:.3f}"
 
 
 def _escaped(name: str) -> str:
@@ -134,7 +132,7 @@ def read_members(path: str, bounds: PoolSettings, reading: Reading | None = None
     `reading` is filled in on the way. Raises BrokenTar after what was whole, and files.ReadFailed.
     """
     reading = reading or Reading()
-    with files.SteadyReader(path) as file:
+    with SteadyReader(path) as file:
         try:
             yield from _grouped(_noting_keys(tar_members(file, bounds), reading.keys, bounds), bounds)
         finally:

@@ -7,10 +7,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from apache_beam.internal.gcp import auth
 
 from tests.cloud_storage.server import CloudStorage
-from transforms.storage import files
+from transforms.storage import cloud_storage
 
 _numbers = itertools.count()
 
@@ -22,9 +21,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudStorage]:
         for name, value in server.environment(tmp_path_factory.mktemp("credentials")).items():
             patch.setenv(name, value)
         patch.setenv("PAIRSIFT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(auth._Credentials, "_credentials_init", False)  # what Beam found before, it keeps
-        patch.setattr(files, "_clients", threading.local())
+        patch.setattr(cloud_storage, "_clients", threading.local())
+        cloud_storage.credentials.cache_clear()
         yield server
+    cloud_storage.credentials.cache_clear()
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from tests.integration.chaos import Command
 from transforms.core.errors import UsageError
 from transforms.core.recipe import DISTRIBUTION_ALIGNMENT, load_recipe
 from transforms.single_modality import language
-from transforms.storage import files
+from transforms.storage import local_copies
 
 BUCKET = "demo"
 OUTPUT, TARS = f"gs://{BUCKET}/out", f"gs://{BUCKET}/tars"
@@ -156,7 +156,7 @@ def test_nothing_else_is_left(outcome: Outcome, store: CloudStorage) -> None:
         "annotations/manifest.json", "versions/1", "current.json", "run.json",
         *(f"dead_letters/{name.rpartition('/')[2]}" for name in store.names(BUCKET, "out/dead_letters/")),
     }  # fmt: skip
-    assert not list((files.cache_folder() / "progress").iterdir())
+    assert not list((local_copies.cache_folder() / "progress").iterdir())
 
 
 def test_the_manifest_names_what_was_used_with_its_hashes(outcome: Outcome, store: CloudStorage, local: Path) -> None:

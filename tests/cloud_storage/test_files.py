@@ -15,6 +15,8 @@ from pipeline.output_folder.layout import Layout
 from pipeline.sources.webdataset import NoShards, list_shards
 from tests.cloud_storage.server import CloudStorage, Request
 from transforms.storage import files
+from transforms.storage.local_copies import local_copy
+from transforms.storage.steady_reader import SteadyReader
 
 
 def is_write(request: Request) -> bool:
@@ -107,7 +109,7 @@ def test_a_read_goes_on_where_it_failed(store: CloudStorage, bucket: str, waits:
     content = os.urandom(20 * 2**20)
     store.put(bucket, "a", content)
     store.fail(lambda request: request.kind == "read" and request.headers["range"] != "bytes=0-16777215", 403)
-    with files.SteadyReader(f"gs://{bucket}/a") as file:
+    with SteadyReader(f"gs://{bucket}/a") as file:
         assert b"".join(iter(lambda: file.read(3 * 2**20), b"")) == content
     assert waits == [0.5]
 
@@ -183,12 +185,14 @@ def test_tables_of_many_shards_are_known_by_one_listing(
 def test_a_model_s_folder_is_copied_once_and_again_where_it_changed(store: CloudStorage, bucket: str) -> None:
     for name in ("model/", "model/config.json", "model/sub/w.bin", "model-other/x"):
         store.put(bucket, name, name.encode())
-    first = Path(files.local_copy(f"gs://{bucket}/model/"))
+    first = Path(local_copy(f"gs://{bucket}/model/"))
     assert {str(path.relative_to(first)) for path in first.rglob("*")} == {"config.json", "sub", "sub/w.bin"}
     assert (first / "sub" / "w.bin").read_bytes() == b"model/sub/w.bin"
     store.asked.clear()
-    assert files.local_copy(f"gs://{bucket}/model") == str(first)
+    assert local_copy(f"gs://{bucket}/model") == str(first)
     assert not store.asked["read"]
     store.put(bucket, "model/sub/w.bin", b"changed")
-    assert (Path(files.local_copy(f"gs://{bucket}/model")) / "sub" / "w.bin").read_bytes() == b"changed"
-    assert Path(files.local_copy(f"gs://{bucket}/model/config.json")).name == "config.json"
+    assert (Path(local_copy(f"gs://{bucket}/model")) / "sub" / "w.bin").read_bytes() == b"changed"
+    assert Path(local_copy(f"gs://{bucket}/model/config.json")).name == "config.json"
+    with pytest.raises(FileNotFoundError, match=f"gs://{bucket}/nothing: nothing there"):
+        local_copy(f"gs://{bucket}/nothing")

@@ -21,7 +21,6 @@ from typing import Any
 
 import psutil
 import pytest
-from apache_beam.io.filesystems import FileSystems
 
 import pipeline.runs.stage as stage_module
 from tests.integration.chaos import TWO_WORKERS, Case, Reference, Run, tree
@@ -116,7 +115,7 @@ class FailingFile(io.FileIO):
 def fill_disk(left_bytes: int) -> None:
     """As the filesystem does it: the write fails, and so does each one after it."""
     FailingFile.left_bytes, FailingFile.error = left_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    FileSystems.create = staticmethod(lambda path, **_: FailingFile(path, "wb"))
+    files.create = lambda path: FailingFile(path, "wb")
 
 
 @pytest.mark.parametrize("share", [0.25, *(pytest.param(share, marks=LONG) for share in (0.0, 0.6, 0.95))])
@@ -133,14 +132,15 @@ def test_a_full_disk(case: Case, reference: Reference, tmp_path: Path, share: fl
 
 def deny(names: str, function: str) -> None:
     """What the filesystem says of a path that may not be written; the tests may run as root, who may write anything."""
-    plain = getattr(FileSystems, function)
+    module = files if function == "create" else os
+    plain = getattr(module, function)
 
     def denied(path: Any, *others: Any, **options: Any) -> Any:
         if names in str(path):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return plain(path, *others, **options)
 
-    setattr(FileSystems, function, staticmethod(denied))
+    setattr(module, function, denied)
 
 
 @LONG

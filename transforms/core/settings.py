@@ -81,7 +81,7 @@ def load_settings(path: str, model: type[AnySettings]) -> AnySettings:
     """
     try:
         content = yaml.load(files.read_bytes(path).decode("utf-8"), _UniqueKeysLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a scheme that Beam does not know
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8
         raise SettingsError(path, [f"cannot be read as YAML: {' '.join(str(error).split())}"]) from error
     return parse_settings(content, path, model)
 

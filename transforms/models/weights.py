@@ -25,6 +25,7 @@ from transforms.core import catalogue
 from transforms.core.recipe import CrossModalitySettings
 from transforms.models.settings import ClipModelSettings, ModelSettings
 from transforms.storage import files
+from transforms.storage.local_copies import local_copy
 
 _BUNDLED = "bundled:"
 LOCAL = "local-dir:"  # open_clip's own prefixes
@@ -154,7 +155,7 @@ def local_path(name: str) -> str:
             if path.is_dir() or path.is_file():
                 return str(path)
         raise FileNotFoundError(f"{name}: this installation holds no such file")
-    return files.local_copy(name)
+    return local_copy(name)
 
 
 def _clip_snapshot(repository: str, revision: str | None) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transforms.core.catalogue import SINGLE_MODALITY, Rule
 from transforms.core.settings import Settings, Share
 from transforms.storage import files
+from transforms.storage.local_copies import local_copy
 
 if TYPE_CHECKING:  # OpenCV is imported when a detector is loaded
     import numpy as np
@@ -107,7 +108,7 @@ def load_detector(yunet_model: str | None = None) -> FaceDetector:
         if classifier.empty():
             raise FileNotFoundError(f"the installed OpenCV has no {CASCADE}; opencv-python-headless 4 does")
         return HaarCascade(classifier)
-    path = files.local_copy(yunet_model)
+    path = local_copy(yunet_model)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"face model {yunet_model!r} is not there")
     try:

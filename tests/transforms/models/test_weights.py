@@ -2,98 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import open_clip
 import pytest
-import torch
-from apache_beam.io.filesystem import FileMetadata
-from apache_beam.io.localfilesystem import LocalFileSystem
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from transforms.core import recipe
 from transforms.models import weights
-from transforms.models.clip import ClipHandler
-
-
-class FakeStore(LocalFileSystem):
-    """An object store under `fakestore://`, kept in a folder."""
-
-    root = Path()
-    opened: list[str] = []  # noqa: RUF012
-
-    @classmethod
-    def scheme(cls):
-        return "fakestore"
-
-    def _list(self, dir_or_prefix: str) -> Iterator[FileMetadata]:
-        for file in sorted(self.root.rglob("*")):
-            path = f"fakestore://{file.relative_to(self.root)}"
-            if file.is_file() and path.startswith(dir_or_prefix):
-                yield FileMetadata(path, file.stat().st_size, file.stat().st_mtime)
-
-    def _url_dirname(self, url_or_path: str) -> str:
-        return url_or_path.rsplit("/", 1)[0] + "/"
-
-    def has_dirs(self) -> bool:
-        return False
-
-    def exists(self, path: str) -> bool:
-        return (self.root / path.removeprefix("fakestore://")).is_file()
-
-    def metadata(self, path: str) -> FileMetadata:
-        return next(self._list(path))
-
-    def open(self, path, mime_type="application/octet-stream", compression_type="auto"):
-        self.opened.append(path)
-        return (self.root / path.removeprefix("fakestore://")).open("rb")
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(FakeStore, "root", tmp_path / "store")
-    monkeypatch.setattr(FakeStore, "opened", [])
-    monkeypatch.setenv("PAIRSIFT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "store"
-
-
-def test_a_remote_folder_is_copied_once_and_again_where_it_changed(store: Path):
-    (store / "bucket/model/sub").mkdir(parents=True)
-    (store / "bucket/model/config.json").write_text("{}")
-    (store / "bucket/model/sub/w.bin").write_bytes(b"12")
-    (store / "bucket/model-other").mkdir()
-    (store / "bucket/model-other/x").write_text("not this")
-
-    first = Path(weights.local_path("fakestore://bucket/model/"))
-    assert sorted(str(f.relative_to(first)) for f in first.rglob("*") if f.is_file()) == ["config.json", "sub/w.bin"]
-    assert (first / "sub/w.bin").read_bytes() == b"12"
-    assert len(FakeStore.opened) == 2
-    assert weights.local_path("fakestore://bucket/model") == str(first)
-    assert len(FakeStore.opened) == 2
-
-    (store / "bucket/model/sub/w.bin").write_bytes(b"123")
-    second = Path(weights.local_path("fakestore://bucket/model"))
-    assert (second / "sub/w.bin").read_bytes() == b"123"
-    assert not list(first.parent.glob("*.tmp-*"))
-
-
-def test_a_remote_file_keeps_its_name(store: Path):
-    (store / "bucket").mkdir(parents=True)
-    (store / "bucket/vit.safetensors").write_bytes(b"1")
-    assert Path(weights.local_path("fakestore://bucket/vit.safetensors")).name == "vit.safetensors"
-
-
-def test_a_remote_folder_that_is_not_there(store: Path):
-    with pytest.raises(FileNotFoundError, match="fakestore://bucket/nothing: nothing there"):
-        weights.local_path("fakestore://bucket/nothing")
-
-
-def test_a_model_loads_from_a_remote_folder(store: Path, clip_folder: Path):
-    shutil.copytree(clip_folder, store / "bucket" / "clip")
-    settings = recipe.FlippedClip(model="fakestore://bucket/clip", min=0.2)
-    assert ClipHandler(settings, "cpu").load_on(torch.device("cpu")).preparation.tokens("a").shape == (24,)
-    assert set(weights.model_identity(settings)["sha256"]) == {"open_clip_model.safetensors"}
 
 
 def test_a_bundled_model_that_this_installation_lacks():

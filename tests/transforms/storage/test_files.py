@@ -12,10 +12,11 @@ import re
 from pathlib import Path
 
 import pytest
-from apache_beam.io.filesystems import FileSystems
 
 from pipeline.output_folder.layout import Layout
 from transforms.storage import files
+from transforms.storage.local_copies import local_copy
+from transforms.storage.steady_reader import SteadyReader
 
 
 def everything(folder: Path) -> list[str]:
@@ -72,26 +73,26 @@ def test_an_older_file_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_rename_that_did_not_happen_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FileSystems, "rename", lambda sources, destinations: None)
+    monkeypatch.setattr(os, "rename", lambda source, target: None)
     with pytest.raises(files.IncompleteWrite, match=r"c\.bin"):
         files.write_bytes(str(tmp_path / "c.bin"), b"new")
 
 
 def test_a_rename_that_fails_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(sources: list[str], destinations: list[str]) -> None:
+    def fail(source: str, target: str) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr(FileSystems, "rename", fail)
+    monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(OSError, match="no space"):
         files.write_bytes(str(tmp_path / "c.bin"), b"new")
     assert everything(tmp_path) == []
 
 
 def test_a_file_that_lost_bytes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lossy(sources: list[str], destinations: list[str]) -> None:
-        Path(destinations[0]).write_bytes(Path(sources[0]).read_bytes()[:-1])
+    def lossy(source: str, target: str) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:-1])
 
-    monkeypatch.setattr(FileSystems, "rename", lossy)
+    monkeypatch.setattr(os, "rename", lossy)
     with pytest.raises(files.IncompleteWrite, match="wrote 3 bytes"):
         files.write_bytes(str(tmp_path / "c.bin"), b"new")
 
@@ -191,11 +192,11 @@ def test_a_write_that_fails_says_what_where_and_what_to_do_next(
 
     path = str(tmp_path / "c.bin")
     if when == "write":
-        monkeypatch.setattr(FileSystems, "create", lambda path, **_: Failing(path, "wb"))
+        monkeypatch.setattr(files, "create", lambda path: Failing(path, "wb"))
     elif when == "create":
-        monkeypatch.setattr(FileSystems, "create", fail)
+        monkeypatch.setattr(files, "create", fail)
     else:
-        monkeypatch.setattr(os, "rename", fail)  # below Beam, which wraps what it raises
+        monkeypatch.setattr(os, "rename", fail)
     expected = f"{path}: cannot be written: {reason}; {advice}, then give the same command again"
     with pytest.raises(files.WriteFailed, match=re.escape(expected)):
         files.write_bytes(path, b"new")
@@ -241,7 +242,7 @@ def test_a_read_goes_on_where_it_failed(tmp_path: Path, flaky: type[Flaky], wait
     path = tmp_path / "c.bin"
     path.write_bytes(content)
     flaky.failures = 6
-    with files.SteadyReader(str(path)) as file:
+    with SteadyReader(str(path)) as file:
         found = b"".join(iter(lambda: file.read(700), b""))
     assert found == content
     assert flaky.failures == 0
@@ -251,7 +252,7 @@ def test_a_read_goes_on_where_it_failed(tmp_path: Path, flaky: type[Flaky], wait
 def test_a_file_that_stays_unreadable_is_an_error_after_seconds(tmp_path: Path, waits: list[float]) -> None:
     path = str(tmp_path / "gone.tar")
     expected = f"{path}: cannot be read at byte 0: No such file or directory; put it back or mend its access"
-    with files.SteadyReader(path) as file, pytest.raises(files.ReadFailed, match=re.escape(expected)):
+    with SteadyReader(path) as file, pytest.raises(files.ReadFailed, match=re.escape(expected)):
         file.read(10)
     assert waits == [0.5, 1, 2, 4]
 
@@ -296,3 +297,35 @@ def test_every_place_lies_below_the_output_folder_and_is_its_own(shard: str) -> 
     ]  # fmt: skip
     assert all(os.path.normpath(place).startswith("/out/x/") for place in places)
     assert len({os.path.normpath(place) for place in places}) == len(places)
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/a", "hdfs://host/a", "file:///a"])
+def test_other_schemes_are_refused(path: str) -> None:
+    expected = f"{re.escape(path)}: [a-z0-9]+:// is not supported; give a local path or gs://BUCKET/"
+    calls = (files.read_bytes, files.exists, files.matching, files.names_in, files.delete_if_there, local_copy)
+    for call in calls:
+        with pytest.raises(files.UnsupportedScheme, match=expected):
+            call(path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "expected"),
+    [
+        ("/a/*.tar", "/a/b.tar", True),
+        ("/a/*.tar", "/a/b/c.tar", False),
+        ("/a/*.tar", "/a/b\\c.tar", False),
+        ("/a/**.tar", "/a/b/c\nd.tar", True),
+        ("/a?b", "/a/b", True),
+        ("/[xy]/a", "/y/a", True),
+        ("/[!xy]/a", "/y/a", False),
+        ("/[^x]", "/^", True),
+        ("/[]]", "/]", True),
+        ("/a[", "/a[", True),
+        ("/[]", "/[]", True),
+        (r"/[\]", "/\\", True),
+        ("/[*][?][[]", "/*?[", True),
+        ("/a.b", "/axb", False),
+    ],
+)
+def test_patterns(pattern: str, path: str, expected: bool) -> None:
+    assert files.matches(pattern, path) is expected
