@@ -1,4 +1,7 @@
-"""Cheap before dear: which samples the later models look at (our choice; no verdict changes)."""
+"""The cascade: run cheap models first, and later models only on samples that can still be kept.
+
+Our choice. It saves computing and changes no verdict.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ def wanted(
     min_match_probability: float | None = None,
     min_prompt_probability: float | None = None,
 ) -> bool:
-    """Whether a later model is asked about a sample: it reaches every floor known beforehand.
+    """Whether a later model scores this sample: its scores so far reach every floor that is known in advance.
 
-    `min_cosine` is the lowest flipped-CLIP cosine that can still be kept, so with digit rescue on
-    it is the rescue's: a sample between that and `min` must be asked about digits. None means that
-    no floor is known (`keep_fraction`), or that the setting is off.
+    `min_cosine` is the lowest flipped-CLIP cosine that can still be kept. With digit rescue on, that is `rescue_min`,
+    because a sample between `rescue_min` and `min` still needs a digit score. None means that no floor is known (as
+    with `keep_fraction`) or that the setting is off.
     """
     return (
         _reaches(annotation.flipped_clip_cosine, min_cosine)
@@ -26,18 +29,20 @@ def wanted(
 
 
 def match_floor(settings: recipe.CrossModality) -> float | None:
-    """The match probability below which nobody needs to be asked about digits."""
+    """The match probability below which a sample needs no digit score; None without image-text matching."""
     return settings.image_text_matching.min if settings.image_text_matching else None
 
 
 def prompt_floor(settings: recipe.Digit) -> float | None:
-    """The share of CLIP's digit prompts below which nobody needs to be asked about digits."""
+    """The `digit_prompt_probability` below which a sample needs no digit score; None without CLIP prompts."""
     return settings.clip_prompts.min_probability if settings.clip_prompts else None
 
 
 def asked(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
-    """The columns of the later models that `settings` need of a sample scored by flipped CLIP, as far as its scores
-    tell: what comes after an unknown score in the cascade is known only once that is there."""
+    """The columns that the models after flipped CLIP must fill in for a sample that flipped CLIP has scored.
+
+    A column that depends on a missing score is not listed; call again once that score is known.
+    """
     floor, columns = settings.flipped_clip.cascade_min_cosine, []
     if settings.image_text_matching and wanted(annotation, floor):
         columns.append("match_probability")
@@ -47,14 +52,14 @@ def asked(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
 
 
 def pending(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
-    """What of `asked` is not there yet."""
+    """The columns of `asked` that are still None."""
     return [column for column in asked(annotation, settings) if getattr(annotation, column) is None]
 
 
 def unscored(annotation: Annotation, settings: recipe.CrossModality) -> list[str]:
-    """The next column that `settings` need of this sample and that was never computed, if any.
+    """The next column of the cascade that `settings` need for this sample and that is still None.
 
-    What comes after it in the cascade is known only once it is there.
+    At most one: whether later columns are needed depends on it.
     """
     if annotation.flipped_clip_cosine is None:
         return ["flipped_clip_cosine"]

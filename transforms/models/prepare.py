@@ -1,7 +1,7 @@
-"""Making of a decoded picture all that the models of stage 2 look at, before any of them runs.
+"""Preparing the inputs of all stage-2 models from a decoded image, before any model runs.
 
-One decoding serves every model. What is made is small and of one size (bytes, not floats), so that the batches that
-wait for a model have bounded memory, whatever sizes the pool's pictures have.
+Each image is decoded once for all models. The inputs are small and of fixed size (bytes, not floats), so batches that
+wait for a model use bounded memory, however large the images of the pool are.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from transforms.models.handler import prepared_or_error
 
 class _Preparation(Protocol):
     def prepare(self, sample: Sample) -> Any:
-        """What one model looks at."""
+        """The inputs of one model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSample:
-    """Sample with pixels -> sample with the inputs of each rule's model, and without pixels and file."""
+    """Replaces the file and pixels of a decoded sample by the inputs of each model.
+
+    `preparations` maps a rule to the preparation of its model. Where a preparation raises, the exception takes the
+    place of the inputs (see `Sample.inputs`).
+    """
 
     preparations: Mapping[str, _Preparation]
 
@@ -35,7 +39,7 @@ class PrepareSample:
 
 
 def load_prepare(settings: recipe.CrossModality) -> PrepareSample:
-    """The preparation for the models that are on; loads processors and tokenizers, no weights."""
+    """The `PrepareSample` for all enabled models. Loads processors and tokenizers, but no weights."""
     preparations: dict[str, _Preparation] = {ClipHandler.rule: ClipPreparation.load(settings.flipped_clip)}
     if settings.image_text_matching:
         preparations[BlipHandler.rule] = BlipPreparation.load(settings.image_text_matching)

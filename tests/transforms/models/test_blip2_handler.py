@@ -172,7 +172,7 @@ def test_a_tokenizer_of_another_revision_is_an_error(digit_folder: Path, monkeyp
         "from_pretrained",
         lambda *given, load=Blip2Processor.from_pretrained, **named: _with_five_queries(load(*given, **named)),
     )
-    with pytest.raises(ValueError, match="5 image placeholders and the model takes 4"):
+    with pytest.raises(ValueError, match="5 image placeholders, but the model expects 4"):
         Blip2Handler(settings_for(digit_folder), "cpu", None).load_on(torch.device("cpu"))
 
 

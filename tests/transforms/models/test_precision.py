@@ -31,7 +31,7 @@ def test_auto_on_a_gpu(there: bool, native: bool, expected: str, monkeypatch: py
 def test_a_worker_whose_gpu_would_emulate_bf16_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old one")
-    with pytest.raises(RuntimeError, match="an old one has no bf16; say `precision: fp16`"):
+    with pytest.raises(RuntimeError, match="an old one has no bf16; set `precision: fp16`"):
         dtype_on("bf16", torch.device("cuda"))
 
 

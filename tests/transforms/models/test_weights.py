@@ -97,7 +97,7 @@ def test_a_model_loads_from_a_remote_folder(store: Path, clip_folder: Path):
 
 
 def test_a_bundled_model_that_this_installation_lacks():
-    with pytest.raises(FileNotFoundError, match="bundled:nothing: this installation holds no such file"):
+    with pytest.raises(FileNotFoundError, match="bundled:nothing: this installation has no such file"):
         weights.local_path("bundled:nothing")
 
 
@@ -141,7 +141,7 @@ def test_a_file_of_weights_cannot_say_whether_it_needs_quick_gelu(tmp_path: Path
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"")
     given: dict = {"model": "ViT-L-14", "weights": str(file), "min": 0.2}
-    with pytest.raises(ValueError, match="say `quick_gelu: true`"):
+    with pytest.raises(ValueError, match="set `quick_gelu: true`"):
         weights.clip_source(recipe.FlippedClip(**given))
     for quick in (True, False):
         assert weights.clip_source(recipe.FlippedClip(**given, quick_gelu=quick)).quick_gelu is quick
