@@ -283,7 +283,7 @@ def test_where_no_cap_binds_a_tasks_weight_lowers_no_share_of_what_the_task_like
 
 
 def test_tasks_of_another_model_are_named():
-    with pytest.raises(ValueError, match="task digits has 3 dimensions, the clusters 2"):
+    with pytest.raises(ValueError, match="task digits has 3 dimensions, the clusters have 2"):
         task_similarity(np.eye(2, dtype=np.float32), {"digits": np.eye(3, dtype=np.float32)})
 
 
@@ -327,11 +327,11 @@ class Bomb:
 @pytest.mark.parametrize(
     ("arrays", "complaint"),
     [
-        ({}, "holds no task"),
-        ({"__model__": "m"}, "holds no task"),
-        ({"t": np.eye(2)}, r"t: holds float64 \(2, 2\)"),
-        ({"t": np.ones(2, np.float32)}, r"t: holds float32 \(2,\)"),
-        ({"t": np.empty((0, 2), np.float32)}, r"t: holds float32 \(0, 2\)"),
+        ({}, "has no task"),
+        ({"__model__": "m"}, "has no task"),
+        ({"t": np.eye(2)}, r"t: is float64 \(2, 2\)"),
+        ({"t": np.ones(2, np.float32)}, r"t: is float32 \(2,\)"),
+        ({"t": np.empty((0, 2), np.float32)}, r"t: is float32 \(0, 2\)"),
         ({"t": np.zeros((1, 2), np.float32)}, "t: a centroid is zero"),
         ({"t": np.full((1, 2), np.nan, np.float32)}, "t: a centroid is zero or not finite"),
         ({"t": np.array([[Bomb()]])}, "t: cannot be read"),

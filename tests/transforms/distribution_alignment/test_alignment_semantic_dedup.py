@@ -121,7 +121,7 @@ def test_the_bound_spares_blocks_without_duplicates_and_is_given_up_where_it_nev
     duplicates = semantic_dedup.TileDuplicates(near, 0.05, block_rows=10)
     assert (duplicates.against_itself(0) == -1).all()
     assert len(looked) == 20 * 21 // 2
-    assert duplicates._tried == semantic_dedup._TRIALS
+    assert duplicates._bounds_tried == semantic_dedup._TRIALS
 
 
 def test_a_bound_is_never_below_the_product():
