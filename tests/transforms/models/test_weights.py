@@ -18,7 +18,7 @@ from transforms.models.clip import ClipHandler
 
 
 class FakeStore(LocalFileSystem):
-    """An object store under `fakestore://`, kept in a folder."""
+    """An object store under `fakestore://`, backed by a folder."""
 
     root = Path()
     opened: list[str] = []  # noqa: RUF012
@@ -58,7 +58,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "store"
 
 
-def test_a_remote_folder_is_copied_once_and_again_where_it_changed(store: Path):
+def test_a_remote_folder_is_copied_once_and_again_after_a_change(store: Path):
     (store / "bucket/model/sub").mkdir(parents=True)
     (store / "bucket/model/config.json").write_text("{}")
     (store / "bucket/model/sub/w.bin").write_bytes(b"12")
@@ -84,7 +84,7 @@ def test_a_remote_file_keeps_its_name(store: Path):
     assert Path(weights.local_path("fakestore://bucket/vit.safetensors")).name == "vit.safetensors"
 
 
-def test_a_remote_folder_that_is_not_there(store: Path):
+def test_a_missing_remote_folder_raises(store: Path):
     with pytest.raises(FileNotFoundError, match="fakestore://bucket/nothing: nothing there"):
         weights.local_path("fakestore://bucket/nothing")
 
@@ -96,12 +96,12 @@ def test_a_model_loads_from_a_remote_folder(store: Path, clip_folder: Path):
     assert set(weights.model_identity(settings)["sha256"]) == {"open_clip_model.safetensors"}
 
 
-def test_a_bundled_model_that_this_installation_lacks():
+def test_a_missing_bundled_model_raises():
     with pytest.raises(FileNotFoundError, match="bundled:nothing: this installation has no such file"):
         weights.local_path("bundled:nothing")
 
 
-def test_identity_holds_the_hash_of_the_weights(itm_folder: Path):
+def test_identity_has_the_hash_of_the_weights(itm_folder: Path):
     settings = recipe.ImageTextMatching(model=str(itm_folder), revision="abc", min=0.5)
     digest = hashlib.sha256((itm_folder / "model.safetensors").read_bytes()).hexdigest()
     assert weights.model_identity(settings) == {
@@ -111,7 +111,7 @@ def test_identity_holds_the_hash_of_the_weights(itm_folder: Path):
     }
 
 
-def test_identity_resolves_a_hub_model_through_the_hubs_cache(
+def test_identity_resolves_a_hub_model_through_the_hub_cache(
     itm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -131,13 +131,13 @@ def test_identity_resolves_a_hub_model_through_the_hubs_cache(
     ("architecture", "tag", "quick"),
     [("ViT-L-14", "openai", True), ("ViT-L/14", "openai", True), ("ViT-B-32", "laion2b_s34b_b79k", False)],
 )
-def test_a_tag_trained_with_quick_gelu_gets_it(architecture: str, tag: str, quick: bool):
+def test_quick_gelu_follows_the_tag(architecture: str, tag: str, quick: bool):
     settings = recipe.FlippedClip(model=architecture, weights=tag, min=0.2)
     assert weights.clip_source(settings) == (architecture, tag, quick)
     assert not open_clip.get_model_config(architecture.replace("/", "-")).get("quick_gelu", False)
 
 
-def test_a_file_of_weights_cannot_say_whether_it_needs_quick_gelu(tmp_path: Path):
+def test_quick_gelu_must_be_given_for_a_weight_file(tmp_path: Path):
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"")
     given: dict = {"model": "ViT-L-14", "weights": str(file), "min": 0.2}
@@ -145,17 +145,17 @@ def test_a_file_of_weights_cannot_say_whether_it_needs_quick_gelu(tmp_path: Path
         weights.clip_source(recipe.FlippedClip(**given))
     for quick in (True, False):
         assert weights.clip_source(recipe.FlippedClip(**given, quick_gelu=quick)).quick_gelu is quick
-    never = given | {"model": "ViT-B-16-SigLIP"}  # none of its tags has it
+    never = given | {"model": "ViT-B-16-SigLIP"}  # none of its tags needs it
     assert not weights.clip_source(recipe.FlippedClip(**never)).quick_gelu
 
 
-def test_a_tag_that_open_clip_does_not_know():
+def test_an_unknown_open_clip_tag_raises():
     with pytest.raises(ValueError, match="neither a file nor a known tag; tags of ViT-L-14: openai"):
         weights.clip_source(recipe.FlippedClip(model="ViT-L-14", weights="opnai", min=0.2))
 
 
 @pytest.mark.parametrize("fetch", [True, False])
-def test_a_branch_is_pinned_to_its_commit_and_weights_are_fetched_where_asked(
+def test_a_branch_is_pinned_to_its_commit_and_weights_are_fetched_on_request(
     itm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_folder: Path, fetch: bool
 ):
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -182,20 +182,20 @@ def test_a_branch_is_pinned_to_its_commit_and_weights_are_fetched_where_asked(
     assert first.image_text_matching and first.image_text_matching.revision == commit
     assert asked[0][0] is None
     assert ("*.safetensors" in asked[0][1]) is fetch
-    if fetch:  # as where fetching was interrupted
+    if fetch:  # as after an interrupted download
         (snapshot / "model.safetensors").unlink()
     before = len(asked)
     weights.pinned(given, fetch)
     assert {revision for revision, _ in asked[before:]} == ({commit} if fetch else set())
     identity = weights.model_identity(first.image_text_matching)
     assert set(identity["sha256"]) == ({"model.safetensors"} if fetch else set())
-    again = weights.pinned(given, fetch)  # as an interrupted run is gone on with
+    again = weights.pinned(given, fetch)  # as when an interrupted run resumes
     assert again == first
     assert again.image_text_matching
     assert weights.model_identity(again.image_text_matching) == identity
 
 
-def test_an_open_clip_model_on_a_hub_is_taken_at_its_revision(clip_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_open_clip_model_on_a_hub_is_loaded_at_its_revision(clip_folder: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
 
     def snapshot(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
