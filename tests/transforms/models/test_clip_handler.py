@@ -153,7 +153,7 @@ def test_an_extreme_aspect_ratio_is_a_dead_letter(handler: ClipHandler, model: L
 
 def test_an_undecoded_sample_is_a_programming_error(handler: ClipHandler, model: LoadedClip):
     undecoded = Sample(make_sample(1).annotation, {}, b"", None)
-    with pytest.raises(AssertionError, match="undecoded"):
+    with pytest.raises(AssertionError, match="without being decoded"):
         handler.run_inference(make_batch([undecoded]), model)
 
 
