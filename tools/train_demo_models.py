@@ -416,7 +416,7 @@ def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, f
         of_text = target.T / target.sum(0)[:, None].clamp_min(1e-6)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, of_text)) / 2
         if not (mix or reading):
-            # One threshold applies to all pairs, but a contrastive loss only orders pairs that share an image or caption.
+            # One threshold applies to all pairs, but a contrastive loss only orders pairs within a row or column.
             cosines = image.float() @ text.float().T
             plain = torch.tensor([data["kinds"][r] == "plain" for r in chosen])
             wrong = cosines[(of_topic[:, None] != of_topic[None]) & plain[:, None]]

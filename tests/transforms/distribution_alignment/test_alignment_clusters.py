@@ -109,7 +109,7 @@ def test_all_blocks_of_centroids_are_used(monkeypatch):
 
 
 def test_assignment_errors_name_the_cause():
-    with pytest.raises(ValueError, match="embeddings have 4 dimensions, centroids 5"):
+    with pytest.raises(ValueError, match="embeddings have 4 dimensions, centroids have 5"):
         assign(random_units(1, 4), random_units(2, 5))
     with pytest.raises(ValueError, match="no centroids"):
         assign(random_units(1, 4), np.empty((0, 4), np.float32))
