@@ -1,1 +1,1 @@
-"""What the product is measured with; never imported by it. Each runs as `python -m benchmarks.NAME`."""
+"""Benchmarks. The product never imports them. Run one with `python -m benchmarks.NAME`."""

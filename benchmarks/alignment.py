@@ -1,12 +1,12 @@
-"""Stage 3 at size: time, memory, and whether it finds exactly the duplicates that were planted.
+"""Stage 3 on large pools: time, memory, and whether it finds exactly the planted duplicates.
 
     python -m benchmarks.alignment [--quick] [--json] [--rows N N] [--only RUN] [--workers N]
 
-Tables as stages 1 and 2 leave them, generated and seeded: embeddings of 512 dimensions around rows/1,000 centres, 5 %
-of the rows near copies of another row above the threshold of 1 - epsilon, 5 % just below it. All of stage 3 runs over
-them in a process of its own: k-means with k = rows/1,000, assignment, semantic dedup, CIDS, copies, decisions. A last
-run has one cluster that holds 200,000 rows; its centroids are given, because k-means would part it. The tile kernel is
-compared with bare matrix products of the same shape and precision.
+The tables of stages 1 and 2 are generated from a seed: embeddings of 512 dimensions around rows/1,000 centres. 5 % of
+the rows are near copies of another row above the threshold of 1 - epsilon, and 5 % are just below it. All of stage 3
+runs over them in its own process: k-means with k = rows/1,000, assignment, semantic dedup, CIDS, copies and decisions.
+The last run has one cluster of 200,000 rows; its centroids are given, because k-means would split that cluster. The
+tile kernel is compared with plain matrix products of the same shape and precision.
 """
 
 from __future__ import annotations
@@ -47,9 +47,12 @@ ORACLE_ROWS = 2_000
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Generated rows. units float16 (n, d); cosines float32 (n,): flipped-CLIP, the rank; origin int64 (n,): the row
-    that each was made from, -1 where none; copies bool (n,): whether it lies above the threshold; centres float32
-    (k, d)."""
+    """Generated rows.
+
+    units float16 (n, d); cosines float32 (n,): flipped-CLIP, which decides the rank; origin int64 (n,): the row that a
+    planted row was derived from, -1 for other rows; copies bool (n,): whether a planted row is above the threshold;
+    centres float32 (k, d).
+    """
 
     units: np.ndarray
     cosines: np.ndarray
@@ -59,7 +62,7 @@ class Pool:
 
 
 def make_pool(rows: int, large_cluster_rows: int = 0) -> Pool:
-    """`rows` rows around rows/1,000 centres; so many of them around the first."""
+    """Generate `rows` rows around rows/1,000 centres, `large_cluster_rows` of them around the first centre."""
     rng = np.random.default_rng(rows + large_cluster_rows)
     count = max(2, rows // 1000)
     centres = unit_rows(rng.normal(size=(count, DIMENSIONS)).astype(np.float32))
@@ -82,12 +85,12 @@ def make_pool(rows: int, large_cluster_rows: int = 0) -> Pool:
         aside = unit_rows(aside - source * np.einsum("ij,ij->i", aside, source)[:, None])
         cosine = np.where(copies[made], rng.uniform(0.955, 0.995, len(made)), rng.uniform(0.92, 0.945, len(made)))
         units[made] = cosine[:, None] * source + np.sqrt(1 - cosine**2)[:, None] * aside
-    cosines = rng.uniform(0.2, 0.4, rows).round(4).astype(np.float32)  # rounded, so that some tie
+    cosines = rng.uniform(0.2, 0.4, rows).round(4).astype(np.float32)  # rounded, so that there are ties
     return Pool(units, cosines, origin, copies, centres)
 
 
 def write_tables(pool: Pool, folder: Path) -> None:
-    """The tables of stages 1 and 2, and empty tars to name the shards."""
+    """Write the tables of stages 1 and 2, and an empty tar for each shard."""
     layout = Layout(str(folder / "out"))
     (folder / "pool").mkdir(parents=True)
     count = len(pool.units)
@@ -130,7 +133,7 @@ def write_tables(pool: Pool, folder: Path) -> None:
 
 
 def recipe(rows: int, tasks: str, centroids: str | None) -> recipes.Recipe:
-    """Every rule of stage 3 (`cids` where there are tasks), and rules of the earlier stages that all rows pass."""
+    """All rules of stage 3 (`cids` only if `tasks` is given), and rules of the earlier stages that all rows pass."""
     return recipes.Recipe(
         name="benchmark",
         single_modality=recipes.SingleModalitySettings(
@@ -156,7 +159,7 @@ def recipe(rows: int, tasks: str, centroids: str | None) -> recipes.Recipe:
 
 
 def run_stage(folder: str, rows: str, centroids: str, *beam_options: str) -> None:
-    """The child process: stage 3 over the tables under `folder`; prints its seconds."""
+    """The child process: run stage 3 over the tables under `folder` and print its seconds."""
     settings = recipe(int(rows), f"{folder}/tasks.npz", centroids or None)
     job = graphs.Job(settings, tuple(list_shards(f"{folder}/pool")), Layout(f"{folder}/out"), {})
     write_listing(job.layout, job.shards)
@@ -168,7 +171,7 @@ def run_stage(folder: str, rows: str, centroids: str, *beam_options: str) -> Non
 
 
 def stage_figures(pool: Pool, folder: Path, workers: int, centroids: str = "") -> dict[str, float]:
-    """Seconds and peak bytes of stage 3 over `pool`, and what it found of what was planted."""
+    """Seconds and peak memory in bytes of stage 3 over `pool`, and how its decisions compare with the planted rows."""
     write_tables(pool, folder)
     options = [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"] if workers > 1 else []
     command = [sys.executable, "-m", "benchmarks.alignment", "--stage", str(folder), str(len(pool.units)), centroids]
@@ -181,7 +184,7 @@ def stage_figures(pool: Pool, folder: Path, workers: int, centroids: str = "") -
 
 
 class PeakBytes:
-    """The largest sum of the resident sets of a process and its children, looked at every 50 ms."""
+    """The peak of the summed resident sets of a process and its children, sampled every 50 ms."""
 
     def __init__(self, pid: int) -> None:
         self._process, self._done, self.bytes = psutil.Process(pid), threading.Event(), 0
@@ -201,11 +204,11 @@ class PeakBytes:
                 family = [self._process, *self._process.children(recursive=True)]
                 self.bytes = max(self.bytes, sum(process.memory_info().rss for process in family))
             except psutil.NoSuchProcess:
-                continue  # one of them has just ended
+                continue  # a process ended in the meantime
 
 
 def found(pool: Pool, folder: Path) -> dict[str, float]:
-    """How the decisions compare with what was planted, and with the oracle on some rows of the largest cluster."""
+    """Compare the decisions with the planted duplicates, and with an oracle on some rows of the largest cluster."""
     rows = len(pool.units)
     cluster, keeper = np.empty(rows, np.int64), np.full(rows, -1)
     for path in sorted((folder / "out" / "decisions").glob("*.parquet")):
@@ -213,18 +216,18 @@ def found(pool: Pool, folder: Path) -> dict[str, float]:
         numbers = [int(uid, 16) for uid in table["uid"]]
         cluster[numbers] = table["cluster"]
         keeper[numbers] = [-1 if uid is None else int(uid, 16) for uid in table["semantic_duplicate_of"]]
-    # The worse of the two goes; uids count the rows, so that ties end at the smaller number.
+    # The worse of the two is dropped. Uids are row numbers, so ties keep the smaller row.
     planted = np.flatnonzero(pool.origin >= 0)
     pairs = np.column_stack([planted, pool.origin[planted]])
     worse_first = np.take_along_axis(pairs, np.lexsort((-pairs, pool.cosines[pairs]), axis=1), axis=1)
-    goes = worse_first[:, 0]
+    worse = worse_first[:, 0]
     together = cluster[pairs[:, 0]] == cluster[pairs[:, 1]]
     above, dropped = pool.copies[planted], keeper >= 0
     explained = np.zeros(rows, bool)
-    explained[goes[above & together]] = True
+    explained[worse[above & together]] = True
     return {
         "planted_above": int((above & together).sum()),
-        "planted_above_found": int(dropped[goes[above & together]].sum()),
+        "planted_above_found": int(dropped[worse[above & together]].sum()),
         "planted_above_parted_by_k_means": int((above & ~together).sum()),
         "planted_below": int((~above).sum()),
         "dropped_otherwise": int((dropped & ~explained).sum()),
@@ -235,7 +238,7 @@ def found(pool: Pool, folder: Path) -> dict[str, float]:
 
 
 def oracle_differences(pool: Pool, cluster: np.ndarray, keeper: np.ndarray) -> int:
-    """For how many rows of a subsample of the largest cluster the keeper is not the one of the definition, float64."""
+    """The number of rows, in a sample of the largest cluster, whose keeper differs from the definition in float64."""
     members = np.flatnonzero(cluster == np.bincount(cluster).argmax())
     members = members[np.lexsort((members, -pool.cosines[members]))]
     units = unit_rows(pool.units[members])
@@ -253,8 +256,10 @@ def oracle_differences(pool: Pool, cluster: np.ndarray, keeper: np.ndarray) -> i
 
 
 def kernel_ratios(rows: int = 8192, block: int = 1024) -> dict[str, float]:
-    """The tile kernel against bare products of the same blocks, float32: where the bound spares most of them, and where
-    it never does."""
+    """The speed of the tile kernel relative to plain float32 products of the same blocks.
+
+    Measured on rows for which the bound avoids most products, and on rows for which it avoids none.
+    """
     rng = np.random.default_rng(0)
     centre = rng.normal(size=(1, DIMENSIONS))
     spread = {"distinct rows": 1.0, "all rows just below the threshold": 0.28}
@@ -286,11 +291,15 @@ def _seconds(work: Callable[[], None]) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="smaller pools: shows that it runs, not the growth")
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="smaller pools, to check that the benchmark runs; the growth is meaningless",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object in the last line")
     parser.add_argument("--rows", type=int, nargs=2, default=[250_000, 1_000_000])
     parser.add_argument("--workers", type=int, default=1, help="worker processes of the local runner")
-    parser.add_argument("--only", choices=["few", "many", "skewed"], help="one of the runs, without the ratios")
+    parser.add_argument("--only", choices=["few", "many", "skewed"], help="only one of the runs, without the ratios")
     parser.add_argument("--stage", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:

@@ -1,14 +1,16 @@
-"""What a sample costs, for `pairsift estimate`: seconds of a core, bytes of each table, bytes of each shuffle.
+"""Costs per sample, for `pairsift estimate`: core seconds, bytes in each table and bytes in each shuffle.
 
     OMP_NUM_THREADS=1 python -m benchmarks.costs [--quick] [--json]
 
-Seconds are user CPU time, which a busy machine lengthens less than the clock's, and slopes between a small and a large
-pool, so that loading is taken out; one thread, because threads that wait for each other count as busy. Bytes of
-shuffles are those that Beam's local runner hands to each GroupByKey, after it has combined what it can. What stage 1
-does with pictures and captions runs with the paper's rules over pairs of `benchmarks.pictures`. Its passes over the
-pool, which cost a sample so little that it takes many to see it, run over generated rows, no two of them alike, as
-in `benchmarks.alignment`; so does stage 3, with few and with many rows a cluster of a shard, because what a step
-sends for such a group has a cost of its own. The figures have the names that `pipeline/estimate/figures.yaml` has.
+Seconds are user CPU time, which other load on the machine affects less than wall time. They are slopes between a small
+and a large pool, which removes the time for loading. One thread is used, because threads that wait for each other
+count as busy. Shuffle bytes are what Beam's local runner passes to each GroupByKey, after its combiners.
+
+The per-shard part of stage 1 runs with the rules of paper.yaml over pairs from `benchmarks.pictures`. Its passes over
+the pool cost so little per sample that a measurement takes many samples, so they run over generated rows, all
+different, as in `benchmarks.alignment`. So does stage 3, once with few and once with many rows in each cluster of a
+shard, because each such group has a cost of its own. The names of the figures are those in
+`pipeline/estimate/figures.yaml`.
 """
 
 from __future__ import annotations
@@ -46,13 +48,13 @@ from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGL
 PAPER = Path(__file__).parent.parent / "recipes" / "paper.yaml"
 TARS = 2
 GROUPS = "Find ranges/Group keys"
-"""The shuffle of one element for each cluster of each shard."""
+"""The shuffle that has one element for each cluster of each shard."""
 TRAINING = "Train centroids/"
 FINE = f"{TRAINING}Gather coarse cluster"
 
 
 class Shuffles:
-    """Elements and bytes that went into each GroupByKey by its name, while open."""
+    """The number of elements and bytes that entered each GroupByKey while `open`, by step name."""
 
     def __init__(self) -> None:
         self.elements: dict[str, int] = defaultdict(int)
@@ -60,9 +62,9 @@ class Shuffles:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Count what the local runner groups."""
+        """Count the elements that the local runner groups."""
         names: dict[int, str] = {}
-        kept = []  # no other buffer takes its id
+        kept = []  # keeps the buffers alive, so that no id is reused
         get_buffer, append = execution.BundleContextManager.get_buffer, execution.GroupingBuffer.append
 
         def named(manager: Any, buffer_id: bytes, transform_id: str) -> Any:
@@ -90,7 +92,7 @@ class Shuffles:
 
 
 def _short(name: str) -> str:
-    """A step's name without those of Beam's own steps within it."""
+    """A step's name without the names of Beam's own steps inside it."""
     parts = name.split("/")
     while len(parts) > 1 and parts[-1] in ("GroupByKey", "CombinePerKey", "Group", "ReshufflePerKey", "Reshuffle",
                                            "CoGroupByKeyImpl", "MaybeReshuffle"):  # fmt: skip
@@ -99,29 +101,29 @@ def _short(name: str) -> str:
 
 
 def user_seconds() -> float:
-    """User CPU time of this process and of the children that have ended."""
+    """User CPU time in seconds of this process and its finished children."""
     return sum(resource.getrusage(who).ru_utime for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def stage_1(folder: Path, few: int, many: int) -> dict[str, float]:
-    """Seconds of a core a sample of stage 1, without its passes over the pool."""
+    """Core seconds per sample of stage 1, without its passes over the pool."""
     recipe = load_recipe(str(PAPER)).model_copy(update={"cross_modality": _NOT_RUN})
     seconds: dict[int, float] = {}
-    for number, count in enumerate((few, few, many)):  # the first time is for what is loaded once
-        there = folder / f"stage 1, {number}"
-        pool, output = pictures.write_tars(there / "pool", pictures.pairs(count), TARS), there / "out"
+    for number, count in enumerate((few, few, many)):  # the first run is a warm-up that loads everything
+        run_folder = folder / f"stage 1, {number}"
+        pool, output = pictures.write_tars(run_folder / "pool", pictures.pairs(count), TARS), run_folder / "out"
         job = graphs.Job(recipe, tuple(list_shards(str(pool))), Layout(str(output)), identities(recipe))
         started = user_seconds()
         run(recipe, str(pool), str(output), [SINGLE_MODALITY], [], Progress(Console(file=io.StringIO())))
-        whole = user_seconds() - started
-        seconds[count] = whole - _graph(graphs.pool_wide, job)
+        total = user_seconds() - started
+        seconds[count] = total - _graph(graphs.pool_wide, job)
     return {"cpu/single_modality": (seconds[many] - seconds[few]) / (many - few)}
 
 
 def pool_wide(folder: Path, few: int, many: int) -> dict[str, float]:
-    """Seconds of a core and bytes a sample of the passes over the pool."""
+    """Core seconds and shuffle bytes per sample of stage 1's passes over the pool."""
     seconds, shuffles = {}, {}
-    for number, count in enumerate((few, few, many)):  # the first time is for what is loaded once
+    for number, count in enumerate((few, few, many)):  # the first run is a warm-up that loads everything
         job = generated(folder / f"pool-wide, {number}", count, alignment.recipe(count, "", None))
         seconds[count], shuffles[count] = _graph(graphs.pool_wide, job), Shuffles()
         with shuffles[count].open():
@@ -129,7 +131,7 @@ def pool_wide(folder: Path, few: int, many: int) -> dict[str, float]:
     figures = {"cpu/pool_wide": (seconds[many] - seconds[few]) / (many - few)}
     for name in shuffles[many].bytes:
         slope = (shuffles[many].bytes[name] - shuffles[few].bytes[name]) / (many - few)
-        if slope >= 1:  # the rest is a few bytes a shard
+        if slope >= 1:  # other shuffles have only a few bytes for each shard
             figures[f"shuffle/{SINGLE_MODALITY}/{name}/sample"] = slope
     return figures
 
@@ -138,7 +140,7 @@ _NOT_RUN = recipes.CrossModalitySettings(flipped_clip=recipes.FlippedClip(model=
 
 
 def generated(folder: Path, rows: int, recipe: recipes.Recipe) -> graphs.Job:
-    """What the graphs that read tables alone are built from, over so many generated rows."""
+    """A job over `rows` generated rows, for the graphs that read only tables."""
     alignment.write_tables(alignment.make_pool(rows), folder)
     layout, shards = Layout(str(folder / "out")), tuple(list_shards(str(folder / "pool")))
     write_listing(layout, shards)
@@ -146,7 +148,7 @@ def generated(folder: Path, rows: int, recipe: recipes.Recipe) -> graphs.Job:
 
 
 def _graph(graph: Any, job: graphs.Job) -> float:
-    """Run one graph; its user CPU time."""
+    """Run one graph. Returns its user CPU time in seconds."""
     started = user_seconds()
     pipeline = pipeline_of([])
     graphs.build(graph, pipeline, job)
@@ -155,22 +157,24 @@ def _graph(graph: Any, job: graphs.Job) -> float:
 
 
 def stage_3(folder: Path, few: int, many: int, clusters: int) -> dict[str, float]:
-    """Seconds of a core and bytes of stage 3: of a sample of the pool, of a candidate, of a group (the candidates of a
-    shard in one cluster), of a cluster."""
+    """Core seconds and shuffle bytes of stage 3: per sample of the pool, per candidate, per group and per cluster.
+
+    A group is the candidates of one shard in one cluster.
+    """
     timed = [
         Aligned(folder / f"stage 3, {number}", *sizes)
         for number, sizes in enumerate(
             [(few, 0.0, 10), (few, 0.0, 10), (many, 0.0, 10), (many, 0.38, 10), (few, 0.0, clusters),
              (many, 0.0, clusters)]
         )
-    ][1:]  # the first time is for what is loaded once  # fmt: skip
+    ][1:]  # the first run is a warm-up that loads everything  # fmt: skip
     sums = np.array([[1, each.samples, each.candidates, each.groups, each.clusters] for each in timed])
     _, sample, candidate, group, cluster = np.linalg.solve(sums, [each.seconds for each in timed])
     figures = {"cpu/decisions": sample, "cpu/candidate": candidate, "cpu/group": group, "cpu/cluster": cluster}
     dense, sparse = timed[1], timed[-1]
     for name in dense.shuffles.bytes:
         if name.startswith(TRAINING) or dense.shuffles.bytes[name] < 2 * dense.candidates:
-            continue  # not by candidate: a few bytes a shard, a cluster or a job
+            continue  # does not grow with candidates: a few bytes for each shard, each cluster or the job
         elements = np.array([[each.candidates, each.shuffles.elements[name]] for each in (dense, sparse)])
         row, element = np.linalg.solve(elements, [each.shuffles.bytes[name] for each in (dense, sparse)])
         figures[f"shuffle/{DISTRIBUTION_ALIGNMENT}/{name}/candidate"] = row
@@ -183,8 +187,10 @@ def stage_3(folder: Path, few: int, many: int, clusters: int) -> dict[str, float
 
 
 class Aligned:
-    """Stage 3 as in paper.yaml over generated rows, those with that cosine as candidates: once for its user seconds,
-    once for its shuffles."""
+    """Two runs of stage 3 over generated rows, one for user seconds and one for shuffles.
+
+    Rows with a cosine of at least `min_cosine` are candidates.
+    """
 
     def __init__(self, folder: Path, rows: int, min_cosine: float, clusters: int) -> None:
         self.samples, self.clusters = rows, clusters
@@ -203,8 +209,10 @@ class Aligned:
 
 
 def table_bytes(folder: Path) -> dict[str, float]:
-    """Bytes a row of each table of the demo's run, its shards' rows in one file; scores without the embedding, which
-    does not compress."""
+    """Bytes per row in each table of a demo run, with the rows of all shards in one file.
+
+    The embedding is left out, because it does not compress.
+    """
     paths = {
         "single_modality": Layout.single_modality,
         "pool_wide": Layout.pool_wide,
@@ -235,8 +243,10 @@ def _rows(path: str, columns: list[str]) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="smaller pools, no demo: shows that it runs")
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller pools and no demo, to check that the benchmark runs"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object in the last line")
     parser.add_argument("--only", choices=["stage_1", "pool_wide", "stage_3", "tables"])
     arguments = parser.parse_args()
     figures: dict[str, float] = {}

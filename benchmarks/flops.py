@@ -1,11 +1,11 @@
-"""Floating-point operations of one pair's forward pass, for `pairsift estimate`.
+"""Floating-point operations of the forward pass of one pair, for `pairsift estimate`.
 
     python -m benchmarks.flops [--clip ARCHITECTURE …] [--json]
 
-Counted by torch over the architectures of `recipes/paper.yaml` and the given ones of open_clip; captions as long as the
-models take them. CLIPs are counted on the meta device. BLIP and BLIP-2 look at their inputs, so these are run, with one
-layer more of each part in turn: their operations are linear in the layers. Last, the matrix products that one core of
-this machine does a second, for devices that have no published peak.
+torch counts them for the architectures of `recipes/paper.yaml` and for the given open_clip architectures, with captions
+of maximum length. CLIP models are counted on the meta device. BLIP and BLIP-2 inspect their inputs, so small versions
+run for real: their operations are linear in the number of layers of each part. Also measures the matrix-product
+operations per second of one core of this machine, for devices without a published peak.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from transformers import (
 from benchmarks.random_models import ITM_TEXT, LARGE_VISION, OPT_2_7B
 
 ITM_TOKENS = 64
-PROMPT_TOKENS = 17  # of the default digit question, in OPT's tokens
+PROMPT_TOKENS = 17  # OPT tokens of the default digit question
 CLIPS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14")
 
 
 def count(forward: Callable[[], object]) -> float:
-    """Floating-point operations of a call: two for each multiply-add."""
-    torch.backends.mha.set_fastpath_enabled(False)  # which the counter does not see
+    """Floating-point operations of a call. A multiply-add counts as two."""
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see the fast path
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward()
     torch.backends.mha.set_fastpath_enabled(True)
@@ -45,7 +45,7 @@ def count(forward: Callable[[], object]) -> float:
 
 
 def clip(architecture: str) -> dict[str, float]:
-    """A picture and a caption of full length; the picture alone; the embedding's dimensions."""
+    """Operations for an image with a caption of maximum length and for the image alone, and embedding dimensions."""
     config = copy.deepcopy(open_clip.get_model_config(architecture))
     kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
     side, tokens = config["vision_cfg"]["image_size"], config["text_cfg"].get("context_length", 77)
@@ -61,37 +61,37 @@ def clip(architecture: str) -> dict[str, float]:
 
 
 def itm(vision: dict[str, int]) -> float:
-    """BLIP with an image-text matching head: a picture and a caption of full length."""
+    """Operations of BLIP with a matching head, for an image and a caption of maximum length."""
     depth = {"vision": vision.get("num_hidden_layers", 12), "text": 12}
 
-    def of(**layers: int) -> float:
+    def operations(**layers: int) -> float:
         text = {**ITM_TEXT, "num_hidden_layers": layers["text"]}
         sight = {"image_size": 384, **vision, "num_hidden_layers": layers["vision"]}
-        model = _still(BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=sight)))
+        model = _frozen(BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=sight)))
         tokens, picture = torch.ones(1, ITM_TOKENS, dtype=torch.long), torch.empty(1, 3, 384, 384)
         return count(lambda: model(input_ids=tokens, pixel_values=picture, attention_mask=torch.ones_like(tokens)))
 
-    return _linear(of, depth, {"vision": 1, "text": 1})
+    return _linear(operations, depth, {"vision": 1, "text": 1})
 
 
 def digit() -> float:
-    """BLIP-2 with OPT-2.7b: a picture and one question, up to the first token of the answer."""
-    whole = Blip2Config()
+    """Operations of BLIP-2 with OPT-2.7b, for an image and one question, up to the first token of the answer."""
+    full = Blip2Config()
     depth = {
-        "vision": whole.vision_config.num_hidden_layers,
-        "query": whole.qformer_config.num_hidden_layers,
+        "vision": full.vision_config.num_hidden_layers,
+        "query": full.qformer_config.num_hidden_layers,
         "text": OPT_2_7B["num_hidden_layers"],
     }
-    queries, side = whole.num_query_tokens, whole.vision_config.image_size
+    queries, side = full.num_query_tokens, full.vision_config.image_size
 
-    def of(**layers: int) -> float:
+    def operations(**layers: int) -> float:
         config = Blip2Config(
             vision_config={"num_hidden_layers": layers["vision"]},
             qformer_config={"num_hidden_layers": layers["query"]},
             text_config=OPTConfig(**{**OPT_2_7B, "num_hidden_layers": layers["text"]}).to_dict(),
             image_token_index=2,
         )
-        model = _still(Blip2ForConditionalGeneration(config))
+        model = _frozen(Blip2ForConditionalGeneration(config))
         tokens = torch.tensor([[2] * queries + [5] * PROMPT_TOKENS])
         picture = torch.empty(1, 3, side, side)
 
@@ -104,23 +104,23 @@ def digit() -> float:
 
         return count(forward)
 
-    # Every second layer of the query transformer looks at the picture.
-    return _linear(of, depth, {"vision": 1, "query": 2, "text": 1})
+    # Every second layer of the query transformer attends to the image, so layers are added in pairs.
+    return _linear(operations, depth, {"vision": 1, "query": 2, "text": 1})
 
 
-def _still(model: Any) -> Any:
+def _frozen(model: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _linear(of: Callable[..., float], depth: dict[str, int], step: dict[str, int]) -> float:
-    """Operations at full depth, from those of the least depth and of one step more in each part."""
-    least = of(**step)
-    added = {part: of(**{**step, part: 2 * step[part]}) - least for part in step}
-    return least + sum((depth[part] // step[part] - 1) * more for part, more in added.items())
+def _linear(operations: Callable[..., float], depth: dict[str, int], step: dict[str, int]) -> float:
+    """Operations at full depth, extrapolated from the smallest depth and from one more step in each part."""
+    smallest = operations(**step)
+    added = {part: operations(**{**step, part: 2 * step[part]}) - smallest for part in step}
+    return smallest + sum((depth[part] // step[part] - 1) * more for part, more in added.items())
 
 
 def peak(dtype: torch.dtype) -> float:
-    """Operations a second of one large matrix product on one core."""
+    """Operations per second of a large matrix product on one core."""
     torch.set_num_threads(1)
     left, right = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     taken = []
@@ -134,8 +134,8 @@ def peak(dtype: torch.dtype) -> float:
 def main() -> None:
     """Count and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--clip", nargs="*", default=CLIPS, help="architectures of open_clip")
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument("--clip", nargs="*", default=CLIPS, help="open_clip architectures")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object in the last line")
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
     for architecture in arguments.clip:

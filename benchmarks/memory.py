@@ -1,11 +1,11 @@
-"""What each further sample of a pool costs each stage in memory, on the local runner.
+"""Memory of each stage per additional sample of the pool, on the local runner.
 
     python -m benchmarks.memory [--quick] [--json]
 
-All three stages with every rule of stage 1 but faces, a tiny CLIP and a tiny picture a sample, each in a process of its
-own; the slope of the peak resident set between 4 and 40 shards of 500 samples, in bytes a sample. A slope, so that what
-the libraries and the models weigh in any case hides nothing. Stage 1 runs a second time with another `max_hamming`:
-then its features are there, and the passes over the pool stand alone.
+Runs all three stages, each in its own process, with all rules of stage 1 except faces, a tiny CLIP, and tiny images.
+The result is the slope of the peak resident set between 4 and 40 shards of 500 samples, in bytes per sample. A slope
+excludes the constant size of libraries and models. Stage 1 runs a second time with another `max_hamming`: its
+per-shard features exist by then, so only its passes over the pool run.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ SHARD_SAMPLES = 500
 SIDE_PX = 48
 POOL_WIDE = "single_modality, passes over the pool alone"
 MEASURED = (SINGLE_MODALITY, POOL_WIDE, CROSS_MODALITY, DISTRIBUTION_ALIGNMENT)
-"""In the order in which they run: each needs the tables of those before it."""
+"""The measured steps in the order in which they run; each needs the tables of the steps before it."""
 
 
 def recipe(model: Path, max_hamming: int) -> recipes.Recipe:
-    """Every rule of stage 1 but faces, which takes long and keeps a number; nothing but a tiny CLIP in stage 2."""
+    """All rules of stage 1 except faces, which is slow and stores only one number; only a tiny CLIP in stage 2."""
     clip = recipes.FlippedClip(model=str(model), min=-1.0)
     return recipes.Recipe(
         name="benchmark",
@@ -62,7 +62,7 @@ def recipe(model: Path, max_hamming: int) -> recipes.Recipe:
 
 
 def write_pool(folder: Path, count: int) -> None:
-    """`count` pairs of small noise and a caption of their own."""
+    """Write `count` pairs of a small noise image and a unique caption."""
     rng = np.random.default_rng(0)
     samples = []
     for number in range(count):
@@ -74,7 +74,7 @@ def write_pool(folder: Path, count: int) -> None:
 
 
 def peaks_bytes(folder: Path, count: int) -> dict[str, int]:
-    """The peak resident set of each process that runs something of `MEASURED` over so many samples."""
+    """The peak resident set in bytes of each step of `MEASURED` over `count` samples, each in its own process."""
     pool, output = folder / f"pool{count}", folder / f"out{count}"
     write_pool(pool, count)
     arguments = [str(folder / "clip"), str(pool), str(output)]
@@ -89,10 +89,10 @@ def peaks_bytes(folder: Path, count: int) -> dict[str, int]:
 
 
 def measure(what: str, model: str, pool: str, output: str) -> None:
-    """The child process: run something of `MEASURED` and print its own peak resident set in bytes."""
+    """The child process: run one step of `MEASURED` and print the peak resident set of this process in bytes."""
     stage, max_hamming = (SINGLE_MODALITY, 2) if what == POOL_WIDE else (what, 3 if what == SINGLE_MODALITY else 2)
     run(recipe(Path(model), max_hamming), pool, output, [stage], [], Progress(Console(file=io.StringIO())))
-    # Not `ru_maxrss`, which a process inherits from the one that started it.
+    # `ru_maxrss` does not work here: a process inherits it from its parent.
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     print(int(peak) * 1024)
 
@@ -100,8 +100,10 @@ def measure(what: str, model: str, pool: str, output: str) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="smaller pools: shows that it runs, not the slope")
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller pools, to check that the benchmark runs; the slope is meaningless"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object in the last line")
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:

@@ -1,14 +1,17 @@
-"""How much of a model's bare speed is left when it scores a pool, and what the same pictures cost elsewhere.
+"""The speed of a model in the pipeline, compared with its bare forward pass and with other tools.
 
     python -m benchmarks.models [--quick] [--json] [--device cpu|cuda] [--only clip|itm|digit] [--pairs N] [--rounds R]
                                 [--no-peers]
 
-For each model and precision, in pairs a second: the bare forward pass on ready tensors (in our precision the mean of
-before and after the rest); through RunInference on prepared batches (in our precision only); all of stage 2, from tars
-on disk to written tables. Then clip-retrieval and data-juicer on the same pictures with the same weights (`make
-bench-peers` first). What starts once (loading, warming up) is taken out of every
-figure alike: each is the slope between a small and a large pool. Measurements take turns, round by round, and every
-ratio is the median of the rounds' own ratios, because machines are shared.
+Measured for each model and precision, in pairs per second:
+
+- the bare forward pass on prepared tensors (for our precision, the mean of one run before and one after the others);
+- RunInference on prepared batches (for our precision only);
+- all of stage 2, from tars on disk to written tables.
+
+Then clip-retrieval and data-juicer on the same images with the same weights (run `make bench-peers` first). Each figure
+is the slope between a small and a large pool, which removes loading and warming up. Measurements alternate in rounds,
+and each ratio is the median over the rounds, because machines are shared.
 """
 
 from __future__ import annotations
@@ -55,7 +58,11 @@ PeerSeconds = Callable[[list[Sample], Path], float]
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One model to measure: its handler, what it is asked, and how stage 2 is told to run nothing else."""
+    """One model to measure: its handler, its forward pass, and the stage-2 settings that run only this model.
+
+    `small` and `large` are the numbers of pairs in the two pools; `large_fp32` replaces `large` for fp32, the precision
+    of the peers.
+    """
 
     name: str
     sections: dict[str, Any]
@@ -65,22 +72,21 @@ class Subject:
     small: int
     large: int
     large_fp32: int
-    """Pairs of the small and the large pool; of the large one where fp32 (as the peers have it) is what runs."""
 
     def settings(self, device: str, precision: str) -> recipes.CrossModalitySettings:
-        """Stage 2 with this model (after a tiny CLIP, where the model is a later one)."""
+        """Stage-2 settings with this model (after a tiny CLIP, for BLIP and BLIP-2)."""
         return recipes.CrossModalitySettings(**{"device": device, "precision": precision, **self.sections})
 
 
 def clip_forward(model: Any, inputs: list[Any]) -> Callable[[], Any]:
-    """Both towers on tensors that are ready."""
+    """The forward pass of both CLIP towers on prepared tensors."""
     tokens = np.stack([row.tokens for row in inputs])
     images = normalised([row.views[0] for row in inputs], model.table)
     return lambda: (model.text(tokens), model.model.encode_image(images))
 
 
 def itm_forward(model: Any, inputs: list[Any]) -> Callable[[], Any]:
-    """BLIP on tensors that are ready."""
+    """The forward pass of BLIP on prepared tensors."""
     device = model.table.device
     tokens, mask = (torch.from_numpy(np.stack(column)).to(device) for column in list(zip(*inputs, strict=True))[1:])
     images = normalised([row.pixels for row in inputs], model.table)
@@ -93,7 +99,7 @@ def itm_forward(model: Any, inputs: list[Any]) -> Callable[[], Any]:
 
 
 def digit_forward(model: Any, inputs: list[Any]) -> Callable[[], Any]:
-    """BLIP-2 on tensors that are ready."""
+    """The forward pass of BLIP-2 on prepared tensors."""
     images = normalised(inputs, model.table)
     prompt = model.prompts[0].repeat(len(inputs), 1)
 
@@ -104,7 +110,7 @@ def digit_forward(model: Any, inputs: list[Any]) -> Callable[[], Any]:
 
 
 def bare_rate(subject: Subject, handler: Any, model: Any, samples: list[Sample]) -> float:
-    """Pairs a second of full batches of the shapes that these samples have, in these samples' proportions."""
+    """Pairs per second of the bare forward pass, with full batches of each input shape, weighted as in `samples`."""
     by_shape: dict[Any, list[Any]] = {}
     for sample in samples:
         prepared = model.prepare(pictures.decoded(sample))
@@ -120,7 +126,7 @@ def bare_rate(subject: Subject, handler: Any, model: Any, samples: list[Sample])
 
 
 def inference_rate(subject: Subject, handler: Any, settings: recipes.CrossModalitySettings, samples: list[Sample]) -> float:
-    """Pairs a second through RunInference, on batches that are prepared and in memory."""
+    """Pairs per second of RunInference on prepared batches in memory."""
     prepared = prepare.load_prepare(settings)
     _Ready.samples = [prepared(pictures.decoded(sample)) for sample in samples]
 
@@ -140,7 +146,7 @@ def inference_rate(subject: Subject, handler: Any, settings: recipes.CrossModali
 
 
 class _Ready(beam.DoFn):
-    """Batches of what `samples` holds; held by the class, so that nothing is copied on the way in."""
+    """Emits batches of `samples`, which is a class attribute so that nothing is copied into the pipeline."""
 
     samples: list[Sample] = []  # noqa: RUF012
 
@@ -158,7 +164,7 @@ def _joined_size(subject: Subject) -> int:
 
 
 def stage_rate(subject: Subject, settings: recipes.CrossModalitySettings, samples: list[Sample], folder: Path) -> float:
-    """Pairs a second of the whole of stage 2: tars in, tables out."""
+    """Pairs per second of all of stage 2, from tars to tables."""
     recipe = recipes.Recipe(
         name="benchmark",
         single_modality=recipes.SingleModalitySettings(),
@@ -176,7 +182,7 @@ def stage_rate(subject: Subject, settings: recipes.CrossModalitySettings, sample
 
 
 def peer_rate(seconds: PeerSeconds, subject: Subject, samples: list[Sample], folder: Path) -> float:
-    """Pairs a second of a peer's command, start-up taken out in the same way."""
+    """Pairs per second of a peer's command, also as a slope without start-up."""
     taken = {}
     for count in (subject.small, len(samples)):
         (folder / str(count)).mkdir(parents=True)
@@ -185,13 +191,13 @@ def peer_rate(seconds: PeerSeconds, subject: Subject, samples: list[Sample], fol
 
 
 def _slope(seconds: dict[int, float]) -> float:
-    """Pairs a second between a small and a large pool, from the seconds by size."""
+    """Pairs per second as the slope between a small and a large pool, from the seconds by pool size."""
     small, large = sorted(seconds)
     return (large - small) / (seconds[large] - seconds[small])
 
 
 def peak_flops(device: str, dtype: torch.dtype) -> float:
-    """Multiply-adds times two, a second, of one large matrix product: the most that a model could come to."""
+    """Floating-point operations per second of one large matrix product: an upper bound for a model."""
     side = 8192 if device == "cuda" else 2048
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     _timed(lambda: left @ right)
@@ -201,7 +207,7 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
 def forward_flops(subject: Subject, model: Any, sample: Sample) -> float:
     """Floating-point operations of one pair's forward pass."""
     forward = subject.forward(model, [model.prepare(pictures.decoded(sample))])
-    torch.backends.mha.set_fastpath_enabled(False)  # which the counter does not see
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see the fast path
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         forward()
     torch.backends.mha.set_fastpath_enabled(True)
@@ -217,7 +223,7 @@ def _timed(work: Callable[[], Any]) -> float:
 
 
 def subjects(folder: Path, arguments: argparse.Namespace) -> list[Subject]:
-    """The models to measure, their weights written under `folder`."""
+    """The models to measure. Writes their weights under `folder`."""
     quick, cuda = arguments.quick, arguments.device == "cuda"
     architecture = "ViT-L-14" if cuda else "ViT-B-32"
     batch = 256 if cuda else 64
@@ -261,10 +267,10 @@ def subjects(folder: Path, arguments: argparse.Namespace) -> list[Subject]:
 
 
 def measure(arguments: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Every figure, by name; ratios first."""
+    """All figures by name, ratios first."""
     rates: Rates = {}
     figures: dict[str, float] = {}
-    # On a GPU fp32 is left out: nobody scores a pool with it there, and the models of earlier pipelines stay in memory.
+    # No fp32 on a GPU: it is not used there in practice, and the models of earlier pipelines stay in memory.
     ours = resolve("auto", arguments.device)
     precisions = list(dict.fromkeys([ours, *(["fp32"] if arguments.device == "cpu" else [])]))
     architecture = "ViT-L-14" if arguments.device == "cuda" else "ViT-B-32"
@@ -285,7 +291,7 @@ def measure(arguments: argparse.Namespace, folder: Path, say: Callable[[str], No
                     _add(rates, f"{name} RunInference", inference_rate(subject, handler, settings, some), say)
                 there = folder / "stage" / name / str(number)
                 _add(rates, f"{name} stage 2", stage_rate(subject, settings, some, there), say)
-                if precision == precisions[0]:  # again after what is compared with it: the machine's pace changes
+                if precision == precisions[0]:  # measured again, because the speed of the machine changes over time
                     bare.append(bare_rate(subject, handler, model, some[subject.small :]))
                 _add(rates, f"{name} bare", statistics.mean(bare), say)
                 del model
@@ -312,7 +318,7 @@ def measure(arguments: argparse.Namespace, folder: Path, say: Callable[[str], No
 
 
 def drift(subject: Subject, stages: Path, precisions: list[str]) -> dict[str, float]:
-    """How far the scores of a precision lie from fp32's, on the pairs that both have scored."""
+    """The differences between the scores of a precision and those of fp32, on the pairs that both scored."""
     if len(precisions) < 2:
         return {}
     column = {"clip": "flipped_clip_cosine", "itm": "match_probability", "digit": "digit_probability"}[subject.name]
@@ -356,18 +362,18 @@ def _add(rates: Rates, name: str, rate: float, say: Callable[[str], None]) -> No
     say(f"{name}: {rate:.2f} pairs/s")
 
 
-def _ratio(over: list[float], under: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+def _ratio(numerators: list[float], denominators: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="CLIP only, no peers, few pairs")
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object in the last line")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--pairs", type=int, default=None, help="pairs between the small and the large pool")
-    parser.add_argument("--pairs-fp32", type=int, default=256, help="the same, where fp32 or a peer is what runs")
+    parser.add_argument("--pairs-fp32", type=int, default=256, help="the same for fp32 and the peers")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", choices=["clip", "itm", "digit"])
     parser.add_argument("--no-peers", action="store_true")
@@ -375,7 +381,7 @@ def main() -> None:
     arguments.pairs = arguments.pairs or (4096 if arguments.device == "cuda" else 768)
     compared = not arguments.no_peers and not arguments.quick
     if compared and not (peers.CLIP_RETRIEVAL.exists() and peers.DATA_JUICER.exists()):
-        parser.error("the peers' environments are not there: `make bench-peers` first, or say --no-peers")
+        parser.error("the peers' environments do not exist: run `make bench-peers` first, or pass --no-peers")
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(arguments, Path(folder), lambda line: print(line, flush=True))
     for name, value in figures.items():

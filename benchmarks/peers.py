@@ -1,4 +1,4 @@
-"""The same pictures through clip-retrieval and data-juicer, each in the environment that `make bench-peers` made."""
+"""Runs clip-retrieval and data-juicer on the same images, each in its environment from `make bench-peers`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ENVIRONMENTS = Path(__file__).parent.parent / ".bench"
 CLIP_RETRIEVAL = ENVIRONMENTS / "clip-retrieval" / "bin" / "clip-retrieval"
 DATA_JUICER = ENVIRONMENTS / "data-juicer" / "bin" / "dj-process"
 
-# Data-juicer installs what it misses while it runs; nothing is to be fetched inside a measurement.
+# Data-juicer installs missing packages while it runs. Downloads must not be part of a measurement.
 _OFFLINE = {"PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
 
 
 def clip_retrieval_seconds(samples: list[Sample], weights: Path, architecture: str, folder: Path) -> float:
-    """`clip-retrieval inference` at its defaults, which want at least as many tars as workers: 4."""
+    """Wall seconds of `clip-retrieval inference` with its default settings, which need a tar for each of 4 workers."""
     write_tars(folder / "pool", samples, 4)
     return _seconds(
         str(CLIP_RETRIEVAL), "inference",
@@ -31,7 +31,7 @@ def clip_retrieval_seconds(samples: list[Sample], weights: Path, architecture: s
 
 
 def data_juicer_seconds(samples: list[Sample], operator: str, model: dict[str, str], folder: Path) -> float:
-    """`dj-process` with one filter that keeps everything, two processes."""
+    """Wall seconds of `dj-process` with two processes and one filter that keeps everything."""
     paths = write_files(folder / "pictures", samples)
     lines = [
         {"text": f"<__dj__image> {sample.annotation.caption} <|__dj__eoc|>", "images": [str(path)]}

@@ -1,4 +1,4 @@
-"""The pictures that are measured on: the OpenStax pool beside the checkout where it is there, else the demo pool."""
+"""The images for the benchmarks: the OpenStax pool next to the checkout if it exists, else the demo pool."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BOUNDS = PoolSettings()
 
 
 def source() -> Path:
-    """The folder of tars to take pictures from."""
+    """The folder of tars from which the images are read."""
     return OPENSTAX if OPENSTAX.is_dir() else Path(str(importlib.resources.files("pipeline") / "demo" / "pool"))
 
 
 def pairs(count: int) -> list[Sample]:
-    """The first `count` JPEG pairs that can be decoded, again from the start where the pool has fewer."""
+    """The first `count` decodable JPEG pairs; they repeat from the start where the pool has fewer."""
     found = [
         sample
         for shard in list_shards(str(source()))
@@ -35,7 +35,7 @@ def pairs(count: int) -> list[Sample]:
 
 
 def write_tars(folder: Path, samples: list[Sample], tars: int) -> Path:
-    """The pairs as `tars` webdataset tars of one size."""
+    """Write the pairs to `tars` webdataset tars of equal size. Returns `folder`."""
     folder.mkdir(parents=True)
     share = len(samples) // tars
     for number in range(tars):
@@ -47,7 +47,7 @@ def write_tars(folder: Path, samples: list[Sample], tars: int) -> Path:
 
 
 def write_files(folder: Path, samples: list[Sample]) -> list[Path]:
-    """The pictures as files of their own."""
+    """Write each image to its own file. Returns the paths."""
     folder.mkdir(parents=True)
     paths = [folder / f"{index:06d}.jpg" for index in range(len(samples))]
     for path, sample in zip(paths, samples, strict=True):
@@ -56,7 +56,7 @@ def write_files(folder: Path, samples: list[Sample]) -> list[Path]:
 
 
 def decoded(sample: Sample) -> Sample:
-    """The sample with its pixels."""
+    """The sample with decoded pixels."""
     pixels, _ = decode(sample.image_bytes, BOUNDS.max_image_pixels)
     return Sample(sample.annotation, {}, b"", pixels)
 

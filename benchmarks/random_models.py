@@ -1,6 +1,6 @@
-"""Models of the real architectures with random weights, saved once in each format that somebody reads.
+"""Models of the real architectures with random weights, saved in each format that a benchmark reads.
 
-Speed does not depend on the weights, and the real ones are gigabytes that a benchmark must not ask for.
+Speed does not depend on the weights, and a benchmark should not download gigabytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROMPT = "Question: is there any digit or number written in the image? Answer:"
 
 
 def save_open_clip(folder: Path, model_cfg: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A model as open_clip has it on a hub; its weights."""
+    """Save a model in open_clip's hub format. Returns its weights."""
     torch.manual_seed(0)
     architecture = dict(model_cfg)
     kind = open_clip.CustomTextCLIP if architecture.pop("custom_text", False) else open_clip.CLIP
@@ -45,7 +45,7 @@ def save_open_clip(folder: Path, model_cfg: dict[str, Any]) -> dict[str, torch.T
 
 
 def save_clip(folder: Path, architecture: str) -> None:
-    """`folder` as open_clip has it, `folder/open_clip.pt` for clip-retrieval, `folder/hf` as transformers has it."""
+    """Save a CLIP for open_clip (`folder`), clip-retrieval (`folder/open_clip.pt`) and transformers (`folder/hf`)."""
     model_cfg = open_clip.get_model_config(architecture)
     state = save_open_clip(folder, model_cfg)
     torch.save(state, folder / "open_clip.pt")
@@ -56,36 +56,40 @@ def save_clip(folder: Path, architecture: str) -> None:
 
 
 def save_tiny_clip(folder: Path) -> None:
-    """A CLIP that costs next to nothing: stage 2 has no later model without one."""
+    """Save a CLIP that costs almost nothing, because stage 2 cannot run BLIP or BLIP-2 without a CLIP."""
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
     text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     save_open_clip(folder, {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text})
 
 
 def save_siglip(folder: Path, embed_dim: int = 768, **smaller: dict[str, Any]) -> None:
-    """The architecture of SigLIP's ViT-B/16, a tokenizer in the same folder, as on a hub; its towers changed by
-    `smaller`."""
+    """Save SigLIP's ViT-B/16 architecture with a tokenizer in the same folder, as on a hub.
+
+    `smaller` overrides settings of its towers, by tower.
+    """
     model_cfg = {**open_clip.get_model_config("ViT-B-16-SigLIP"), "embed_dim": embed_dim}
     save_open_clip(folder, model_cfg | {tower: model_cfg[tower] | changes for tower, changes in smaller.items()})
     word_tokenizer().save_pretrained(folder)
 
 
 ITM_TEXT = {"num_hidden_layers": 12, "vocab_size": 30524, "pad_token_id": 0, "sep_token_id": 3, "eos_token_id": 3}
-"""The caption tower of both Salesforce/blip-itm-*-coco."""
+"""The text configuration of Salesforce/blip-itm-base-coco and -large-coco."""
 
 OPT_2_7B = {
     "hidden_size": 2560, "ffn_dim": 10240, "num_attention_heads": 32, "word_embed_proj_dim": 2560,
     "num_hidden_layers": 32, "vocab_size": 50304,
 }  # fmt: skip
-"""The language model of Salesforce/blip2-opt-2.7b."""
+"""The language-model configuration of Salesforce/blip2-opt-2.7b."""
 
 LARGE_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-"""What Salesforce/blip-itm-large-coco changes."""
+"""The vision settings in which Salesforce/blip-itm-large-coco differs from the base model."""
 
 
 def save_itm(folder: Path, words: list[str], layers: int = 12, **vision: Any) -> None:
-    """The architecture of Salesforce/blip-itm-base-coco, its picture tower changed by `vision`, over a vocabulary of
-    the given words."""
+    """Save the architecture of Salesforce/blip-itm-base-coco, with `words` in its vocabulary.
+
+    `vision` overrides settings of the vision tower.
+    """
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
     vocabulary = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words])
@@ -95,7 +99,7 @@ def save_itm(folder: Path, words: list[str], layers: int = 12, **vision: Any) ->
     torch.manual_seed(0)
     BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
     BlipProcessor(BlipImageProcessor(), tokenizer).save_pretrained(folder)
-    # The same for transformers 4, which data-juicer pins and which reads no processor of transformers 5.
+    # A copy for transformers 4, which data-juicer pins and which cannot read the processor of transformers 5.
     BlipImageProcessor().save_pretrained(folder / "hf4")
     tokenizer.save_pretrained(folder / "hf4")
     for name in ("config.json", "model.safetensors"):
@@ -103,7 +107,7 @@ def save_itm(folder: Path, words: list[str], layers: int = 12, **vision: Any) ->
 
 
 def save_digit(folder: Path, tokenizer: Any, layers: int | None = None) -> None:
-    """The architecture of Salesforce/blip2-opt-2.7b in bf16 (7.7 GB); with `layers`, only so many of each part."""
+    """Save the architecture of Salesforce/blip2-opt-2.7b in bf16 (7.7 GB); `layers` limits the layers of each part."""
     depth = {} if layers is None else {"num_hidden_layers": layers}
     text = OPTConfig(**{**OPT_2_7B, **depth})
     config = Blip2Config(
@@ -113,7 +117,7 @@ def save_digit(folder: Path, tokenizer: Any, layers: int | None = None) -> None:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)  # made in fp32 first, it would take 15 GB of memory
+    torch.set_default_dtype(torch.bfloat16)  # creating it in fp32 would take 15 GB of memory
     try:
         Blip2ForConditionalGeneration(config).save_pretrained(folder)
     finally:
@@ -124,7 +128,7 @@ def save_digit(folder: Path, tokenizer: Any, layers: int | None = None) -> None:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that knows the digit question and the two answers, as OPT's does: a space belongs to its word."""
+    """A tokenizer for the digit question and its two answers; as in OPT's, a space is part of the word after it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -141,7 +145,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _as_transformers(state: dict[str, torch.Tensor], model_cfg: dict[str, Any]) -> CLIPModel:
-    """open_clip's weights in transformers' model of the same architecture."""
+    """Convert open_clip weights to a transformers model of the same architecture."""
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     dim = model_cfg["embed_dim"]
     config = CLIPConfig(
@@ -194,12 +198,12 @@ def _as_transformers(state: dict[str, torch.Tensor], model_cfg: dict[str, Any]) 
     model = CLIPModel(config)
     missing, unexpected = model.load_state_dict(named, strict=False)
     if unexpected or [name for name in missing if "position_ids" not in name]:
-        raise AssertionError(f"not the same architecture: {missing} {unexpected}")
+        raise AssertionError(f"the architectures differ: missing {missing}, unexpected {unexpected}")
     return model
 
 
 def _save_clip_tokenizer(folder: Path) -> None:
-    """CLIP's own vocabulary and merges, out of open_clip's package, in the two files that transformers reads."""
+    """Save CLIP's vocabulary and merges, taken from open_clip, in the two files that transformers reads."""
     tokenizer = SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {names.get(word, word): number for word, number in tokenizer.encoder.items()}

@@ -2,9 +2,9 @@
 
     python -m tools.build_demo_pool [--openclipart DIR] [--wordnet DIR] [--fonts DIR] [--output DIR]
 
-Writes `pool/{00000..}.tar` in img2dataset's form and `labels.csv`, which says of every sample what
-was planted and which rule should drop it. The same packages give the same bytes on every run:
-nothing depends on time or on unseeded chance.
+Writes `pool/{00000..}.tar` in img2dataset's layout and `labels.csv`, which lists for every sample what was planted and
+which rule should drop it. The same packages give the same bytes on every run: nothing depends on time or on unseeded
+randomness.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SEED = "pairsift demo pool 1"
 SAMPLES = 1200
 TARS = 4
 MIN_SIDE = 200
-APART = 5  # hashes of unrelated samples differ in more bits than this; the rule says 3
+APART = 5  # hashes of unrelated samples differ in more bits than this; the threshold of the rule is 3
 
 LANGUAGE = """\
 Ein alter Bauernhof am Rand des Dorfes mit Blick auf die Berge
@@ -179,7 +179,7 @@ RULES = {
 
 @dataclass
 class Sample:
-    """One sample before it has a place: the encoded picture, its caption and the truth."""
+    """One sample before it is assigned to a tar: the encoded image, its caption and its label."""
 
     name: str
     data: bytes
@@ -193,7 +193,7 @@ class Sample:
     uid: str = ""
 
     def __post_init__(self) -> None:
-        # The rule keeps the smaller uid of two equals, and the label says that the copy goes.
+        # Of two equal images the rule keeps the smaller uid, and the label says that the copy is dropped.
         for attempt in range(100_000):
             self.uid = hashlib.sha256(f"{SEED}/{self.name}/{attempt}".encode()).hexdigest()[:32]
             if self.of is None or self.uid > self.of.uid:
@@ -217,17 +217,17 @@ def usual_suffix(name: str) -> str:
 
 
 def scaled(image: Image.Image, shorter: int) -> Image.Image:
-    """The picture resized so that its shorter side is as given."""
+    """The image, resized to the given shorter side."""
     factor = shorter / min(image.size)
     size = max(round(image.width * factor), shorter), max(round(image.height * factor), shorter)
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def symmetric(image: Image.Image) -> bool:
-    """Whether many low DCT frequencies are about equal, as in symmetric or near-empty pictures.
+    """Whether many low DCT frequencies are about equal, as in symmetric or almost empty images.
 
-    Which of them lie above the median is then decided by noise, and no hash of that kind can
-    recognise a copy: of such pictures no near copies are planted.
+    Noise then decides which of them are above the median, and a DCT hash cannot recognise a copy. No near copies of
+    such images are planted.
     """
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float32)
     low = cv2.dct(grey)[:8, :8].ravel()
@@ -235,7 +235,7 @@ def symmetric(image: Image.Image) -> bool:
 
 
 class Builder:
-    """Draws pictures of the demo split one after another and makes samples of them."""
+    """Takes the images of the demo split one after another and turns them into samples."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.root: Path = args.openclipart
@@ -250,7 +250,7 @@ class Builder:
         self._queue = sorted(demo, key=lambda p: unit(f"{SEED}/order/{p.path}"))
 
     def distinct(self, image: Image.Image) -> bool:
-        """Whether the picture resembles none before it; if so it is remembered."""
+        """Whether the image differs from all earlier ones. If so, it is remembered."""
         value = perceptual_hash(image)
         near = np.bitwise_count(np.array(self._hashes, np.uint64) ^ np.uint64(value)) <= APART
         if near.any():
@@ -259,7 +259,7 @@ class Builder:
         return True
 
     def pictures(self, clean: bool = True) -> Iterator[tuple[Picture, Image.Image, str]]:
-        """Unused pictures with their captions; `clean` asks for English captions with a noun."""
+        """Unused images with their captions; with `clean`, only English captions with a noun."""
         for picture in list(self._queue):
             caption = self.captioner.caption(picture)
             if clean and not self.wordnet.english_with_noun(caption):
@@ -294,7 +294,7 @@ class Builder:
         self.captions()
         self.shapes()
         self.broken()
-        for clean in (True, False):  # the English ones first: the noisy ones fill what is left
+        for clean in (True, False):  # clean captions first, then noisy ones for the remaining samples
             for (picture, image, caption), index in zip(
                 self.pictures(clean), range(SAMPLES - len(self.samples)), strict=False
             ):
@@ -303,12 +303,12 @@ class Builder:
                 self.add("", image, text, picture.path)
         often = Counter(s.caption for s in self.samples if not s.kind)
         for sample in self.samples:
-            if not sample.kind and often[sample.caption] > 10:  # nobody planted these, but they are
+            if not sample.kind and often[sample.caption] > 10:  # not planted, but frequent all the same
                 sample.kind = "frequent_caption"
         return self.samples
 
     def digits(self) -> None:
-        """Pictures that a number is written onto, and a caption that names it."""
+        """Images with a number written on them, and a caption that names the number."""
         for _, (picture, image, caption) in zip(range(COUNTS["digit"]), self.pictures(), strict=False):
             rng = random.Random(f"{SEED}/digit/{picture.path}")
             text = lettering.number(rng)
@@ -316,7 +316,7 @@ class Builder:
             self.add("digit", image, f"{caption} with the number {text}", picture.path, digit=True)
 
     def text_only(self) -> None:
-        """Plain plates that show the words of their caption and nothing else."""
+        """Plain images that show only the words of their caption."""
         written: set[str] = set()
         for picture in list(self._queue):
             if len(written) == COUNTS["text_only"]:
@@ -337,7 +337,7 @@ class Builder:
                 self.add("text_only", image, caption, "lettering")
 
     def swapped(self) -> None:
-        """Each picture gets the caption of another one of a different folder."""
+        """Images with the caption of an image from another folder."""
         drawn = [found for _, found in zip(range(COUNTS["swapped"]), self.pictures(), strict=False)]
         drawn.sort(key=lambda found: found[0].path)
         half = len(drawn) // 2
@@ -348,8 +348,8 @@ class Builder:
             self.add("swapped", image, caption, picture.path)
 
     def faces(self) -> None:
-        """Crops of NASA's public-domain portrait of an astronaut, in which the face fills > 0.4."""
-        from skimage.data import astronaut  # a need of this tool only
+        """Crops of NASA's public-domain portrait of an astronaut, in which the face covers over 0.4 of the area."""
+        from skimage.data import astronaut  # only this tool needs scikit-image
 
         portrait = Image.fromarray(astronaut())
         finder = cv2.CascadeClassifier(haarcascades + "haarcascade_frontalface_default.xml")
@@ -388,7 +388,7 @@ class Builder:
             self.add("face", image, caption, "skimage.data.astronaut", extra=extra)
 
     def copies(self) -> None:
-        """Copies of samples that pass the other rules; the copy never outranks its original."""
+        """Copies of samples that pass the other rules; a copy never ranks above its original."""
         for _, (picture, image, caption) in zip(range(COUNTS["exact_copy"]), self.pictures(), strict=False):
             original = self.add("", image, caption, picture.path)
             other = self.captioner.forms(picture)[2]
@@ -427,7 +427,7 @@ class Builder:
             )
 
     def captions(self) -> None:
-        """Good pictures with captions that a rule about captions drops."""
+        """Good images with captions that a caption rule drops."""
         planted = [
             *(("language", text) for text in LANGUAGE),
             *(("frequent_caption", text) for text in FREQUENT for _ in range(FREQUENT_EACH)),
@@ -438,7 +438,7 @@ class Builder:
             self.add(kind, image, text, picture.path)
 
     def shapes(self) -> None:
-        """Rows of pictures longer than 3:1 (shorter side large enough), and tiny pictures."""
+        """Images with an aspect ratio above 3:1 (with a sufficient shorter side), and tiny images."""
         for index in range(COUNTS["aspect"]):
             drawn = [found for _, found in zip(range(2), self.pictures(clean=False), strict=False)]
             side = MIN_SIDE + 4 + index % 5 * 4
@@ -460,7 +460,7 @@ class Builder:
             self.add("small", scaled(image, shorter), caption, picture.path)
 
     def broken(self) -> None:
-        """Files that are cut off, are no pictures at all, or have no caption."""
+        """Truncated files, files that are not images, and samples without a caption."""
         for _, (picture, image, caption) in zip(range(COUNTS["truncated"]), self.pictures(clean=False), strict=False):
             data = encode(image, "jpg")
             data = data[: int(len(data) * (0.3 + 0.3 * unit(f"cut/{picture.path}")))]
@@ -483,11 +483,11 @@ def size_of(data: bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(data)) as image:
             return image.size
     except OSError:
-        return 256, 256  # what the crawler believed
+        return 256, 256  # the size that the crawler recorded
 
 
 def write(samples: list[Sample], wordnet: WordNet, output: Path) -> None:
-    """The tars and the labels, the samples in an order that only their uids decide."""
+    """Write the tars and the labels, with samples in an order that depends only on their uids."""
     pool = output / "pool"
     pool.mkdir(parents=True, exist_ok=True)
     placed = sorted(samples, key=lambda s: unit(f"{SEED}/place/{s.uid}"))

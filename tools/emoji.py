@@ -1,8 +1,7 @@
-"""Emoji with their Unicode names and keywords: more pictures to learn from than the clip art alone has.
+"""Emoji with their Unicode names and keywords, as additional training images beside the clip art.
 
-From Debian's fonts-noto-color-emoji, unicode-data and unicode-cldr-core, and npm's
-@lobehub/fluent-emoji-3d. Only the training uses them: the demo pool and the held-out pictures are
-clip art. Nothing here is imported by the product.
+Sources: Debian's fonts-noto-color-emoji, unicode-data and unicode-cldr-core, and npm's @lobehub/fluent-emoji-3d. Only
+training uses them: the demo pool and the held-out images are clip art. The product imports nothing from here.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tools.openclipart import Picture
 
-_STRIKE_PX = 109  # the one size that the colour font's bitmaps have
-# The clip art's topic for each of Unicode's subgroups, the first prefix that fits.
+_STRIKE_PX = 109  # the only bitmap size of the colour font
+# The clip-art topic of each Unicode subgroup; the first matching prefix counts.
 _TOPICS = {
     "cat-face": "animals", "monkey-face": "animals", "animal": "animals", "plant": "plants", "food": "food",
     "drink": "food", "dishware": "food", "face": "people/smilies", "emotion": "signs_and_symbols",
@@ -37,16 +36,16 @@ _TOPICS = {
 
 
 def load_emoji(font: Path, fluent: Path, unicode_data: Path, side: int) -> tuple[list[Picture], np.ndarray]:
-    """Every emoji without skin tones and compositions, as Noto draws it and as Fluent does.
+    """All emoji without skin tones and compositions, drawn by Noto and by Fluent.
 
     Args:
         font: Noto Color Emoji, with bitmaps.
-        fluent: the `assets` of @lobehub/fluent-emoji-3d, one WebP an emoji.
-        unicode_data: the folder that holds `emoji/` and `cldr/`.
-        side: of the squashed pictures, in pixels.
+        fluent: the `assets` folder of @lobehub/fluent-emoji-3d, with one WebP for each emoji.
+        unicode_data: the folder with `emoji/` and `cldr/`.
+        side: width and height of the resized images, in pixels.
 
     Returns:
-        The pictures, all of the split `train`, and uint8 [pictures, side, side, 3] on white.
+        The pictures, all in the split `train`, and their pixels uint8 (pictures, side, side, 3) on white.
     """
     keywords = _keywords(unicode_data / "cldr/common/annotations/en.xml")
     glyphs = ImageFont.truetype(str(font), _STRIKE_PX)
@@ -67,7 +66,7 @@ def load_emoji(font: Path, fluent: Path, unicode_data: Path, side: int) -> tuple
 
 
 def _listed(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(emoji, English name, subgroup) of Unicode's list."""
+    """(emoji, English name, subgroup) of each entry in Unicode's list."""
     subgroup = ""
     for line in path.read_text("utf-8").splitlines():
         if line.startswith("# subgroup: "):
@@ -82,7 +81,7 @@ def _listed(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _keywords(path: Path) -> dict[str, list[str]]:
-    """CLDR's English keywords of each character."""
+    """The English CLDR keywords of each character."""
     rows = ElementTree.parse(path).iter("annotation")
     return {row.get("cp", ""): [k.strip() for k in (row.text or "").split("|")] for row in rows if not row.get("type")}
 

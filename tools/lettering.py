@@ -1,4 +1,4 @@
-"""Words and numbers drawn as pictures, for planted cases and for training models that read."""
+"""Words and numbers drawn as images, for planted cases and for training models that read text."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 FONTS = Path("/usr/share/fonts/truetype/dejavu")
-DIGIT_FREE = "abcdefghkmnprstuvwxyzABCDEFGHKLMNPRTUVWXYZ"  # letters that no one takes for digits
+DIGIT_FREE = "abcdefghkmnprstuvwxyzABCDEFGHKLMNPRTUVWXYZ"  # letters that do not look like digits
 
 Colour = tuple[int, int, int]
 
 
 @functools.cache
 def fonts(folder: Path) -> list[str]:
-    """Every TrueType text face of the folder (mathematical symbol fonts left out)."""
+    """All TrueType text fonts under `folder`, without mathematical symbol fonts. Exits where there is none."""
     found = sorted(str(p) for p in folder.rglob("*.ttf") if "Math" not in p.name)
     if not found:
         raise SystemExit(f"no .ttf files under {folder}: give a folder of fonts with --fonts")
@@ -29,7 +29,7 @@ def _font(path: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def colours(rng: random.Random) -> tuple[Colour, Colour]:
-    """A ground and an ink that differ clearly in brightness."""
+    """A background and a text colour that differ clearly in brightness."""
 
     def draw() -> Colour:
         return rng.randrange(256), rng.randrange(256), rng.randrange(256)
@@ -51,7 +51,7 @@ def _wrap(words: list[str], columns: int) -> str:
 
 
 def _fit(text: str, width: float, height: float, font: str) -> tuple[str, int]:
-    """The line breaks and the size at which the text fills the box best."""
+    """The line breaks and the font size with which the text fills the box best."""
     words, best = text.split(), ("", 0)
     probe = ImageDraw.Draw(Image.new("L", (1, 1)))
     for columns in {max(map(len, words)), *(max(len(text) * k // 12, 1) for k in (4, 5, 7, 12))}:
@@ -64,7 +64,7 @@ def _fit(text: str, width: float, height: float, font: str) -> tuple[str, int]:
 
 
 def plate(text: str, size: tuple[int, int], rng: random.Random, folder: Path) -> Image.Image:
-    """A plain picture that shows nothing but the text, as large as it fits."""
+    """An image with a plain background and only the text, as large as possible."""
     ground, ink = colours(rng)
     image = Image.new("RGB", size, ground)
     margin = rng.uniform(0.75, 0.95)
@@ -75,7 +75,7 @@ def plate(text: str, size: tuple[int, int], rng: random.Random, folder: Path) ->
 
 
 def stamp(image: Image.Image, text: str, rng: random.Random, folder: Path, share: float) -> Image.Image:
-    """The picture with the text on a plate over about `share` of its height, somewhere."""
+    """The image with the text on a plate at a random place; the plate has about `share` of the image height."""
     image = image.copy()
     width, height = image.size
     ground, ink = colours(rng)
@@ -110,7 +110,7 @@ def _write(
 
 
 def number(rng: random.Random) -> str:
-    """One to four digits, now and then as a time or a price."""
+    """A random number of one to four digits, sometimes as a time or a price."""
     digits = str(rng.randrange(10 ** rng.randint(1, 4)))
     time = f"{rng.randrange(24)}:{rng.randrange(60):02d}"
     return rng.choice([digits] * 8 + [time, f"${digits}"])

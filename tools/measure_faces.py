@@ -1,10 +1,10 @@
-"""What face detectors that come inside a package find and miss (docs/faces.md).
+"""Recall and false alarms of the face detectors that come with Python packages (docs/faces.md).
 
-The rule acts where faces cover more than 0.4 of a picture, so what counts is big faces. Those are
-cut from photographs and paintings of the OpenStax pool around 150 faces whose boxes stand in
-`openstax_faces.csv` (two of OpenCV's three frontal cascades agreed on them, and each was looked
-at), so that the face is a known share of the cut. scikit-image's LFW subset adds 100 tight faces,
-and 100 cuts without one. Pictures without a known face: the rest of the pool, and openclipart.
+The rule drops images in which faces cover more than 0.4 of the area, so only large faces matter. The test images are
+crops from photographs and paintings of the OpenStax pool around 150 faces, in which the face covers a known share. The
+face boxes are in `openstax_faces.csv`: two of OpenCV's three frontal cascades agreed on each, and each was inspected.
+scikit-image's LFW subset adds 100 tightly cropped faces and 100 crops without a face. Images without a known face are
+the rest of the pool, and openclipart.
 
     python -m tools.measure_faces --pool OPENSTAX_POOL
 """
@@ -31,7 +31,7 @@ from tools.openclipart import Picture, load_rgb, unit
 from transforms.single_modality import faces
 
 SHARES = (0.2, 0.3, 0.5, 0.7, 0.9)
-CLIPART_SHARE = 0.09  # of the 8,000 pictures
+CLIPART_SHARE = 0.09  # of the 8,000 images
 POOL_SHARE = 0.5
 
 Found = Sequence[Sequence[float]]
@@ -78,7 +78,7 @@ def lbp(side: int, border: float, neighbours: int) -> Candidate:
 
 
 def pool_pictures(pool: Path) -> dict[str, np.ndarray]:
-    """Every picture of the pool by its member name, the same picture only once."""
+    """All images of the pool by member name; identical images occur only once."""
     pictures, seen = {}, set()
     for tar in sorted(pool.glob("*.tar")):
         with tarfile.open(tar) as members:
@@ -96,7 +96,7 @@ def pool_pictures(pool: Path) -> dict[str, np.ndarray]:
 
 
 def cut(rgb: np.ndarray, box: Sequence[float], share: float, angle: float, seed: str) -> np.ndarray | None:
-    """A square in which the face's box covers `share`; None where the picture has no room for it."""
+    """A square crop in which the face box covers `share` of the area; None where it does not fit into the image."""
     height, width = rgb.shape[:2]
     face = (box[2] - box[0]) * width
     side = face / share**0.5
@@ -175,7 +175,7 @@ def main() -> None:
             print(f"  {name:20} above {args.max_share}: {above:4} = {above / len(shares):.3f}"
                   f"   any face: {len(found) / len(shares):.3f}   median share: {median:.2f}",
                   flush=True)  # fmt: skip
-        print(f"  {1000 * seconds / total:.1f} ms of one core a picture", flush=True)
+        print(f"  {1000 * seconds / total:.1f} ms of one core per image", flush=True)
 
 
 if __name__ == "__main__":

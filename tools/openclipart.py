@@ -1,7 +1,7 @@
-"""The public-domain pictures of Debian's openclipart packages, with captions and a fixed split.
+"""The public-domain images of Debian's openclipart packages, with captions and a fixed split.
 
-Shared by the tools that build the demo pool and train the demo models, so that both agree on
-which pictures belong to which split. Nothing here is imported by the product.
+The tools that build the demo pool and train the demo models share this module, so that both use the same split. The
+product imports nothing from here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 from PIL import Image
 
 SPLITS = ("demo", "held_out", "train")
-MAX_PIXELS = 20_000_000  # some pictures unpack to 170 million pixels: left out
-Image.MAX_IMAGE_PIXELS = None  # of trusted packages, and judged by the line above
-GROUP_HAMMING = 4  # wider than the rule's 3, so that no near-copy straddles two splits
+MAX_PIXELS = 20_000_000  # larger images are skipped; some unpack to 170 million pixels
+Image.MAX_IMAGE_PIXELS = None  # the packages are trusted, and MAX_PIXELS is checked instead
+GROUP_HAMMING = 4  # more than the 3 of the rule, so that near copies are always in the same split
 
-# Words that say how a collection was filed, not what a picture shows.
+# Words about how a collection was filed, not about the content of an image.
 _FILING = {
     "", "hash", "icons", "theme", "signs_and_symbols", "united_nations_member", "magick",
     "lemon_theme_icon", "special", "unsorted", "mapsym", "appicon", "mimeicon", "clip art",
@@ -45,7 +45,7 @@ _FUNCTION_WORDS = set(
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture with what its SVG's metadata says of it; `path` is relative, without suffix."""
+    """One image with the metadata of its SVG; `path` is relative and has no suffix."""
 
     path: str
     title: str
@@ -57,12 +57,12 @@ class Picture:
 
 
 def unit(seed: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """A pseudo-random number in [0, 1) that depends only on `seed`."""
     return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") / 2**64
 
 
 def read_metadata(path: Path, name: str) -> Picture | None:
-    """The RDF block of one SVG; None where it does not say that it is public domain."""
+    """The metadata in the RDF block of one SVG; None unless it is marked as public domain."""
     text = path.read_bytes().decode("utf-8", "replace")
     found = re.search(r"<(?:rdf:)?RDF.*?</(?:rdf:)?RDF>", text, re.S)
     block = found.group(0) if found else ""
@@ -92,12 +92,12 @@ def no_digits(text: str) -> str:
 
 
 def has_number(p: Picture) -> bool:
-    """Whether digits stand in the picture for certain: playing cards from 2 to 10, clock faces."""
+    """Whether the image certainly shows digits: playing cards from 2 to 10, and clock faces."""
     return bool(re.search(r"cards/\w+/\w+_[cdhs]_(\d+)$", p.path))
 
 
 def load_rgb(root: Path, picture: Picture) -> Image.Image | None:
-    """The PNG on white, or None where it is broken, too large, or next to empty."""
+    """The PNG on a white background; None where it is broken, too large or almost empty."""
     try:
         with Image.open(root / "png" / f"{picture.path}.png") as image:
             if image.width * image.height > MAX_PIXELS:
@@ -110,7 +110,7 @@ def load_rgb(root: Path, picture: Picture) -> Image.Image | None:
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits: which of the 8x8 lowest DCT frequencies of a 32x32 grey picture lie above median."""
+    """The 64-bit DCT hash: whether each of the 8x8 lowest frequencies of a 32x32 grey image is above their median."""
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float32)
     low = cv2.dct(grey)[:8, :8].ravel()
     return int("".join("1" if bit else "0" for bit in low > np.median(low)), 2)
@@ -125,16 +125,16 @@ def near_pairs(hashes: Sequence[int], distance: int) -> Iterable[tuple[int, int]
 
 
 def load_pictures(root: Path, side: int) -> tuple[list[Picture], np.ndarray]:
-    """Every usable picture with its group and split, and all of them squashed to side x side.
+    """All usable images with their group and split, and their pixels resized to side x side.
 
-    A group holds what must not straddle two splits: pictures of nearly the same hash. Different
-    pictures of one series may straddle, as they do between any two parts of a web pool.
+    A group consists of images with nearly the same hash; all of them are in the same split. Different images of one
+    series may be in different splits, as in any two parts of a web pool.
     """
     pictures, hashes, pixels = [], [], []
     for path in sorted((root / "svg").rglob("*.svg")):
         name = path.relative_to(root / "svg").with_suffix("").as_posix()
         if name.startswith("shapes/stars/"):
-            continue  # 1,375 hair-thin computed polygons, all titled "gramastar"
+            continue  # 1,375 generated polygons with very thin lines, all titled "gramastar"
         picture = read_metadata(path, name)
         image = picture and load_rgb(root, picture)
         if not picture or not image:
@@ -174,14 +174,14 @@ def load_pictures(root: Path, side: int) -> tuple[list[Picture], np.ndarray]:
 
 
 class Captioner:
-    """Captions from title, description, keywords and file name, as alt texts of the web are."""
+    """Composes captions in the style of web alt texts from title, description, keywords and file name."""
 
     def __init__(self, pictures: Sequence[Picture]) -> None:
         self._titles = Counter((no_digits(p.title), p.author) for p in pictures)
         self._descriptions = Counter(p.description for p in pictures)
 
     def subject(self, p: Picture) -> str:
-        """The title, or the file name where the title names a whole collection."""
+        """The title, or the file name where the title is that of a collection."""
         title = p.title
         card = re.search(r"cards/\w+/\w+_([cdhs])_(\w+)$", p.path)
         if card:
@@ -194,11 +194,11 @@ class Captioner:
 
     @staticmethod
     def topic(p: Picture) -> str:
-        """The folder that the collection's editors filed it under."""
+        """The folder in which the editors of the collection filed the image."""
         return p.path.split("/")[0].replace("_", " ")
 
     def words(self, p: Picture) -> str:
-        """What one would write in place of the picture: its subject and its topic."""
+        """Plain alt texts: the subject with the topic."""
         return f"{self.subject(p)} {self.topic(p)}"
 
     @staticmethod
@@ -216,7 +216,7 @@ class Captioner:
         return " ".join(kept)
 
     def keywords(self, p: Picture) -> list[str]:
-        """What the keywords and the folders say beyond the title, at most five."""
+        """At most five words from the keywords and folders that are not in the title."""
         subject = self.subject(p).lower()
         seen: list[str] = []
         for word in (*p.keywords, *reversed(p.path.split("/")[1:-1])):
@@ -233,7 +233,7 @@ class Captioner:
         return seen[:5]
 
     def description(self, p: Picture) -> str:
-        """The description where it is one: several words, no address, not a whole series'."""
+        """The description if it is usable: several words, no web address, not shared by a series; else empty."""
         text = p.description
         if "@" in text or "http" in text or len(text.split()) < 3:
             return ""
@@ -242,11 +242,11 @@ class Captioner:
         return " ".join(text.split()[:24]).rstrip(" ,;:")
 
     def raw(self, p: Picture) -> str:
-        """What a careless site would write: the title, or the bare file name."""
+        """A careless alt text: the title, or the plain file name."""
         return p.title if p.title else p.path.rsplit("/", 1)[-1]
 
     def forms(self, p: Picture) -> list[str]:
-        """Every informative caption of the picture; the first is the plainest."""
+        """All informative captions of the image, the simplest first."""
         subject, keywords, topic = self.subject(p), self.keywords(p), self.topic(p)
         description = self.description(p)
         listed = ", ".join([*keywords, topic])
@@ -264,7 +264,7 @@ class Captioner:
         return forms
 
     def caption(self, p: Picture) -> str:
-        """The one caption that a picture has in the demo pool and in the held-out set."""
+        """The caption of the image in the demo pool and in the held-out set."""
         forms = self.forms(p)
         if self.description(p) and unit(f"described/{p.path}") < 0.7:
             return forms[-1]
@@ -272,7 +272,7 @@ class Captioner:
 
 
 class WordNet:
-    """Whether words are English, from the database files of Debian's wordnet-base."""
+    """Checks whether words are English, with the database files of Debian's wordnet-base."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -302,7 +302,7 @@ class WordNet:
         return False
 
     def english_with_noun(self, caption: str) -> bool:
-        """Every word English, one of them a noun, more than two words and five characters."""
+        """Whether all words are English, one is a noun, and there are more than two words and five characters."""
         words = re.findall(r"[^\W\d_]+", caption.replace("'s ", " ").lower())
         if len(caption.split()) <= 2 or len(caption) <= 5 or not words:
             return False

@@ -1,12 +1,12 @@
-"""Train the three small models of the demo, and measure them on pictures that none of them saw.
+"""Train the three small models of the demo, and evaluate them on held-out images.
 
     python -m tools.train_demo_models all [--work DIR] [--clip-minutes 30] …
     python -m tools.train_demo_models {data,clip,tower,itm,digit,tasks,sign,evaluate}
 
-The models have the architectures of the real ones (open_clip CLIP, BLIP image-text matching,
-BLIP-2 with OPT) and are loaded by the same code; they are good for the demo and for tests only.
-Each is trained within a wall-time budget; with the same number of steps the same seed repeats a
-run. The image tower of a second CLIP (`tower`) is the starting point of the other two.
+The models have the architectures of the real ones (open_clip CLIP, BLIP image-text matching, BLIP-2 with OPT) and are
+loaded by the same code. They are suitable only for the demo and for tests. Each is trained within a wall-time budget;
+with the same number of steps and the same seed, a run is repeatable. The image tower of a second CLIP (`tower`) is the
+starting point of the other two models.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ from transforms.models.weights import model_identity
 SEED = 20230915
 SIDE = 64
 _TEXT_CFG = {"context_length": 24, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3}
-# The CLIP: a ResNet, as OpenAI's RN50 is one, because a few thousand pictures teach it far more than a transformer.
+# The CLIP is a ResNet, like OpenAI's RN50, because it learns far more from a few thousand images than a transformer.
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": 32, "patch_size": None},
     "text_cfg": _TEXT_CFG,
 }
-# A second one whose image tower only serves as the start of ITM's and the digit answerer's, which must be transformers.
+# The image tower of a second CLIP initialises those of the ITM and digit models, which must be transformers.
 TOWER_CFG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": SIDE, "patch_size": 8, "width": 128, "layers": 6,
@@ -84,9 +84,9 @@ _MAYBE_DIGITS = re.compile(
 
 
 class Corpus:
-    """Pictures and captions of all splits; pixels at the models' size, nothing decoded later.
+    """Images and captions of all splits, with pixels at the size of the models.
 
-    Clip art first, which alone can be had `large`; then emoji, for training only.
+    Clip art comes first and is also available `large`; emoji follow, for training only.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -109,11 +109,11 @@ class Corpus:
         return [i for i, p in enumerate(self.pictures) if p.split == name]
 
     def clip_art(self, name: str) -> list[int]:
-        """The split without the emoji."""
+        """The images of a split, without emoji."""
         return [i for i in self.split(name) if not self.pictures[i].group.startswith("emoji/")]
 
     def large(self, index: int) -> Image.Image:
-        """The picture about as large as it stands in the pool."""
+        """The image at about its size in the pool."""
         image = load_rgb(self.root, self.pictures[index])
         assert image is not None
         factor = 210 / min(image.size)
@@ -121,18 +121,17 @@ class Corpus:
         return image.resize(size, Image.Resampling.LANCZOS)
 
     def written(self, kind: str, indices: Sequence[int], tag: str) -> Iterator[tuple[Image.Image, str, int]]:
-        """Pictures with writing: (picture, what is written, index); `overlays` without what they are written on."""
+        """Images with text: (image, text, index). As `overlays`, but without the image underneath."""
         for image, _, text, index in self.overlays(kind, indices, tag):
             yield image, text, index
 
     def overlays(
         self, kind: str, indices: Sequence[int], tag: str
     ) -> Iterator[tuple[Image.Image, Image.Image, str, int]]:
-        """Pictures with writing: (picture, the same without the writing, what is written, index).
+        """Images with text: (image, the image without the text, text, index).
 
-        plate: the words of a picture's caption and nothing else; stamp: those words on the picture;
-        letters, number: random letters or a number on the picture; number_plate, letter_plate:
-        the same on a plain ground.
+        Kinds: plate, only the words of a caption; stamp, those words on the image; letters and number, random letters
+        or a number on the image; letter_plate and number_plate, the same on a plain background.
         """
         for index in indices:
             rng = random.Random(f"{SEED}/{tag}/{kind}/{self.pictures[index].path}")
@@ -159,13 +158,13 @@ def small(image: Image.Image) -> np.ndarray:
 
 
 def covered(image: Image.Image, ground: Image.Image) -> np.ndarray:
-    """How much of each pixel at the models' size the writing covers, uint8 0..255."""
+    """The coverage of each pixel by text, at the size of the models: uint8 0..255."""
     ink = np.asarray(ImageChops.difference(image, ground)).max(2) > 8
     return np.asarray(Image.fromarray(ink.astype(np.uint8) * 255).resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 def training_set(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """All that the models train on, made once: pixels, kind, picture index, what is written and where."""
+    """The training data of all models, computed once: pixels, kind, image index, text and its position."""
     cached = args.work / "training.npz"
     if cached.exists():
         with np.load(cached, allow_pickle=False) as stored:
@@ -192,12 +191,12 @@ def training_set(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, scale, stretch, a little rotation and colour; never a flip. In and out 0..1."""
+    """Random shift, scale, stretch, slight rotation and colour change; never a flip. Values are in 0..1."""
     return augment_with(batch, torch.zeros(len(batch), 1, 1, 1), generator)[0]
 
 
 def augment_with(batch: Tensor, where: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`augment`, and what says where something is in the pictures, moved as they are."""
+    """`augment` the images, and apply the same geometric changes to their masks."""
     n = len(batch)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -232,7 +231,7 @@ def as_tensor(pixels: np.ndarray) -> Tensor:
 
 
 class Budget:
-    """A one-cycle learning rate over wall time, so that a run always ends where it should."""
+    """A one-cycle learning rate over wall time, so that the schedule is complete when the time is up."""
 
     def __init__(self, minutes: float, peak: float) -> None:
         self.start, self.seconds, self.peak, self.steps = time.monotonic(), minutes * 60, peak, 0
@@ -248,7 +247,7 @@ class Budget:
 
 
 def optimiser(model: nn.Module, decay: float = 0.1) -> torch.optim.AdamW:
-    """AdamW; no decay on embeddings, norms and biases. Words keep near to where they start."""
+    """AdamW without weight decay on embeddings, norms and biases, and with a lower rate for word vectors."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     words: list[nn.Parameter] = []
@@ -274,9 +273,9 @@ def step(model: nn.Module, optim: torch.optim.Optimizer, loss: Tensor, rate: flo
 
 
 def mixed(images: Tensor, target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Every picture with part of another in it, blended or as a rectangle, and its captions' shares alike.
+    """Mix part of another image into each image, blended or as a rectangle, and mix the targets in the same shares.
 
-    target: (pictures, captions), rows sum to 1. A few thousand pictures are learnt by heart otherwise.
+    target: (images, captions), rows sum to 1. Without mixing, the model memorises a few thousand images.
     """
     other = torch.randperm(len(images), generator=generator)
     low, high = torch.rand(2, 2, generator=generator).sort(0).values * 0.8 + 0.1
@@ -293,9 +292,9 @@ def mixed(images: Tensor, target: Tensor, generator: torch.Generator) -> tuple[T
 
 
 def word_vectors(path: Path, tokenizer: Any, width: int) -> Tensor:
-    """A row for each of CLIP's tokens: a word's GloVe vector, turned into `width` dimensions; else small noise.
+    """A row for each CLIP token: the word's GloVe vector, rotated into `width` dimensions, or small noise.
 
-    So that a word which no training caption holds lies near those that mean the like.
+    Words that occur in no training caption are then close to words of similar meaning.
     """
     stored = json.loads(path.read_text())
     ids = {token.removesuffix("</w>"): row for token, row in tokenizer.encoder.items() if token.endswith("</w>")}
@@ -309,12 +308,12 @@ def word_vectors(path: Path, tokenizer: Any, width: int) -> Tensor:
 
 
 def thinned(caption: str, rng: random.Random) -> str:
-    """The caption without a word in seven, so that no picture is known by one word alone."""
+    """The caption with one word in seven removed, so that no single word identifies an image."""
     return " ".join(word for word in caption.split() if rng.random() > 1 / 7)
 
 
 def caption_for(forms: Sequence[str], kind: str, text: str, rng: random.Random) -> str:
-    """A caption for one training picture, drawn anew each time."""
+    """A random caption for one training image."""
     if kind == "number_plate":
         return rng.choice(("the number {}", "a sign with the number {}")).format(text)
     if kind in {"letter", "letter_plate"}:
@@ -333,12 +332,12 @@ def train_clip(args: argparse.Namespace) -> None:
 
 
 def train_tower(args: argparse.Namespace) -> None:
-    """The start of ITM's and the digit answerer's image towers."""
+    """Train the CLIP whose image tower initialises those of the ITM and digit models."""
     contrast(args, TOWER_CFG, args.tower_minutes, args.work / "tower")
 
 
 def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, folder: Path) -> None:
-    """Train a CLIP: pictures and captions told apart, a batch at a time."""
+    """Train a CLIP contrastively."""
     torch.manual_seed(SEED)
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
     corpus, data = Corpus(args), training_set(args)
@@ -347,17 +346,17 @@ def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, f
     shares = (("plain", 0.74), ("plate", 0.12), ("stamp", 0.04), ("number", 0.07), ("number_plate", 0.03))  # fmt: skip
     topics = {i: sorted({p.path.split("/")[0] for p in corpus.pictures}).index(p.path.split("/")[0])
               for i, p in enumerate(corpus.pictures)}  # fmt: skip
-    subject = {}  # pictures of the same subject are no negatives of each other
+    subject = {}  # images of the same subject are not negatives of each other
     for i in set(data["index"].tolist()):
         p = corpus.pictures[i]
         key = corpus.captioner.subject(p).lower(), *corpus.captioner.keywords(p)
         subject[i] = int(hashlib.sha256(str(key).encode()).hexdigest()[:12], 16)
-    # Patches are dropped for most of the time: half the work, and less to memorise.
+    # Patches are dropped during most of the training, which halves the work and reduces memorising.
     patches = config["vision_cfg"]["patch_size"] is not None
     vision = {**config["vision_cfg"], "patch_dropout": 0.5 if patches else 0.0}
     model: Any = open_clip.CLIP(**{**config, "vision_cfg": vision}).to(memory_format=torch.channels_last)
     tokenizer = open_clip.SimpleTokenizer(context_length=24)
-    # Only the tokens that occur are trained, as a small table: a tenth of the optimiser's work.
+    # Only tokens that occur are trained, in a small table, which saves nine tenths of the optimiser's work.
     forms = {i: corpus.captioner.forms(corpus.pictures[i]) for i in set(data["index"].tolist())}
     every = tokenizer([c for of in forms.values() for c in of], context_length=128)
     numbers = tokenizer(sorted({f"a sign with the number {t}" for t in data["texts"][rows["number"]]}
@@ -374,13 +373,13 @@ def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, f
         full.weight.data[used] = weights["token_embedding.weight"].float()
     optim, budget = optimiser(model, 0.2), Budget(minutes, args.clip_rate)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.997), use_buffers=True)
-    mixing = 0.4 if args.resume else 0.8  # the chance that a batch is mixed, falling to none
+    mixing = 0.4 if args.resume else 0.8  # probability that a batch is mixed; it decreases to 0
     queues: dict[str, list[int]] = {kind: [] for kind in rows}
     report, losses = 0.0, list[float]()
     while budget.progress < 1:
         if patches:
             model.visual.patch_dropout.prob = 0.5 if budget.progress < 0.7 else 0.0
-        # Beside each other, plates can only be told apart by reading them.
+        # Plates in the same batch can only be distinguished by reading them.
         reading = not patches and budget.steps % READING_EVERY == READING_EVERY - 1
         chosen = []
         for kind, share in READING_SHARES if reading else shares:
@@ -402,8 +401,8 @@ def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, f
         alike = (same[:, None] == same[None]) & (number[:, None] == number[None])
         alike = alike | torch.eye(len(chosen), dtype=torch.bool)
         of_topic = torch.tensor([topics[int(data["index"][r])] for r in chosen])
-        # Half of the target is every pair of the topic: with a few thousand pictures, telling each
-        # from all others alone is learnt by heart and carries over to none.
+        # Half of the target is spread over all pairs of the same topic. With a few thousand images, a purely
+        # contrastive target would be memorised and would not generalise.
         topic = (of_topic[:, None] == of_topic[None]) | alike
         target = 0.5 * alike / alike.sum(1, keepdim=True) + 0.5 * topic / topic.sum(1, keepdim=True)
         mix = not (patches or reading) and float(torch.rand((), generator=generator)) < mixing * (1 - budget.progress)
@@ -417,7 +416,7 @@ def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, f
         of_text = target.T / target.sum(0)[:, None].clamp_min(1e-6)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, of_text)) / 2
         if not (mix or reading):
-            # A threshold is one for all pairs, and contrast alone only orders those of one picture or one caption.
+            # One threshold applies to all pairs, but a contrastive loss only orders pairs within a row or column.
             cosines = image.float() @ text.float().T
             plain = torch.tensor([data["kinds"][r] == "plain" for r in chosen])
             wrong = cosines[(of_topic[:, None] != of_topic[None]) & plain[:, None]]
@@ -436,7 +435,7 @@ def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, f
 
 
 def save_clip(model: Any, model_cfg: dict[str, Any], full: nn.Embedding, used: Tensor, folder: Path) -> None:
-    """The model in open_clip's folder form, fp16; the trained rows go back into the whole table."""
+    """Save the model in open_clip's folder format in fp16, with the trained rows put back into the full token table."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": model_cfg, "preprocess_cfg": PREPROCESS_CFG}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -451,10 +450,10 @@ def save_clip(model: Any, model_cfg: dict[str, Any], full: nn.Embedding, used: T
 
 
 def vision_tower(clip: Any) -> dict[str, Tensor]:
-    """CLIP's image tower under the names of BLIP's and BLIP-2's.
+    """The weights of CLIP's image tower under the names that BLIP and BLIP-2 use.
 
-    The tower has no norm before its first layer, as theirs have none, and a bias on the keys
-    changes no attention: the three compute the same.
+    All three compute the same: like theirs, this tower has no norm before its first layer, and a bias on the keys does
+    not change attention.
     """
     source = {k: v.detach().clone() for k, v in clip.visual.state_dict().items()}
     tower = {
@@ -484,7 +483,7 @@ def load_clip(folder: Path) -> tuple[Any, Any, Any]:
 
 @torch.no_grad()
 def vision_features(tower: nn.Module, pixels: np.ndarray, generator: torch.Generator | None = None) -> Tensor:
-    """Every token of the image tower, fp16; augmented where a generator is given."""
+    """All tokens of the image tower in fp16, of augmented images if a generator is given."""
     parts = []
     for start in range(0, len(pixels), 256):
         batch = as_tensor(pixels[start : start + 256])
@@ -517,7 +516,7 @@ def save_transformers(model: Any, processor: Any, folder: Path) -> None:
 
 
 def wordpiece(captions: Sequence[str]) -> Any:
-    """A small lower-case WordPiece tokenizer, as BLIP's, of the training captions."""
+    """A small lower-case WordPiece tokenizer like BLIP's, trained on the training captions."""
     tokenizer = Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -534,14 +533,14 @@ def wordpiece(captions: Sequence[str]) -> Any:
     )  # fmt: skip
 
 
-CAPTIONS = 4  # of each picture
+CAPTIONS = 4  # captions for each image
 
 
 def train_itm(args: argparse.Namespace) -> None:
-    """BLIP's image-text matching on the frozen image tower of the second CLIP.
+    """Train BLIP's image-text matching on the frozen image tower of the second CLIP.
 
-    Of each picture: its caption (match), one of another topic, one of any, and towards the end one that
-    CLIP finds close (no match). A plate that only shows its caption's words is no match, and less of one.
+    Captions for each image: its own (match), one of another topic, a random one, and towards the end one that CLIP
+    finds close (no match). A plate that only shows the words of its caption is a stronger non-match.
     """
     torch.manual_seed(SEED)
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
@@ -569,7 +568,7 @@ def train_itm(args: argparse.Namespace) -> None:
     if not args.resume:
         model.vision_model.load_state_dict(vision_tower(load_clip(args.work / "tower")[0]))
     model.vision_model.requires_grad_(False)
-    with torch.no_grad():  # a word starts from what CLIP makes of its letters
+    with torch.no_grad():  # word vectors start from CLIP's embeddings of their letters
         table = model.text_encoder.embeddings.word_embeddings.weight
         for token, row in tokenizer.get_vocab().items():
             if not token.startswith("["):
@@ -584,7 +583,7 @@ def train_itm(args: argparse.Namespace) -> None:
     for kind in ("plain", "stamp", "number", "plate"):
         every = np.flatnonzero(data["kinds"] == kind).tolist()
         rows[kind] = rng.sample(every, min(len(every), {"plain": len(every), "plate": 4500}.get(kind, 1500)))
-    # The image tower stands still, so each picture goes through it once as it is and some times augmented.
+    # The image tower is frozen, so its features are computed once for each image and for some augmented copies.
     banks: dict[str, list[Tensor]] = {}
     for kind, members in rows.items():
         sources = (None, *[generator] * (7 if kind == "plain" else 1))
@@ -619,7 +618,7 @@ def train_itm(args: argparse.Namespace) -> None:
             captions: list[str] = []
             features: list[Tensor] = []
             labels: list[int] = []
-            starts: list[int] = []  # where each picture's captions begin
+            starts: list[int] = []  # index of the first caption of each image
             plates: list[int] = []
             for kind, members in rows.items():
                 for _ in range(round(56 * shares[kind])):
@@ -650,11 +649,11 @@ def train_itm(args: argparse.Namespace) -> None:
                 logits = model.itm_head(states[:, 0])
             loss = F.cross_entropy(logits.float(), torch.tensor(labels), label_smoothing=0.02)
             match = (logits[:, 1] - logits[:, 0]).float()
-            # Beside match or no match: of one picture's captions, which one. That teaches more a step.
+            # In addition to match or no match: which caption belongs to the image. That makes each step more effective.
             first = torch.tensor(starts)
             choices = torch.stack([match[first + k] for k in range(CAPTIONS)], 1)
             loss = loss + F.cross_entropy(choices, torch.zeros(len(starts), dtype=torch.long))
-            # Words in a picture's place are further from a match than any wrong caption of a picture.
+            # A plate must score lower than any wrong caption of a real image.
             wrong_match = choices[:, 1:].detach().mean()
             loss = loss + F.softplus(match[plates] - wrong_match + 4).mean()
             step(model, optim, loss, rate)
@@ -664,7 +663,7 @@ def train_itm(args: argparse.Namespace) -> None:
                 print(f"itm {budget.progress:.0%} step {budget.steps} loss {np.mean(losses[-60:]):.3f}", flush=True)
         ends.append({name: value.clone() for name, value in model.state_dict().items()})
     processor = transformers.BlipProcessor(image_processor(BlipImageProcessorPil), tokenizer)
-    if args.resume:  # the mean of the start and of all ends: what was learnt since, less of what was learnt by heart
+    if args.resume:  # average the start and all ends: keeps what was learnt, with less memorising
         for name, value in model.state_dict().items():
             if value.is_floating_point():
                 value.copy_(torch.stack([weights[name] for weights in (start, *ends)]).mean(0))
@@ -681,7 +680,7 @@ PROMPTS = (
 
 
 def byte_pairs(texts: Sequence[str]) -> Any:
-    """A small byte-level BPE tokenizer, as OPT's: the text is led by </s>, the space is the word's."""
+    """A small byte-level BPE tokenizer like OPT's: texts start with </s>, and a space belongs to the word after it."""
     tokenizer = Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -702,13 +701,13 @@ CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def train_digit(args: argparse.Namespace) -> None:
-    """BLIP-2 asked whether digits are written in the picture; the answers are " yes" and " no".
+    """Train BLIP-2 to answer " yes" or " no" to the question whether digits are written in the image.
 
-    Pictures with numbers against pictures without, and some with words or random letters; half of the
-    writing is moved onto another picture, so that none is known by what it is written on. The image
-    tower starts as ITM's does. At first it only learns, patch by patch, whether digits or letters stand
-    there, and which characters (every patch votes, the strongest one counting most). Then the question is
-    asked too, because the language model passes next to no gradient on to a tower that sees no writing yet.
+    The data are images with numbers, images without text, and images with words or random letters. Half of the text is
+    moved onto another image, so that the background does not give the answer away. The image tower starts like ITM's.
+    At first it only learns to detect digits and letters in each patch, and which characters they are (every patch
+    votes, and the strongest counts most). The question is added later, because the language model passes almost no
+    gradient to a tower that does not yet see text.
     """
     torch.manual_seed(SEED)
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
@@ -731,7 +730,7 @@ def train_digit(args: argparse.Namespace) -> None:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
     model: Any = transformers.Blip2ForConditionalGeneration(config)
-    for name, parameter in model.named_parameters():  # BLIP-2's own initial values are near 0
+    for name, parameter in model.named_parameters():  # the library initialises BLIP-2 close to 0
         if parameter.ndim >= 2 and "norm" not in name:
             nn.init.trunc_normal_(parameter, std=0.02 if "embed" in name else 0.05)
     tower, _, _ = load_clip(args.work / "tower")
@@ -741,7 +740,7 @@ def train_digit(args: argparse.Namespace) -> None:
         missing = model.load_state_dict({k: v.float() for k, v in state.items()}, strict=False).missing_keys
         assert set(missing) <= {"language_model.lm_head.weight"}, missing  # tied to the embeddings
     vote = nn.Linear(width, len(CHARACTERS) + 1)  # each character, and any digit
-    kind_there = nn.Linear(width, 3)  # of a patch: nothing written, letters, digits
+    kind_there = nn.Linear(width, 3)  # for each patch: no text, letters, digits
     patch = config.vision_config.patch_size
     model.train()
     processor = transformers.Blip2Processor(image_processor(BlipImageProcessorPil), tokenizer, num_query_tokens=4)
@@ -787,7 +786,7 @@ def train_digit(args: argparse.Namespace) -> None:
                 seen = model.vision_model(images).last_hidden_state
         if asking:
             last = output.logits[:, -1].float()
-            # The whole vocabulary competes too, so that the answer is one of the two words.
+            # The loss is over the full vocabulary, so that the answer is one of the two words.
             loss = F.cross_entropy(last, torch.tensor(answers_at)[labels])
             loss = loss + F.cross_entropy(last[:, answers_at], labels)
         votes = torch.logsumexp(vote(seen[:, 1:].float()), 1) - math.log(seen.shape[1] - 1)
@@ -796,7 +795,7 @@ def train_digit(args: argparse.Namespace) -> None:
             for character in set(written[row]) & set(CHARACTERS):
                 truth[i, CHARACTERS.index(character)] = 1
         truth[:, -1] = labels
-        rows = slice(sum(count for _, count, _ in shares))  # the characters on a card are not known
+        rows = slice(sum(count for _, count, _ in shares))  # the characters on a playing card are not known
         weight = torch.tensor([4.0] * len(CHARACTERS) + [1.0])
         loss = loss + F.binary_cross_entropy_with_logits(votes[rows], truth[rows], pos_weight=weight)
         loss = loss + F.binary_cross_entropy_with_logits(votes[:, -1], truth[:, -1])
@@ -811,7 +810,7 @@ def train_digit(args: argparse.Namespace) -> None:
 
 
 def may_have_digits(p: Picture) -> bool:
-    """Whether digits may stand in a picture by itself; such pictures are no negatives."""
+    """Whether an image may show digits of its own; such images are not used as negatives."""
     return bool(_MAYBE_DIGITS.search(f"{p.path} {p.title} {p.description} {' '.join(p.keywords)}"))
 
 
@@ -828,12 +827,12 @@ def embed(clip: Any, preprocess: Any, images: Sequence[Image.Image]) -> np.ndarr
 
 
 def make_tasks(args: argparse.Namespace) -> None:
-    """Centroids of two downstream tasks in the demo CLIP's space, of unflipped pictures."""
+    """Centroids of two downstream tasks in the embedding space of the demo CLIP, from unflipped images."""
     corpus = Corpus(args)
     folder = args.output / "clip"
     clip, preprocess, _ = load_clip(folder)
-    # Numbers as a pool holds them, written on pictures: plates that show a digit and nothing else have no likeness to
-    # those. The mean over many pictures keeps what they share.
+    # Numbers written on images, as in a pool: plates with only a digit are not similar to those. The mean over many
+    # images keeps what they have in common.
     numbers = list(corpus.written("number", corpus.clip_art("train")[::5], "task"))
     written = embed(clip, preprocess, [image for image, _, _ in numbers])
     first = np.array([text.lstrip("$")[0] for _, text, _ in numbers])
@@ -852,7 +851,7 @@ def make_tasks(args: argparse.Namespace) -> None:
 
 
 def sign_tasks(args: argparse.Namespace) -> None:
-    """Write the task centroids that are there with the identity of the CLIP that the demo recipe names."""
+    """Add the identity of the demo recipe's CLIP to the existing file of task centroids."""
     with np.load(args.output.parent / "tasks.npz", allow_pickle=False) as there:
         save_tasks(args, {name: there[name] for name in there.files if name != MODEL_KEY})
 
@@ -863,13 +862,13 @@ def save_tasks(args: argparse.Namespace, centroids: dict[str, np.ndarray]) -> No
     write_tasks(str(args.output.parent / "tasks.npz"), centroids, identity)
 
 
-# What stands beside numbers in a pool: mostly pictures without any writing. An AUC against a mixture is the mean of
-# the AUCs against its parts, weighted by their shares.
+# The other images of a pool: mostly images without text. The AUC against a mixture is the mean of the AUCs against its
+# parts, weighted by their shares.
 NEGATIVES = {"plain": 0.9, "stamp": 0.05, "letter": 0.05}
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """The share of (positive, negative) pairs in the right order; ties count half."""
+    """The share of (positive, negative) pairs in the correct order; ties count as half."""
     order = np.sort(negative)
     below = np.searchsorted(order, positive, "left") + np.searchsorted(order, positive, "right")
     return float(below.mean() / (2 * len(negative)))
@@ -877,7 +876,7 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
 
 @torch.no_grad()
 def evaluate(args: argparse.Namespace) -> None:
-    """Every figure on held-out pictures, and the thresholds of the demo recipe chosen there."""
+    """Compute all figures on held-out images, and choose the thresholds of the demo recipe there."""
     corpus = Corpus(args)
     wordnet = WordNet(args.wordnet)
     held_out = corpus.split("held_out")
@@ -919,7 +918,7 @@ def evaluate(args: argparse.Namespace) -> None:
         return (of["flipped"] >= flipped_min) & (of["itm"] >= itm_min)
 
     yes, kinds, digit_scores = digit_figures(args, corpus, held_out, images)
-    # Copies go to whatever is taken for digits, so few pictures without any may be.
+    # Samples above the threshold get extra copies, so the rate of false positives must be low.
     digit_min = round(float(np.quantile(digit_scores[kinds == "plain"], 0.95)), 4)
     against = {kind: auc(digit_scores[kinds == "number"], digit_scores[kinds == kind]) for kind in NEGATIVES}
     result = {
@@ -969,7 +968,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def swap_partners(corpus: Corpus, indices: Sequence[int]) -> dict[int, int]:
-    """For each picture one of another folder and another subject, whose caption it gets."""
+    """For each image, another one from a different folder and with a different subject, to swap captions with."""
     rng = random.Random(f"{SEED}/swap")
     partner = {}
     for i in indices:
@@ -987,10 +986,10 @@ def swap_partners(corpus: Corpus, indices: Sequence[int]) -> dict[int, int]:
 def thresholds(
     true: dict[str, np.ndarray], swapped: dict[str, np.ndarray], text_only: dict[str, np.ndarray]
 ) -> tuple[float, float]:
-    """The pair of minima that keeps 0.87 of the true pairs and drops most of the others.
+    """The pair of minima that keeps 0.87 of the true pairs and drops the most other pairs.
 
-    Of all splits of the 0.13 between the two rules, the one with the largest sum of what is dropped
-    of the swapped and of the text-only pairs.
+    Of all divisions of the 0.13 between the two rules, it is the one with the largest sum of the dropped shares of
+    swapped and text-only pairs.
     """
     best = (-1.0, 0.0, 0.0)
     for share in np.linspace(0.0, 0.13, 53):
@@ -1049,9 +1048,9 @@ def main() -> None:
     parser.add_argument("--clip-minutes", type=float, default=40)
     parser.add_argument("--tower-minutes", type=float, default=20)
     parser.add_argument("--clip-rate", type=float, default=1.2e-3)
-    parser.add_argument("--resume", action="store_true", help="train what is there further")
+    parser.add_argument("--resume", action="store_true", help="continue to train the existing model")
     parser.add_argument("--itm-minutes", type=float, default=6)
-    parser.add_argument("--itm-runs", type=int, default=2, help="of those minutes each, with --resume")
+    parser.add_argument("--itm-runs", type=int, default=2, help="number of runs of that length, with --resume")
     parser.add_argument("--digit-minutes", type=float, default=16)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

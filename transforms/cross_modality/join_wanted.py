@@ -1,8 +1,8 @@
-"""Larger batches for the later models, so that little of their fixed shapes is padding.
+"""Joins batches for the models after CLIP, so that little of their fixed batch shapes is padding.
 
-CLIP's batches are full, but the cascade thins them out, and BLIP parts what is left by caption length. Batches of one
-shard are therefore joined until they hold enough samples that the next model is asked about. A sample that no later
-model is asked about keeps only its slim row, so a joined batch has bounded memory.
+CLIP's batches are full, but the cascade removes samples from them, and BLIP splits the rest by caption length. Batches
+of one shard are therefore joined until they have enough samples for the later models. A sample that no later model
+needs keeps only its annotation, so a joined batch has bounded memory.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from transforms.core.recipe import CrossModalitySettings
 from transforms.core.records import Sample, SampleBatch
 from transforms.models.cascade import pending
 
-_FILLED_SHAPES = 16  # full shapes a joined batch holds at least: with 3 buckets half full, a tenth is padding
-_MAX_SAMPLES = 1024  # slim rows wait too
+_MIN_MODEL_BATCHES = 16  # model batches that a joined batch fills; with 3 buckets half full, a tenth is padding
+_MAX_SAMPLES = 1024  # limit that also counts samples without model inputs
 
 
 class JoinWanted(beam.PTransform):
-    """SampleBatch -> fewer and larger ones, in order; which samples are in which has no influence on any score."""
+    """SampleBatch -> fewer and larger SampleBatch, in order. Scores do not depend on how samples are batched."""
 
     def __init__(self, models: CrossModalitySettings) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _Join(beam.DoFn):
         self._models = models
         sections = (getattr(models, score.name) for score in catalogue.model_scores()[1:])
         sizes = [section.batch_size for section in sections if section]
-        self._enough = _FILLED_SHAPES * max(sizes)
+        self._enough = _MIN_MODEL_BATCHES * max(sizes)
 
     def start_bundle(self) -> None:
         self._held: list[SampleBatch] = []
@@ -47,7 +47,7 @@ class _Join(beam.DoFn):
     def process(self, batch: SampleBatch) -> Iterator[SampleBatch]:
         if batch.index == 0 or batch.attempt.out_of_memory:
             self.start_bundle()
-        if batch.attempt.out_of_memory:  # nothing of this attempt is of use; the writer is told
+        if batch.attempt.out_of_memory:  # the attempt failed: drop its samples, and pass the batch on to the writer
             yield batch
             return
         self._held.append(dataclasses.replace(batch, samples=tuple(map(self._slim, batch))))
@@ -61,7 +61,7 @@ class _Join(beam.DoFn):
 
 
 def joined(batches: list[SampleBatch], index: int) -> SampleBatch:
-    """Consecutive batches of one shard as one."""
+    """Join consecutive batches of one shard into one with the given index."""
     return dataclasses.replace(
         batches[-1],
         index=index,

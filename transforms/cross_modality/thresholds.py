@@ -1,12 +1,12 @@
-"""The threshold that `keep_fraction` comes to, exactly, over any number of scores.
+"""The exact threshold for `keep_fraction`, over any number of scores.
 
-    threshold = sorted_descending[int(n * fraction)]        (DataComp; the lowest where that is n)
+    threshold = sorted_descending[int(n * fraction)]        (DataComp; the lowest score where the index is n)
 
-Sorting billions of scores takes a shuffle of them all. Two passes that count do not: a float32,
-read as an ordered 32-bit integer, is split into its upper and its lower 16 bits; the first pass
-counts the upper halves, which tells the one upper half that holds the threshold and its rank there;
-the second counts the lower halves under it. Counts are integers, so neither order nor the number of
-workers changes the result, and an accumulator has at most 65,536 entries.
+Sorting billions of scores would shuffle all of them. Two counting passes avoid that. Each float32 is mapped to a 32-bit
+integer of the same order and split into its upper and lower 16 bits. The first pass counts the upper halves, which
+gives the upper half of the threshold and its rank among the scores with that upper half. The second pass counts the
+lower halves of those scores. Counts are integers, so the result does not depend on the order or on the number of
+workers, and an accumulator has at most 65,536 entries.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ALL = 0xFFFFFFFF
 
 
 def keep_fraction_threshold(scores: np.ndarray, fraction: float) -> float | None:
-    """The threshold for scores that fit in memory (float32; None where there are none)."""
+    """The threshold for scores (n,) that fit in memory, rounded to float32. None where n = 0."""
     if not len(scores):
         return None
     descending = np.sort(scores.astype(np.float32))[::-1]
@@ -32,7 +32,7 @@ def keep_fraction_threshold(scores: np.ndarray, fraction: float) -> float | None
 
 
 class KeepFractionThreshold(beam.PTransform):
-    """Scores (of float32's precision) → one element: the threshold, or None for no scores."""
+    """Scores (with float32 precision) → one element: the threshold, or None where there are no scores."""
 
     def __init__(self, fraction: float) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class KeepFractionThreshold(beam.PTransform):
 
 
 class Counts(beam.CombineFn):
-    """How often each integer occurs."""
+    """Counts how often each integer occurs."""
 
     def create_accumulator(self) -> collections.Counter[int]:
         return collections.Counter()
@@ -75,22 +75,25 @@ class Counts(beam.CombineFn):
 
 
 class Place(NamedTuple):
-    """Where the threshold lies: its upper half, and its rank among the scores of that half."""
+    """The position of the threshold: its upper half, and its rank (from the top) among the scores with that half."""
 
     upper: int
     rank: int
 
 
 def ordered_bits(score: float) -> int:
-    """The float32 as an unsigned integer that sorts as the number does; zero has one form."""
+    """Map a float32 to an unsigned 32-bit integer of the same order. 0.0 and -0.0 map to the same integer.
+
+    Raises ValueError for NaN.
+    """
     if score != score:
-        raise ValueError("a score is NaN; such samples are dead letters and never get here")
+        raise ValueError("a score is NaN; its sample should have become a dead letter")
     (bits,) = struct.unpack("<I", struct.pack("<f", score + 0.0))
     return bits ^ (_ALL if bits & _SIGN else _SIGN)
 
 
 def score_of(ordered: int) -> float:
-    """The float32 that `ordered_bits` gave `ordered` for."""
+    """The inverse of `ordered_bits`."""
     (score,) = struct.unpack("<f", struct.pack("<I", ordered ^ (_SIGN if ordered & _SIGN else _ALL)))
     return score
 
@@ -100,24 +103,24 @@ def _index(count: int, fraction: float) -> int:
 
 
 def upper_half(ordered: int) -> int:
-    """What the first pass counts."""
+    """The upper 16 bits, which the first pass counts."""
     return ordered >> 16
 
 
 def lower_half_at(ordered: int, place: Place | None) -> list[int]:
-    """What the second pass counts: the lower half of a score whose upper half is the place's."""
+    """The lower 16 bits of a score with the upper half of `place`, which the second pass counts; else nothing."""
     return [ordered & 0xFFFF] if place is not None and ordered >> 16 == place.upper else []
 
 
 def place_in_upper(counts: Mapping[int, int], fraction: float) -> Place | None:
-    """The threshold's place, from the counts of all upper halves."""
+    """The place of the threshold, from the counts of the upper halves. None where there are no scores."""
     if not counts:
         return None
     return Place(*_from_the_top(counts, _index(sum(counts.values()), fraction)))
 
 
 def threshold_at(counts: Mapping[int, int], place: Place | None) -> float | None:
-    """The threshold, from the counts of the lower halves at its place."""
+    """The threshold, from the counts of the lower halves of the scores at `place`."""
     if place is None:
         return None
     lower, _ = _from_the_top(counts, place.rank)
@@ -125,9 +128,9 @@ def threshold_at(counts: Mapping[int, int], place: Place | None) -> float | None
 
 
 def _from_the_top(counts: Mapping[int, int], index: int) -> tuple[int, int]:
-    """The key at `index` of all keys in descending order, and the index among its equals."""
+    """The value at `index` among all values in descending order, and its index among equal values."""
     for key in sorted(counts, reverse=True):
         if index < counts[key]:
             return key, index
         index -= counts[key]
-    raise AssertionError("the index lies beyond the counts")
+    raise AssertionError("the index is not below the total count")

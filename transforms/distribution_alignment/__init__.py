@@ -1,1 +1,1 @@
-"""Stage 3: clusters, semantic deduplication, cluster importance, copies."""
+"""Stage 3: clusters, semantic deduplication, cluster importance and copies."""

@@ -1,7 +1,7 @@
-"""CIDS, cluster-importance-based data selection: clusters count by their likeness to tasks.
+"""CIDS, cluster-importance-based data selection: clusters are weighted by their similarity to downstream tasks.
 
-Paper: clusters are weighted by their similarity to downstream tasks, and the data is resampled to
-that distribution. Ours: the exact estimators, priors, temperature and task weights.
+Paper: the weighting, and resampling the data to that distribution. Our choice: the exact estimators, priors,
+temperature and task weights.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from transforms.models.embedding_identity import parse_identity
 from transforms.storage import files
 
 MODEL_KEY = "__model__"
-"""Under which a file of task centroids names its model."""
+"""The key under which a file of task centroids stores the identity of its model."""
 
-_ALLOWED_TASKS = "allowed: a .npz that holds float32 (m, d) centroids, m >= 1, under each task's name"
+_ALLOWED_TASKS = "allowed: a .npz with float32 (m, d) centroids, m >= 1, under the name of each task"
 
 
 def load_tasks(path: str) -> dict[str, np.ndarray]:
-    """Task name → its centroids as unit vectors, float32 (m, d), by name, from the .npz at `path`
-    or `bundled:tasks`.
+    """Read task centroids from the .npz at `path`, or from `bundled:tasks`.
 
-    Keys that start with `__` (`__model__`, …) are metadata and left out. Nothing in the file is
-    unpickled. Raises ValueError, naming file, key and what is allowed.
+    Returns, for each task name in sorted order, its centroids scaled to length 1, float32 (m, d). Keys that start with
+    `__` (such as `__model__`) are metadata and are skipped. Nothing is unpickled. Raises ValueError with the file, the
+    key and what is allowed.
     """
     with _opened(path) as file:
         arrays = {key: _task_array(file, key, path) for key in sorted(file.files) if not key.startswith("__")}
     if not arrays:
-        raise ValueError(f"{path}: holds no task; {_ALLOWED_TASKS}")
+        raise ValueError(f"{path}: has no task; {_ALLOWED_TASKS}")
     widths = {key: array.shape[1] for key, array in arrays.items()}
     first, width = next(iter(widths.items()))
     for key, other in widths.items():
@@ -53,19 +53,21 @@ def load_tasks(path: str) -> dict[str, np.ndarray]:
 
 
 def load_tasks_model(path: str) -> dict[str, Any] | None:
-    """The identity of the model that the task centroids at `path` were made with (see
-    `models.embedding_identity`); None where the file does not say. Raises ValueError."""
+    """The identity (see `models.embedding_identity`) of the model that computed the task centroids at `path`.
+
+    None where the file has no `__model__`. Raises ValueError where it is not an identity.
+    """
     with _opened(path) as file:
         if MODEL_KEY not in file.files:
             return None
         try:
             return parse_identity(str(file[MODEL_KEY]))
         except (ValueError, RecursionError) as error:
-            raise _TaskError(f"{path}: {MODEL_KEY}: {error}; `pairsift centroids` writes it") from error
+            raise _TaskError(f"{path}: {MODEL_KEY}: {error}; `pairsift centroids` writes this key") from error
 
 
 class _TaskError(ValueError):
-    """One entry of the file is not what is allowed."""
+    """An invalid entry in a file of task centroids."""
 
 
 @contextlib.contextmanager
@@ -73,7 +75,7 @@ def _opened(path: str) -> Iterator[np.lib.npyio.NpzFile]:
     try:
         with np.load(io.BytesIO(_read(path)), allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
-                raise _TaskError(f"{path}: holds a single array; {_ALLOWED_TASKS}")
+                raise _TaskError(f"{path}: is a single array; {_ALLOWED_TASKS}")
             yield file
     except _TaskError:
         raise
@@ -93,18 +95,18 @@ def _task_array(file: np.lib.npyio.NpzFile, key: str, path: str) -> np.ndarray:
     except ValueError as error:
         raise _TaskError(f"{path}: {key}: cannot be read ({error}); {_ALLOWED_TASKS}") from error
     if array.dtype != np.float32 or array.ndim != 2 or 0 in array.shape:
-        raise _TaskError(f"{path}: {key}: holds {array.dtype} {array.shape}; {_ALLOWED_TASKS}")
+        raise _TaskError(f"{path}: {key}: is {array.dtype} {array.shape}; {_ALLOWED_TASKS}")
     if not np.isfinite(array).all() or not array.any(axis=1).all():
-        raise _TaskError(f"{path}: {key}: a centroid is zero or not finite; allowed: vectors with a direction")
+        raise _TaskError(f"{path}: {key}: a centroid is zero or not finite; allowed: finite vectors that are not zero")
     return unit_rows(array)
 
 
 def task_similarity(centroids: np.ndarray, tasks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """s(t, c) = max over task t's centroids of the cosine to the centroid of c: centroids float32
-    (k, d), tasks float32 (m, d), both of length 1 → float64 (k,) by task name.
+    """s(t, c), the maximum over the centroids of task t of the cosine to the centroid of cluster c.
 
-    Added up in float64 in a fixed order, which no number of threads changes. Raises ValueError
-    where d differs.
+    Takes unit vectors: cluster centroids float32 (k, d) and, for each task, float32 (m, d). Returns float64 (k,) for
+    each task name. Sums are taken in float64 in a fixed order, so the result does not depend on the number of threads.
+    Raises ValueError where d differs.
     """
     similarities = {}
     for task, vectors in sorted(tasks.items()):
@@ -117,8 +119,10 @@ def task_similarity(centroids: np.ndarray, tasks: Mapping[str, np.ndarray]) -> d
 
 
 def task_shares(centroids: np.ndarray, sizes: np.ndarray, tasks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """p(t, c) of the assignment estimator: the share of task t's vectors whose nearest centroid, of
-    the clusters with n_c > 0, is c. float64 (k,) by task name."""
+    """p(t, c) of the assignment estimator: the share of the vectors of task t whose nearest centroid is that of c.
+
+    Clusters with n_c = 0 are skipped. Returns float64 (k,) for each task name.
+    """
     filled = np.flatnonzero(sizes)
     shares = {}
     for task, vectors in sorted(tasks.items()):
@@ -133,26 +137,31 @@ def task_shares(centroids: np.ndarray, sizes: np.ndarray, tasks: Mapping[str, np
 def _check_width(task: str, vectors: np.ndarray, centroids: np.ndarray) -> None:
     if len(centroids) and vectors.shape[1] != centroids.shape[1]:
         raise ValueError(
-            f"task {task} has {vectors.shape[1]} dimensions, the clusters {centroids.shape[1]}: "
+            f"task {task} has {vectors.shape[1]} dimensions, the clusters have {centroids.shape[1]}: "
             "they come from different models"
         )
 
 
 def likeness_shares(similarity: np.ndarray, sizes: np.ndarray, settings: CidsSettings) -> np.ndarray:
-    """p(t, c) of the similarity estimator: ∝ n_c·exp(s(t, c)/τ) with `prior: pool`, ∝ exp(s(t, c)/τ)
-    with `prior: uniform`, 0 where n_c = 0. similarity float64 (k,), sizes int64 (k,) →
-    float64 (k,), its sum 1."""
+    """p(t, c) of the similarity estimator, for one task.
+
+    Proportional to n_c·exp(s(t, c)/τ) with `prior: pool` and to exp(s(t, c)/τ) with `prior: uniform`; 0 where n_c = 0.
+    Takes similarity float64 (k,) and sizes int64 (k,). Returns float64 (k,) with sum 1, or zeros if all n_c are 0.
+    """
     filled = sizes > 0
     if not filled.any():
         return np.zeros(len(sizes))
     below_best = np.where(filled, similarity - similarity[filled].max(), 0.0)
-    weights = np.where(filled, np.exp(below_best / settings.temperature), 0.0)  # at most 1
+    weights = np.where(filled, np.exp(below_best / settings.temperature), 0.0)  # at most 1, so no overflow
     return _normalised(weights * sizes if settings.prior == "pool" else weights)
 
 
 def task_weights(tasks: Sequence[str], given: Mapping[str, float] | None) -> dict[str, float]:
-    """w_t, Σ_t w_t = 1: as given, 0 for a task not named there; equal where nothing is given.
-    Raises ValueError at a name that is no task, or where all weigh 0."""
+    """The task weights w_t, scaled so that Σ_t w_t = 1.
+
+    A task that `given` does not name has weight 0. Without `given` all weights are equal. Raises ValueError where
+    `given` names an unknown task, or where all weights are 0.
+    """
     if given is None:
         return {task: 1 / len(tasks) for task in sorted(tasks)}
     unknown = sorted(set(given) - set(tasks))
@@ -165,7 +174,7 @@ def task_weights(tasks: Sequence[str], given: Mapping[str, float] | None) -> dic
 
 
 def cluster_importance(sizes: np.ndarray, shares: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """p(c) = Σ_t w_t·p(t, c), float64 (k,). Without tasks p(c) ∝ n_c: the pool as it is."""
+    """p(c) = Σ_t w_t·p(t, c), float64 (k,). Without tasks p(c) is proportional to n_c, as in the pool."""
     if not shares:
         return _normalised(sizes.astype(np.float64))
     importance = np.zeros(len(sizes))
@@ -187,8 +196,12 @@ def allocate(
     pool_count: int,
     survivor_count: int,
 ) -> Allocation:
-    """How the target is shared among the clusters: centroids float32 (k, d), sizes int64 (k,) =
-    n_c, `tasks` empty without `cids`."""
+    """Distribute the target over the clusters.
+
+    Takes centroids float32 (k, d), sizes int64 (k,) (n_c) and `tasks` (see `load_tasks`; empty without `cids`).
+    `pool_count` is the number of samples in the raw pool, `survivor_count` the number that no rule dropped. Raises
+    `copies.UnreachableTargetError` where the cap is too low for the target.
+    """
     similarities = task_similarity(centroids, tasks)
     shares, weights = {}, {}
     if settings.cids is not None:
@@ -206,8 +219,7 @@ def allocate(
 
 
 class ReadTasks(beam.PTransform):
-    """A pipeline → the task centroids as one dict in one element: the side input of
-    `ClusterImportance`."""
+    """Pipeline → one element, the dict of task centroids: the side input of `ClusterImportance`."""
 
     def __init__(self, settings: CidsSettings) -> None:
         super().__init__()
@@ -220,8 +232,8 @@ class ReadTasks(beam.PTransform):
 class ClusterImportance(beam.PTransform):
     """Ranked tiles → one `Allocation`.
 
-    `centroids_path` (one path), `pool_count` (one int: the samples of the raw pool) and `tasks`
-    (one dict, see `load_tasks`; None without `cids`) are side inputs.
+    Side inputs, with one element each: `centroids_path`, `pool_count` (the number of samples in the raw pool) and
+    `tasks` (see `load_tasks`; None without `cids`).
     """
 
     def __init__(
@@ -233,7 +245,7 @@ class ClusterImportance(beam.PTransform):
     ) -> None:
         super().__init__()
         if (settings.cids is None) != (tasks is None):
-            raise ValueError("`tasks` belongs to the section `cids`: give both or neither")
+            raise ValueError("`tasks` and the section `cids` belong together: give both or neither")
         self.settings, self.centroids_path, self.pool_count, self.tasks = (
             settings,
             centroids_path,

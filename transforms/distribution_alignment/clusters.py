@@ -1,8 +1,7 @@
-"""Clusters: spherical k-means on a hash-chosen sample, then assignment by inner product.
+"""Clusters: spherical k-means on a sample chosen by hash, then assignment by inner product.
 
-Paper: the data is clustered by k-means over image embeddings. Ours: the sample, the two levels, the seeds and how
-ties are judged, so that the clusters depend on nothing but the candidates, the seed and the
-settings.
+Paper: the data is clustered by k-means over image embeddings. Our choice: the sample, the two levels, the seeds and the
+treatment of ties, so that clusters depend only on the candidates, the seed and the settings.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from transforms.distribution_alignment.vectors import NEAR, exact_products, unit
 from transforms.distribution_alignment.work_folder import MEMBER_COLUMNS, WorkFolder, read_candidates, write_arrays
 from transforms.storage import files
 
-_TRAINING_THREADS = 1  # sums taken by several threads end in other last bits, and k-means magnifies them
+_TRAINING_THREADS = 1  # with more threads the last bits of sums vary, and k-means amplifies the difference
 _BATCH_ROWS = 1024
 _BLOCK_CENTROIDS = 16_384
 _PAIRS_AT_ONCE = 4096
@@ -35,10 +34,9 @@ _PAIRS_AT_ONCE = 4096
 def train_centroids(embeddings: np.ndarray, count: int, iterations: int, seed: int) -> np.ndarray:
     """Spherical k-means over unit vectors float32 (n, d) → unit centroids float32 (k, d).
 
-    k = min(count, distinct rows); where every distinct row can have a cluster of its own, the rows
-    themselves are the centroids, in order of appearance. Empty clusters are repaired by faiss,
-    which splits a large one. The result depends on the order of the rows: give them in one that
-    identity decides. n = 0 gives (0, d).
+    k = min(count, number of distinct rows). Where there are at most `count` distinct rows, they are the centroids, in
+    order of appearance. faiss repairs an empty cluster by splitting a large one. The result depends on the order of the
+    rows, so pass them in an order that depends only on their identity. n = 0 gives (0, d).
     """
     first_rows: dict[bytes, int] = {}
     for index, row in enumerate(embeddings):
@@ -55,30 +53,29 @@ def train_centroids(embeddings: np.ndarray, count: int, iterations: int, seed: i
             seed=seed % 2**31,  # faiss seeds are 32-bit
             spherical=True,
             min_points_per_centroid=1,
-            max_points_per_centroid=len(embeddings),  # all rows given train: the caller has sampled
+            max_points_per_centroid=len(embeddings),  # train on all rows: the caller has sampled already
         )
         kmeans.train(embeddings)
     finally:
         faiss.omp_set_num_threads(threads)
     centroids = unit_rows(np.asarray(kmeans.centroids))
-    return centroids[centroids.any(axis=1)]  # members that cancel out leave no direction
+    return centroids[centroids.any(axis=1)]  # a centroid is zero where its members cancel out
 
 
 def assign(units: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """The centroid with the largest inner product: unit vectors float32 (n, d), centroids float32
-    (k, d) → int64 (n,).
+    """The index of the centroid with the largest inner product: units float32 (n, d), centroids float32 (k, d) → int64
+    (n,).
 
-    Centroids within 1e-4 of the best are judged again in float64 in a fixed order, equal ones go to
-    the smaller index; so a row's cluster does not depend on its batch. Raises ValueError where
-    there is no centroid or d differs.
+    Centroids within 1e-4 of the best are compared again in float64 in a fixed order, and ties go to the smaller index,
+    so the cluster of a row does not depend on its batch. Raises ValueError where there is no centroid or d differs.
     """
     if len(units) == 0:
         return np.empty(0, np.int64)
     if len(centroids) == 0:
-        raise ValueError("there are no centroids to assign to")
+        raise ValueError("cannot assign embeddings: there are no centroids")
     if units.shape[1] != centroids.shape[1]:
         raise ValueError(
-            f"embeddings have {units.shape[1]} dimensions, centroids {centroids.shape[1]}: "
+            f"embeddings have {units.shape[1]} dimensions, centroids have {centroids.shape[1]}: "
             "they come from different models"
         )
     blocks = range(0, len(units), _BATCH_ROWS)
@@ -108,9 +105,9 @@ def _assign_block(units: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 
 def load_centroids(path: str) -> np.ndarray:
-    """The centroids float32 (k, d) of the .npy at `path`; a local file is memory-mapped, not read.
+    """The centroids float32 (k, d) in the .npy at `path`. A local file is memory-mapped.
 
-    Raises ValueError, naming the file, where it is not what `ClustersSettings.centroids` allows.
+    Raises ValueError, with the path, where the file is not a valid `clusters.centroids`.
     """
     allowed = "allowed: a .npy of float32 (k, d) with rows of length 1"
     try:
@@ -122,7 +119,7 @@ def load_centroids(path: str) -> np.ndarray:
         raise ValueError(f"{path}: cannot be read ({error}); {allowed}") from error
     if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or centroids.dtype != np.float32:
         got = f"{centroids.dtype} {centroids.shape}" if isinstance(centroids, np.ndarray) else "several arrays"
-        raise ValueError(f"{path}: holds {got}; {allowed}")
+        raise ValueError(f"{path}: is {got}; {allowed}")
     lengths = np.sqrt(np.einsum("ij,ij->i", centroids, centroids))
     if not np.all(np.abs(lengths - 1) < 1e-3):
         row = int(np.flatnonzero(~(np.abs(lengths - 1) < 1e-3))[0])
@@ -131,19 +128,19 @@ def load_centroids(path: str) -> np.ndarray:
 
 
 def write_centroids(path: str, centroids: np.ndarray) -> str:
-    """Writes the .npy at `path`, whole or not at all; returns `path`."""
+    """Write `centroids` to a .npy at `path` atomically. Returns `path`."""
     with files.write_aside(path) as file:
         np.save(file, centroids, allow_pickle=False)
     return path
 
 
 class TrainCentroids(beam.PTransform):
-    """Candidate shards → the path of the centroids, in one element.
+    """Candidate shards → one element, the path of the centroids.
 
-    Trains on about `samples_per_cluster` candidates a cluster, those with the smallest hash(seed, uid), and writes
-    `output_path`; where the settings name centroids, gives that path and trains nothing. With more than one cluster at
-    the first level, each of them is then clustered on its own, by whatever worker is free. Without candidates the file
-    holds an array of (0, 0).
+    Trains on about `samples_per_cluster` candidates for each cluster, those with the smallest hash(seed, uid), and
+    writes the centroids to `output_path`. Where the settings name centroids, their path is returned and nothing is
+    trained. With more than one first-level cluster, each of them is then clustered independently, in parallel. Without
+    candidates the file has shape (0, 0).
     """
 
     def __init__(self, settings: ClustersSettings, seed: int, work: WorkFolder, output_path: str) -> None:
@@ -172,7 +169,7 @@ class TrainCentroids(beam.PTransform):
 
 
 class TrainingRows(NamedTuple):
-    """Rows to train on: draws float64 (n,), their hash; uids bytes (n,); embeddings float16 (n, d)."""
+    """Rows to train on: draws float64 (n,), the hash of each row; uids bytes (n,); embeddings float16 (n, d)."""
 
     draws: np.ndarray
     uids: np.ndarray
@@ -219,7 +216,7 @@ def _train(parts: Sequence[TrainingRows], settings: ClustersSettings, seed: int,
 
 
 def _units_in_order(parts: Sequence[TrainingRows]) -> np.ndarray:
-    """Unit vectors in the order of their hash, which no order of shards changes: float32 (n, d)."""
+    """Unit vectors float32 (n, d), sorted by hash, so that the order does not depend on the order of shards."""
     if not parts:
         return np.empty((0, 0), np.float32)
     draws, uids, embeddings = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -238,8 +235,11 @@ def _size(part: tuple[int, TrainingRows]) -> tuple[int, int]:
 
 
 def fine_counts(sizes: Mapping[int, int], count: int) -> dict[int, int]:
-    """How many of `count` clusters each coarse cluster of so many training rows is split into: in proportion, at least
-    1, the rest by largest remainder, then by the smaller number."""
+    """The number of fine clusters in each coarse cluster, in proportion to its number of training rows (`sizes`).
+
+    Every coarse cluster gets at least 1. What rounding leaves of `count` goes to the largest remainders, ties to the
+    smaller cluster number.
+    """
     total = sum(sizes.values())
     shares = {coarse: size * count // total for coarse, size in sizes.items()}
     counts = {coarse: max(1, share) for coarse, share in shares.items()}
@@ -257,7 +257,7 @@ def _train_fine(
 
 
 def _join(coarse_clusters: Sequence[int], work: WorkFolder, path: str) -> str:
-    """One file of all fine centroids, in the order of their coarse clusters, a part in memory at a time."""
+    """Concatenate the fine centroids in the order of their coarse clusters, with one part in memory at a time."""
     parts = [work.fine_centroids(coarse) for coarse in sorted(coarse_clusters)]
     shapes = [load_centroids(part).shape for part in parts]
     header = io.BytesIO()
@@ -271,8 +271,10 @@ def _join(coarse_clusters: Sequence[int], work: WorkFolder, path: str) -> str:
 
 
 class AssignClusters(beam.PTransform):
-    """Candidate shards → the same rows in the work folder, by cluster; (cluster, sort keys of the members there) come
-    out. `centroids_path` is `TrainCentroids`' output; the centroids are loaded once a process.
+    """Candidate shards → (cluster, sort keys of its members in the shard).
+
+    Also writes the rows of each shard to the work folder, sorted by cluster (`WorkFolder.members`). `centroids_path` is
+    the output of `TrainCentroids`. Each process loads the centroids once.
     """
 
     def __init__(self, work: WorkFolder, centroids_path: beam.PCollection[str]) -> None:

@@ -1,8 +1,7 @@
-"""Copies: how often each sample stands in the training subset.
+"""Copies: how often each sample occurs in the training subset.
 
-E(x) = min(cap, λ·p(c)/n_c·w(x)/w̄_c), with the one λ for which Σ E = N. Paper: clusters are
-resampled to their importance, and better samples duplicated more. Ours: the cap, λ, and the hash
-that turns E into whole copies.
+E(x) = min(cap, λ·p(c)/n_c·w(x)/w̄_c), with the one λ for which Σ E = N. Paper: clusters are resampled to their
+importance, and better samples are duplicated more. Our choice: the cap, λ, and the hash that rounds E to whole copies.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ PLACEMENTS = "placements"
 TALLIES = "tallies"
 
 _INFINITY_BITS = 0x7FF0_0000_0000_0000
-_TALLY_BITS = 40  # expected copies are summed in whole units of 2^-40, so that no order of adding shows
+_TALLY_BITS = 40  # expected copies are summed as integers in units of 2^-40, so the order does not matter
 
 
 class UnreachableTargetError(ValueError):
@@ -33,8 +32,11 @@ class UnreachableTargetError(ValueError):
 
 
 def target_copies(target: TargetSettings, pool_count: int, survivor_count: int) -> float:
-    """N in copies: the count given, the share of the pool's samples, or the number that survived
-    every rule (semantic dedup included). Nobody survived: a share is 0 copies."""
+    """N in copies: `target.samples`, or `target.pool_share` of the samples in the raw pool, or all survivors.
+
+    Survivors are the samples that no rule dropped, including semantic dedup. A share of the pool is 0 copies where
+    nothing survived.
+    """
     if target.samples is not None:
         return float(target.samples)
     if target.pool_share is not None:
@@ -45,12 +47,11 @@ def target_copies(target: TargetSettings, pool_count: int, survivor_count: int) 
 def total_expected(
     scale: float, shares: np.ndarray, sizes: np.ndarray, quality: QualityDuplicationSettings, cap: float
 ) -> float:
-    """Σ E over all samples for λ = `scale`, from clusters alone: shares float64 (k,) =
-    p(c)/(n_c·w̄_c) > 0, sizes int64 (k,) = n_c >= 1.
+    """Σ E over all samples for λ = `scale`, computed from cluster sizes without looking at samples.
 
-    The ranks of a cluster are evenly spaced, so w_i = w1 + i·(w2 - w1)/(n_c - 1): the first m of
-    them, those below the cap, add up in closed form, and the rest are at the cap. Summed exactly
-    over clusters (math.fsum).
+    Takes shares float64 (k,), p(c)/(n_c·w̄_c) > 0, and sizes int64 (k,), n_c >= 1. The ranks of a cluster are evenly
+    spaced, so w_i = w1 + i·(w2 - w1)/(n_c - 1): the samples below the cap have a closed-form sum, and the others are at
+    the cap. Clusters are summed exactly (math.fsum).
     """
     single = sizes == 1
     lowest = np.where(single, quality_duplication.mean_weight(quality), quality.w1)
@@ -70,10 +71,10 @@ def solve_scale(
     quality: QualityDuplicationSettings,
     cap: float,
 ) -> float:
-    """λ: the smallest float for which Σ E reaches `target`, by bisection to the last bit.
+    """λ, the smallest float for which Σ E reaches `target`, found by bisection to the last bit.
 
-    importance float64 (k,): p(c); sizes int64 (k,): n_c, 0 where p(c) is. Raises
-    UnreachableTargetError where every sample at the cap is still too few.
+    Takes importance float64 (k,), p(c), and sizes int64 (k,), n_c. A cluster with n_c = 0 has no share. Raises
+    UnreachableTargetError where the target is not reached even with every sample at the cap.
     """
     if target == 0:
         return 0.0
@@ -89,7 +90,7 @@ def solve_scale(
             + (f"raise `max_copies` to {enough:g} or " if count else "")
             + "lower `target`"
         )
-    low, high = 0, _INFINITY_BITS  # the bits of a float >= 0 count in the order of the floats
+    low, high = 0, _INFINITY_BITS  # non-negative floats sort like their bits read as integers
     while high - low > 1:
         middle = (low + high) // 2
         if total_expected(_float_of(middle), shares, sizes, quality, cap) < target:
@@ -109,29 +110,32 @@ def share_of_each(importance: np.ndarray, sizes: np.ndarray, quality: QualityDup
 
 
 def scaled(scale: float, shares: np.ndarray) -> np.ndarray:
-    """λ·p(c)/(n_c·w̄_c), float64 (k,): 0 where the share is, even where λ is infinite (every sample at the cap, and some
-    share too small for a finite λ to lift there)."""
+    """λ·p(c)/(n_c·w̄_c), float64 (k,). 0 where the share is 0, even if λ is infinite.
+
+    λ is infinite where every sample must be at the cap and some share is too small for a finite λ.
+    """
     return np.multiply(scale, shares, out=np.zeros_like(shares), where=shares > 0)
 
 
 def expected_copies(
     factor: float, ranks: np.ndarray, size: int, quality: QualityDuplicationSettings, cap: float
 ) -> np.ndarray:
-    """E(x) = min(cap, factor·w(x)), with factor = λ·p(c)/(n_c·w̄_c): ranks int64 (n,) → float64 (n,)."""
+    """E(x) = min(cap, factor·w(x)) with factor = λ·p(c)/(n_c·w̄_c), for ranks int64 (n,): float64 (n,)."""
     return np.minimum(cap, factor * quality_duplication.weights(ranks, size, quality))
 
 
 def whole_copies(expected: np.ndarray, seed: int, uids: np.ndarray) -> np.ndarray:
-    """⌊E⌋ + [u(seed, uid) < E - ⌊E⌋], u a hash in [0, 1): on average E, and the same on every
-    run. float64 (n,), bytes (n,) → int64 (n,)."""
-    whole = np.floor(expected)
-    drawn = np.array([draw("copies", seed, uid.decode()) for uid in uids.tolist()])
-    return whole.astype(np.int64) + (drawn < expected - whole)
+    """⌊E⌋ + [u(seed, uid) < E - ⌊E⌋], with u a hash in [0, 1): E on average, and the same on every run.
+
+    Takes expected float64 (n,) and uids bytes (n,). Returns int64 (n,).
+    """
+    floors = np.floor(expected)
+    draws = np.array([draw("copies", seed, uid.decode()) for uid in uids.tolist()])
+    return floors.astype(np.int64) + (draws < expected - floors)
 
 
 class ClusterTally(NamedTuple):
-    """Sums over members of a cluster. `expected` and `digit_addition` count in units of 2^-40
-    copies."""
+    """Sums over members of a cluster. `expected` and `digit_addition` are in units of 2^-40 copies."""
 
     members: int = 0
     semantic_duplicates: int = 0
@@ -141,9 +145,9 @@ class ClusterTally(NamedTuple):
 
 
 class AssignCopies(beam.PTransform):
-    """Ranked tiles → `PLACEMENTS`, one `Placements` for each, and `TALLIES`, which `ClusterTable` sums.
+    """Ranked tiles → outputs `PLACEMENTS`, one `Placements` for each tile, and `TALLIES`, the input of `ClusterTable`.
 
-    `allocation` is `ClusterImportance`' output.
+    `allocation` is the output of `ClusterImportance`.
     """
 
     def __init__(self, settings: DistributionAlignmentSettings, seed: int, allocation: beam.PCollection[Allocation]) -> None:
@@ -188,14 +192,17 @@ class _Place(beam.DoFn):
 
 
 def _units(copies: np.ndarray) -> int:
-    """Their sum in units of 2^-40."""
+    """The sum of `copies` in units of 2^-40."""
     return sum(np.rint(np.ldexp(copies, _TALLY_BITS)).astype(np.int64).tolist())
 
 
 def cluster_rows(allocation: Allocation, tallies: Mapping[int, ClusterTally]) -> list[dict[str, Any]]:
-    """One row a cluster, sorted, the empty ones too: cluster, size (n_c), semantic_duplicates
-    (members dropped), similarity_<task> for every task, importance (p(c)), expected_copies,
-    digit_addition (how much of those digit enhancement added above the target), copies."""
+    """One row for each cluster in ascending order, including empty clusters.
+
+    Columns: cluster, size (n_c), semantic_duplicates (members dropped), similarity_<task> for each task, importance
+    (p(c)), expected_copies, digit_addition (the part of expected_copies that digit enhancement added above the target)
+    and copies.
+    """
     rows = []
     for cluster, (size, importance) in enumerate(zip(allocation.sizes, allocation.importance, strict=True)):
         tally = tallies.get(cluster, ClusterTally())
@@ -215,7 +222,7 @@ def cluster_rows(allocation: Allocation, tallies: Mapping[int, ClusterTally]) ->
 
 
 class ClusterTable(beam.PTransform):
-    """`TALLIES` → the rows of clusters.parquet (see `cluster_rows`), in one element."""
+    """`TALLIES` → one element, the rows of clusters.parquet (see `cluster_rows`)."""
 
     def __init__(self, allocation: beam.PCollection[Allocation]) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Digit enhancement: pictures that hold digits get a floor of copies.
+"""Digit enhancement: images that show digits get a minimum number of copies.
 
-Paper: digit pictures are raised. Ours: how, and by how much.
+Paper: digit images are boosted. Our choice: how, and by how much.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from transforms.core.recipe import DigitEnhancementSettings
 def enhance(
     expected: np.ndarray, digit_probabilities: np.ndarray, settings: DigitEnhancementSettings, max_copies: float
 ) -> np.ndarray:
-    """E(x) = max(E(x), floor) for the samples with digit probability >= threshold, never above `max_copies`: float64
-    (n,), float32 (n,) → float64 (n,).
+    """E(x) = max(E(x), min(floor, max_copies)) for samples with digit probability >= threshold.
 
-    A sample never asked has probability -1.0 and is left as it is. Never called for a dropped sample.
+    Takes expected float64 (n,) and digit_probabilities float32 (n,). Returns float64 (n,). A sample without a digit
+    score has probability -1.0 and keeps its E(x). The caller resets dropped samples to 0 afterwards.
     """
     floor = min(settings.floor_copies, max_copies)
-    # In float64, as the recipe has the threshold: a float32 above it may lie below its nearest float32.
+    # Compared in float64, the type of the threshold in the recipe: rounding the threshold to float32 would move it.
     shows_digits = digit_probabilities.astype(np.float64) >= settings.min_digit_probability
     return np.where(shows_digits, np.maximum(expected, floor), expected)

@@ -1,7 +1,7 @@
-"""Semantic deduplication: of samples whose embeddings nearly coincide, the best stays.
+"""Semantic deduplication: of samples with nearly equal embeddings, the best-ranked is kept.
 
-Paper: semantic duplicates within a cluster go (SemDeDup, arXiv 2303.09540). Ours: the rank, the
-exact definition, the tiles and the bound that spares most products.
+Paper: semantic duplicates within a cluster are dropped (SemDeDup, arXiv 2303.09540). Our choice: the rank, the exact
+definition, the tiles, and the bound that avoids most products.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from transforms.distribution_alignment.vectors import NEAR, exact_products, unit
 from transforms.distribution_alignment.work_folder import WorkFolder, read_arrays, read_candidates, write_candidates
 
 _BLOCK_ROWS = 1024
-_HEAD_SHARE = 4  # the bound looks at a quarter of the dimensions
-_FEW_PAIRS = 512  # per block: judging so many one by one costs less than the whole product
-_TRIALS = 16
+_HEAD_SHARE = 4  # the bound uses a quarter of the dimensions
+_FEW_PAIRS = 512  # up to this many pairs of a block, exact products cost less than the full matrix product
+_TRIALS = 16  # blocks for which the bound is tried before its success rate counts
 
 
 def semantic_duplicates(units: np.ndarray, epsilon: float, block_rows: int = _BLOCK_ROWS) -> np.ndarray:
-    """For each row, the best-ranked better row with cosine > 1 - `epsilon`, -1 where there is none.
+    """For each row, the index of the best-ranked better row with cosine > 1 - `epsilon`, -1 where there is none.
 
-    units: float32 (n, d) of length 1, best rank first. Returns int64 (n,). The better row may itself be a duplicate.
+    Takes unit vectors float32 (n, d), best rank first. Returns int64 (n,). The better row may itself be a duplicate.
     """
     return TileDuplicates(units, epsilon, block_rows).against_itself(0)
 
 
 class TileDuplicates:
-    """The duplicates among the rows of one tile, found against better tiles, best first, and then against itself.
+    """Finds the duplicates in one tile: first against the better tiles, best first, then against the tile itself.
 
-    Products come in blocks of `block_rows` square, so memory is bounded; those within 1e-4 of the threshold are judged
-    again in float64 in a fixed order, so the result depends neither on tiles nor on blocks.
+    Takes unit vectors float32 (n, d), best rank first. Products are computed in blocks of `block_rows` x `block_rows`,
+    so memory is bounded. Products within 1e-4 of the threshold are computed again in float64 in a fixed order, so the
+    result does not depend on tiles or blocks.
 
-    Most blocks hold no duplicate, and a bound shows it at a fraction of the cost: with x and y cut into a head and a
-    tail of dimensions, x·y ≤ x_head·y_head + |x_tail|·|y_tail| (Cauchy-Schwarz), which is one product of the heads with
-    the tail's length as one more dimension. The head is where this tile's rows are longest; any choice is exact. Where
-    the bound keeps failing it is no longer tried, which changes the cost alone.
+    Most blocks have no duplicate, and a bound proves it at a fraction of the cost. With the dimensions split into a
+    head and a tail, x·y ≤ x_head·y_head + |x_tail|·|y_tail| (Cauchy-Schwarz): one product of the heads, with the length
+    of the tail as an extra dimension. The head consists of the dimensions with the largest squared sum over this tile;
+    any choice gives the same result. A bound that keeps failing is no longer tried, which affects only the cost.
     """
 
     def __init__(self, units: np.ndarray, epsilon: float, block_rows: int = _BLOCK_ROWS) -> None:
@@ -55,10 +56,10 @@ class TileDuplicates:
         energy = np.einsum("ij,ij->j", units, units)
         self._head = np.sort(np.argsort(-energy, kind="stable")[: -(-units.shape[1] // _HEAD_SHARE)])
         self._bounds = self._bound_rows(units)
-        self._tried = self._spared = 0
+        self._bounds_tried = self._products_avoided = 0
 
     def against(self, better: np.ndarray, first_row: int) -> None:
-        """Look for keepers among all rows of a better tile: float32 (m, d), numbered from `first_row`."""
+        """Look for keepers among the rows of a better tile, float32 (m, d), numbered from `first_row`."""
         bounds = self._bound_rows(better)
         for start in range(0, len(better), self._block_rows):
             rows = slice(start, start + self._block_rows)
@@ -67,8 +68,10 @@ class TileDuplicates:
                     self._pending[number] = self._judge(better[rows], bounds[rows], pending, first_row + start)
 
     def against_itself(self, first_row: int) -> np.ndarray:
-        """Look for keepers among the tile's own better rows, numbered from `first_row`; returns, for each row, the
-        number of its keeper, -1 where there is none: int64 (n,)."""
+        """Look for keepers among the tile's own better rows, numbered from `first_row`.
+
+        Returns the number of the keeper of each row, -1 where there is none: int64 (n,).
+        """
         for number, columns in enumerate(self._pending):
             pending = columns
             for start in range(0, (number + 1) * self._block_rows, self._block_rows):
@@ -79,7 +82,7 @@ class TileDuplicates:
         return self._keepers
 
     def _bound_rows(self, units: np.ndarray) -> np.ndarray:
-        """The head of each row, and the length of its tail: float32 (n, h + 1)."""
+        """The head of each row and the length of its tail, float32 (n, h + 1)."""
         head = units[:, self._head]
         tail = 1.0 - np.einsum("ij,ij->i", head, head)
         return np.column_stack([head, np.sqrt(np.maximum(tail, 0.0))])
@@ -87,9 +90,11 @@ class TileDuplicates:
     def _judge(
         self, rows: np.ndarray, bounds: np.ndarray, pending: np.ndarray, first_row: int, own: int | None = None
     ) -> np.ndarray:
-        """Settle those of `pending` that have a keeper among `rows`; returns the others. `own`: the rows are this
-        tile's own from that number on, and only a better row can keep."""
-        first = self._first_of_few(rows, bounds, pending, own)
+        """Record the keepers that rows of `pending` have among `rows`. Returns the rows of `pending` without one.
+
+        `own` is given where `rows` are this tile's own rows from that index on; then only better rows can be keepers.
+        """
+        first = self._first_by_bound(rows, bounds, pending, own)
         if first is None:
             products = rows @ self._units[pending].T
             if own is not None:
@@ -99,14 +104,16 @@ class TileDuplicates:
         self._keepers[pending[found]] = first_row + first[found]
         return pending[~found]
 
-    def _first_of_few(
+    def _first_by_bound(
         self, rows: np.ndarray, bounds: np.ndarray, pending: np.ndarray, own: int | None
     ) -> np.ndarray | None:
-        """For each of `pending` its first row above the threshold, -1 where there is none, if the bound leaves but a
-        few pairs in doubt; else None."""
-        if self._tried >= _TRIALS and 4 * self._spared < self._tried:
+        """The first row above the threshold for each of `pending`, -1 where there is none: int64 (len(pending),).
+
+        None where the bound leaves too many pairs undecided.
+        """
+        if self._bounds_tried >= _TRIALS and 4 * self._products_avoided < self._bounds_tried:
             return None
-        self._tried += 1
+        self._bounds_tried += 1
         bound = bounds @ self._bounds[pending].T
         first = np.full(len(pending), -1)
         if bound.max() >= self._threshold - NEAR:
@@ -117,27 +124,27 @@ class TileDuplicates:
                 return None
             better, columns = np.nonzero(doubtful)
             above = exact_products(rows[better], self._units[pending[columns]]) > self._threshold
-            # Row by row, so that of a column's pairs the first stands first.
+            # Pairs are in row order, so `np.unique` finds the first row of each column.
             settled, places = np.unique(columns[above], return_index=True)
             first[settled] = better[above][places]
-        self._spared += 1
+        self._products_avoided += 1
         return first
 
 
 def _not_better(count: int, pending: np.ndarray, own: int) -> np.ndarray:
-    """Where row `own` + i of the tile is not better than the pending row: bool (count, len(pending))."""
+    """True where row `own` + i of the tile is not better than the pending row: bool (count, len(pending))."""
     return np.arange(own, own + count)[:, None] >= pending
 
 
 def _first_above(products: np.ndarray, rows: np.ndarray, columns: np.ndarray, threshold: float) -> np.ndarray:
-    """For each column of `products`, the first row above `threshold`, -1 where there is none."""
+    """The first row above `threshold` in each column of `products`, -1 where there is none."""
     if products.max() < threshold - NEAR:
         return np.full(len(columns), -1)
     sure = products > threshold + NEAR
     first = np.where(sure.any(axis=0), sure.argmax(axis=0), len(rows))
     doubtful = (products >= threshold - NEAR) & ~sure & (np.arange(len(rows))[:, None] < first)
     open_columns = np.flatnonzero(doubtful.any(axis=0))
-    while len(open_columns):  # one doubtful pair of each column at a time: bounded memory, and most end at once
+    while len(open_columns):  # one doubtful pair of each column at a time: memory is bounded, and one usually decides
         candidates = doubtful[:, open_columns].argmax(axis=0)
         above = exact_products(rows[candidates], columns[open_columns]) > threshold
         first[open_columns[above]] = candidates[above]
@@ -148,11 +155,11 @@ def _first_above(products: np.ndarray, rows: np.ndarray, columns: np.ndarray, th
 
 
 class SemanticDedup(beam.PTransform):
-    """((cluster, tile), its members) → ranked tiles.
+    """((cluster, tile), parts of the tile) → ranked tiles.
 
-    A tile of a small cluster is judged where it stands. Those of a large one are written to the work folder; when all
-    of a cluster are there, each is judged against the better ones, by whatever worker is free, with two tiles in memory
-    at a time. A duplicate is not counted, unless `after_duplication`. Without settings nothing is a duplicate.
+    The only tile of a small cluster is judged at once. The tiles of a large cluster are written to the work folder;
+    when all of them are there, each is judged against the better ones, in parallel, with two tiles in memory at a time.
+    Duplicates get no rank, unless `after_duplication` is set. Without settings nothing is a duplicate.
     """
 
     _LARGE = "large"
@@ -229,7 +236,7 @@ def _judged(members: Candidates, keepers: np.ndarray) -> Judged:
 
 
 def _rank(group: tuple[int, Iterable[tuple[int, Judged]]], counts_all: bool) -> Iterator[RankedTile]:
-    """The members' places in their cluster; of a large one no embedding is here, only some 80 bytes a member."""
+    """The ranks of the members of a cluster. There are no embeddings here, only about 80 bytes for each member."""
     cluster, tiles = group
     counted = {tile: np.ones(len(rows), bool) if counts_all else rows.keepers == b"" for tile, rows in tiles}
     size = sum(int(counts.sum()) for counts in counted.values())

@@ -1,5 +1,7 @@
-"""What flows through stage 3: columns of many samples at once, as numpy arrays. No element holds more than one shard's
-candidates or one tile."""
+"""The records of stage 3: columns of many samples, as numpy arrays.
+
+The largest elements are the candidates of one shard and the members of one tile.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,23 @@ from transforms.columns import Columns
 
 
 class CandidateShard(NamedTuple):
-    """A shard whose candidates lie in the work folder: so many samples that no earlier rule dropped."""
+    """A shard whose candidates are in the work folder. `samples` is their number."""
 
     shard: str
     samples: int
 
 
 def best_first(cosines: np.ndarray, uids: np.ndarray) -> np.ndarray:
-    """The order of the rank: higher flipped-CLIP cosine, then smaller uid. int64 (n,)."""
+    """The row indices int64 (n,) in rank order: higher flipped-CLIP cosine first, then smaller uid."""
     return np.lexsort((uids, -cosines))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidates(Columns):
-    """Samples that no earlier rule dropped.
+    """Samples that no rule of stages 1 and 2 dropped.
 
-    uids bytes (n,) of 32; shards bytes (n,); cosines float32 (n,): flipped-CLIP; digits float32 (n,): digit
-    probability, -1.0 where the question was never asked; embeddings float16 (n, d), L2-normalised, little-endian.
+    uids S32 (n,); shards bytes (n,); cosines float32 (n,): flipped-CLIP; digits float32 (n,): digit probability, -1.0
+    where there is none; embeddings float16 (n, d), L2-normalised, little-endian.
     """
 
     uids: np.ndarray
@@ -39,13 +41,13 @@ class Candidates(Columns):
     embeddings: np.ndarray
 
     def best_first(self) -> Self:
-        """By rank."""
+        """The rows in rank order (see the function `best_first`)."""
         return self.take(best_first(self.cosines, self.uids))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RankKeys(Columns):
-    """What the rank of samples hangs on: cosines float32 (n,), uids bytes (n,)."""
+    """The sort keys of the rank: cosines float32 (n,), uids bytes (n,)."""
 
     cosines: np.ndarray
     uids: np.ndarray
@@ -53,8 +55,10 @@ class RankKeys(Columns):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Judged(Columns):
-    """Members of one cluster after semantic dedup, best first. keepers bytes (n,): the uid of the best-ranked better
-    member that each is a duplicate of, b"" where there is none."""
+    """Members of one cluster after semantic dedup, best first.
+
+    keepers bytes (n,): for a duplicate, the uid of the best-ranked better member that it duplicates, else b"".
+    """
 
     uids: np.ndarray
     shards: np.ndarray
@@ -64,10 +68,10 @@ class Judged(Columns):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RankedTile:
-    """Consecutive members of one cluster with their places in it.
+    """Consecutive members of one cluster with their ranks.
 
-    ranks int64 (n,) count from 0 (worst) to `cluster_size` - 1 (best) over the members that copies are shared among; -1
-    for one that is not counted.
+    ranks int64 (n,) run from 0 (worst) to `cluster_size` - 1 (best) over the members that share the copies of the
+    cluster; -1 for the other members.
     """
 
     cluster: int
@@ -78,8 +82,11 @@ class RankedTile:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placements(Columns):
-    """What stage 3 decided: clusters int32 (n,), keepers bytes (n,) (b"" = nobody's duplicate), expected_copies float64
-    (n,), copies int64 (n,)."""
+    """The decisions of stage 3.
+
+    uids, shards and keepers bytes (n,) (keepers is b"" for a sample that is not a duplicate); clusters int32 (n,);
+    expected_copies float64 (n,); copies int64 (n,).
+    """
 
     uids: np.ndarray
     shards: np.ndarray
@@ -89,14 +96,14 @@ class Placements(Columns):
     copies: np.ndarray
 
     def one_by_one(self) -> Iterator[Placement]:
-        """Each sample's decision as plain Python values."""
+        """The decision on each sample, as plain Python values."""
         values = (column.tolist() for _, column in self.columns())
         for uid, shard, cluster, keeper, expected, copies in zip(*values, strict=True):
             yield Placement(uid.decode(), shard.decode(), cluster, keeper.decode(), expected, copies)
 
 
 class Placement(NamedTuple):
-    """What stage 3 decided about one sample: its cluster, whose duplicate it is ("" = nobody's), and its copies."""
+    """The decision of stage 3 on one sample. `semantic_duplicate_of` is "" for a sample that is not a duplicate."""
 
     uid: str
     shard: str
@@ -108,11 +115,11 @@ class Placement(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Allocation:
-    """How the target is shared among k clusters; arrays are indexed by cluster.
+    """How the target is distributed over k clusters. Arrays are indexed by cluster.
 
-    sizes int64 (k,): n_c. similarities float64 (k,) by task: s(t, c). importance float64 (k,):
-    p(c), 0 where n_c = 0. factors float64 (k,): λ·p(c)/(n_c·w̄_c), so that E(x) = min(cap,
-    factors[c]·w(x)). target: N, in copies. scale: λ.
+    sizes int64 (k,): n_c. similarities: for each task float64 (k,), s(t, c). importance float64 (k,): p(c), 0 where
+    n_c = 0. factors float64 (k,): λ·p(c)/(n_c·w̄_c), so that E(x) = min(cap, factors[c]·w(x)). target: N, in copies.
+    scale: λ.
     """
 
     sizes: np.ndarray

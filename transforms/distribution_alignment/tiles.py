@@ -1,7 +1,7 @@
-"""Tiles: a cluster's members, best first, in pieces that fit a worker's memory however large the cluster is.
+"""Tiles: the members of a cluster, best first, in pieces that fit into a worker's memory.
 
-Our choice. Where the tiles of a large cluster begin is found from the sort keys alone; then every row is sent straight
-to its tile. So no worker ever holds the embeddings of a large cluster.
+Our choice. The boundaries of the tiles of a large cluster are computed from the sort keys alone; then each row is sent
+directly to its tile. No worker ever has all embeddings of a large cluster in memory.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ TILE_ROWS = 8192
 
 
 class Ranges:
-    """Where the tiles of the clusters with more than one tile begin.
+    """The tile boundaries of the clusters with more than one tile.
 
-    clusters int64 (m,): the cluster of each beginning, ascending; cosines float32 (m,), uids bytes (m,): the sort key
+    clusters int64 (m,): the cluster of each boundary, ascending; cosines float32 (m,), uids bytes (m,): the sort key
     of the first row of tile 1, 2, … of that cluster.
     """
 
@@ -40,12 +40,12 @@ class Ranges:
         self.clusters, self.cosines, self.uids = clusters, cosines, uids
 
     def tiles(self, cluster: int) -> int:
-        """How many tiles a cluster has."""
+        """The number of tiles of a cluster."""
         first, end = np.searchsorted(self.clusters, [cluster, cluster + 1])
         return int(end - first) + 1
 
     def tile_of(self, cluster: int, cosines: np.ndarray, uids: np.ndarray) -> np.ndarray:
-        """The tile of each member with the sort keys `cosines` (n,), `uids` (n,): int64 (n,)."""
+        """The tile, int64 (n,), of members with the sort keys `cosines` float32 (n,) and `uids` bytes (n,)."""
         first, end = np.searchsorted(self.clusters, [cluster, cluster + 1])
         tiles = np.zeros(len(uids), np.int64)
         for cosine, uid in zip(self.cosines[first:end], self.uids[first:end], strict=True):
@@ -59,7 +59,7 @@ def read_ranges(path: str) -> Ranges:
 
 
 class FindRanges(beam.PTransform):
-    """(cluster, sort keys of some members) → the path of the ranges, in one element."""
+    """(cluster, sort keys of some members) → one element, the path of the `Ranges`."""
 
     def __init__(self, work: WorkFolder) -> None:
         super().__init__()
@@ -69,28 +69,28 @@ class FindRanges(beam.PTransform):
         return (
             keys
             | "Group keys" >> beam.GroupByKey()
-            | "Tile beginnings" >> beam.FlatMap(_beginnings)
+            | "Tile beginnings" >> beam.FlatMap(_boundaries)
             | "All beginnings" >> beam.combiners.ToList()
             | "Write ranges" >> beam.Map(_write_ranges, self.work)
         )
 
 
-class _Beginnings(NamedTuple):
+class _Boundaries(NamedTuple):
     cluster: int
     keys: RankKeys
 
 
-def _beginnings(group: tuple[int, Iterable[RankKeys]]) -> Iterator[_Beginnings]:
+def _boundaries(group: tuple[int, Iterable[RankKeys]]) -> Iterator[_Boundaries]:
     cluster, parts = group
     keys = RankKeys.joined(parts)
     if len(keys) > TILE_ROWS:
-        yield _Beginnings(cluster, keys.take(best_first(keys.cosines, keys.uids)[TILE_ROWS::TILE_ROWS]))
+        yield _Boundaries(cluster, keys.take(best_first(keys.cosines, keys.uids)[TILE_ROWS::TILE_ROWS]))
 
 
-def _write_ranges(found: Sequence[_Beginnings], work: WorkFolder) -> str:
-    nothing = _Beginnings(-1, RankKeys(np.empty(0, np.float32), np.empty(0, "S32")))
-    ordered = [nothing, *sorted(found, key=lambda beginnings: beginnings.cluster)]
-    keys = RankKeys.joined(beginnings.keys for beginnings in ordered)
+def _write_ranges(found: Sequence[_Boundaries], work: WorkFolder) -> str:
+    empty = _Boundaries(-1, RankKeys(np.empty(0, np.float32), np.empty(0, "S32")))
+    ordered = [empty, *sorted(found, key=lambda boundaries: boundaries.cluster)]
+    keys = RankKeys.joined(boundaries.keys for boundaries in ordered)
     clusters = np.concatenate([np.full(len(b.keys), b.cluster, np.int64) for b in ordered])
     write_arrays(work.ranges, {"clusters": clusters, "cosines": keys.cosines, "uids": keys.uids})
     return work.ranges
@@ -98,8 +98,10 @@ def _write_ranges(found: Sequence[_Beginnings], work: WorkFolder) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TilePart:
-    """Those members of a tile that come from one shard, best first. uids bytes (n,), shards bytes (n,), cosines float32
-    (n,), digits float32 (n,); embeddings float16 (n, d), or where they lie."""
+    """The members of a tile that come from one shard, best first.
+
+    uids and shards bytes (n,); cosines and digits float32 (n,); embeddings float16 (n, d), or their location.
+    """
 
     uids: np.ndarray
     shards: np.ndarray
@@ -108,17 +110,17 @@ class TilePart:
     embeddings: np.ndarray | EmbeddingSlice
 
     def load(self) -> Candidates:
-        """All of it in memory."""
+        """The members with their embeddings in memory."""
         embeddings = self.embeddings.read() if isinstance(self.embeddings, EmbeddingSlice) else self.embeddings
         return Candidates(self.uids, self.shards, self.cosines, self.digits, embeddings)
 
 
 class ToTiles(beam.PTransform):
-    """Candidate shards, whose clusters are assigned, → ((cluster, tile), all its members in parts).
+    """Candidate shards with assigned clusters → ((cluster, tile), parts of the tile).
 
-    Where the work folder is a local one, only slim rows pass the shuffle, and the embeddings are read from disk: the
-    local runner's shuffle holds everything in memory, several times over. Elsewhere they pass it too: a shuffle service
-    keeps them on disk, and Cloud Storage is slow at small reads.
+    With a local work folder, embeddings do not go through the shuffle but are read from disk, because the local runner
+    keeps several copies of shuffled data in memory. With a remote work folder they do go through the shuffle: a shuffle
+    service keeps them on disk, and small reads from Cloud Storage are slow.
     """
 
     def __init__(self, work: WorkFolder, ranges_path: beam.PCollection[str]) -> None:
@@ -154,13 +156,13 @@ class _RowsByTile(beam.DoFn):
 
 
 def _runs(ascending: np.ndarray) -> list[tuple[int, int]]:
-    """Where each value begins and ends."""
+    """The (start, end) of each run of equal values."""
     starts = np.flatnonzero(np.r_[True, ascending[1:] != ascending[:-1]]).tolist()
     return list(zip(starts, [*starts[1:], len(ascending)], strict=True))
 
 
 class _Embeddings:
-    """The embeddings of a shard's members: read here, or left on the local disk."""
+    """The embeddings of a shard's members: in memory, or as slices of a local file."""
 
     def __init__(self, path: str, rows: int) -> None:
         self._path, self._local = path, not files.in_cloud_storage(path)

@@ -1,5 +1,7 @@
-"""Stage 3's work folder: arrays that are written once and read by later steps, so that no shuffle and no side input
-has to carry them. It goes when the stage is done."""
+"""The work folder of stage 3: arrays that one step writes and later steps read, instead of a shuffle or side input.
+
+The folder is deleted when the stage is done.
+"""
 
 from __future__ import annotations
 
@@ -18,34 +20,34 @@ MEMBER_COLUMNS = ("clusters", "uids", "shards", "cosines", "digits")
 
 @dataclasses.dataclass(frozen=True)
 class WorkFolder:
-    """Where each step's arrays lie. What is written again after a crash is the same, so nothing has to be cleared."""
+    """The paths of the arrays. A retry writes the same content again, so nothing is cleared after a crash."""
 
     folder: str
 
     def candidates(self, shard: str) -> str:
-        """A shard's `Candidates`."""
+        """The `Candidates` of a shard."""
         return files.join(self.folder, "candidates", f"{shard}.npz")
 
     def members(self, shard: str) -> str:
-        """A shard's candidates in their clusters, by cluster and then best first: `MEMBER_COLUMNS`."""
+        """The `MEMBER_COLUMNS` of a shard's candidates, sorted by cluster and then best first."""
         return files.join(self.folder, "members", f"{shard}.npz")
 
     def embeddings(self, shard: str) -> str:
-        """The embeddings of `members`, in their order: nothing but float16 values, so that a slice can be read."""
+        """The embeddings of `members`, in the same order, as raw float16 values, so that slices can be read."""
         return files.join(self.folder, "members", f"{shard}.f2")
 
     @property
     def coarse_centroids(self) -> str:
-        """float32 (c, d): the first level of k-means."""
+        """The centroids of the first level of k-means, float32 (c, d)."""
         return files.join(self.folder, "coarse.npy")
 
     def fine_centroids(self, coarse: int) -> str:
-        """float32 (f, d): the clusters within a coarse one."""
+        """The centroids of the clusters within a coarse cluster, float32 (f, d)."""
         return files.join(self.folder, "fine", f"{coarse}.npy")
 
     @property
     def ranges(self) -> str:
-        """Where the tiles of large clusters begin."""
+        """The tile boundaries of large clusters (see `tiles.Ranges`)."""
         return files.join(self.folder, "ranges.npz")
 
     def tile(self, cluster: int, tile: int) -> str:
@@ -53,12 +55,12 @@ class WorkFolder:
         return files.join(self.folder, "tiles", f"{cluster}-{tile}.npz")
 
     def subset(self, prefix: str) -> str:
-        """The sorted rows of subset.npy whose uids begin with `prefix`."""
+        """The sorted rows of subset.npy whose uids start with `prefix`."""
         return files.join(self.folder, "subset", prefix)
 
 
 def write_arrays(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write named arrays to `path`, whole or not at all."""
+    """Write named arrays to the .npz at `path` atomically."""
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **arrays)
     with files.write_aside(path) as file:
@@ -66,13 +68,13 @@ def write_arrays(path: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: str, names: Sequence[str]) -> list[np.ndarray]:
-    """The arrays of these names at `path`."""
+    """The arrays with these names in the .npz at `path`."""
     with files.open_binary(path) as file, np.load(io.BytesIO(file.read()), allow_pickle=False) as arrays:
         return [arrays[name] for name in names]
 
 
 def write_candidates(path: str, candidates: Candidates) -> None:
-    """Write `candidates` to `path`, whole or not at all."""
+    """Write `candidates` to `path` atomically."""
     write_arrays(path, dict(candidates.columns()))
 
 
@@ -83,7 +85,7 @@ def read_candidates(path: str) -> Candidates:
 
 
 class EmbeddingSlice(NamedTuple):
-    """Rows `start` to `stop` of a local file of embeddings of so many dimensions."""
+    """Rows `start` to `stop` (exclusive) of a local file of embeddings with `dimensions` dimensions."""
 
     path: str
     start: int
@@ -91,7 +93,7 @@ class EmbeddingSlice(NamedTuple):
     dimensions: int
 
     def read(self) -> np.ndarray:
-        """float16 (stop - start, d)."""
+        """The rows, float16 (stop - start, d)."""
         row_bytes = 2 * self.dimensions
         with open(self.path, "rb") as file:
             file.seek(self.start * row_bytes)

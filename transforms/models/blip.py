@@ -1,4 +1,4 @@
-"""Image-text matching: the RunInference handler for BLIP."""
+"""Image-text matching: the `RunInference` handler for BLIP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from transformers import BlipForImageTextRetrieval, BlipProcessor
 
 from transforms.core.records import Annotation, Sample
 from transforms.models.cascade import wanted
@@ -27,7 +26,11 @@ _BUCKETS = (16, 32, 64, 128, 256, 512)
 
 
 class BlipInput(NamedTuple):
-    """One sample as the model takes it: bytes (3, h, w), and the caption's tokens, padded to their bucket."""
+    """The model inputs for one sample.
+
+    `pixels` is uint8 (3, h, w). `tokens` and `mask` are int64 (t,), with t the bucket of the caption; `mask` is 1 for
+    caption tokens and 0 for padding.
+    """
 
     pixels: np.ndarray
     tokens: np.ndarray
@@ -35,31 +38,31 @@ class BlipInput(NamedTuple):
 
 
 class BlipPreparation:
-    """A BLIP model's own preprocessing and tokenizer."""
+    """The image preprocessing and tokenizer of a BLIP model."""
 
     def __init__(self, processor: Any, max_tokens: int) -> None:
         self.pictures = Processed(processor)
         self._tokenizer, self._max_tokens = processor.tokenizer, max_tokens
-        # The tokenizer takes its truncation from the first call. Made here, no thread makes that
-        # change while another one is reading.
+        # The first call sets the tokenizer's truncation. Making that call here keeps one thread from changing the
+        # setting while another thread tokenizes.
         self.probe(0)
 
     @classmethod
     def load(cls, settings: ImageTextMatchingSettings) -> BlipPreparation:
-        """The preprocessing and the tokenizer that belong to the model; its weights are not looked at."""
-        return cls(load_processor(BlipProcessor, settings), settings.max_tokens)
+        """Load the processor of the configured model, without its weights."""
+        return cls(_load_processor(settings), settings.max_tokens)
 
     def prepare(self, sample: Sample) -> BlipInput:
-        """The picture beside the caption's tokens, whose number names the bucket."""
+        """The model inputs for a decoded sample."""
         return BlipInput(self.pictures(pixels_of(sample)), *self._tokenize(sample.annotation.caption))
 
     def probe(self, tokens: int) -> BlipInput:
-        """What any sound model can score, in the bucket of so many tokens."""
+        """A known-good input in the bucket for `tokens` tokens."""
         return BlipInput(self.pictures(grey()), *self._tokenize("a picture", tokens))
 
-    def _tokenize(self, caption: str, at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def _tokenize(self, caption: str, min_tokens: int = 0) -> tuple[np.ndarray, np.ndarray]:
         ids = self._tokenizer(caption, truncation=True, max_length=self._max_tokens)["input_ids"]
-        padding = bucket(max(len(ids), at_least), self._max_tokens) - len(ids)
+        padding = bucket(max(len(ids), min_tokens), self._max_tokens) - len(ids)
         return (
             np.array(ids + [self._tokenizer.pad_token_id] * padding),
             np.array([1] * len(ids) + [0] * padding),
@@ -68,31 +71,35 @@ class BlipPreparation:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBlip(InMemory):
-    """A BLIP image-text-matching model with its own preparation."""
+    """A BLIP image-text-matching model in memory, with its preparation.
+
+    `table` is the (3, 256) byte table of the preprocessing (see `pictures.byte_table`), on the model's device and in
+    its dtype.
+    """
 
     model: Any
     preparation: BlipPreparation
     table: torch.Tensor
-    one_at_a_time: Any = dataclasses.field(default_factory=threading.Lock)  # so that a batch finds the memory it needs
+    lock: Any = dataclasses.field(default_factory=threading.Lock)  # one batch at a time, to bound peak memory
 
     def prepare(self, sample: Sample) -> BlipInput:
-        """As `BlipPreparation.prepare`."""
+        """See `BlipPreparation.prepare`."""
         return self.preparation.prepare(sample)
 
     def probe(self, shape: Hashable) -> BlipInput:
-        """What any sound model can score, in the bucket of so many tokens."""
+        """A known-good input; `shape` is its number of tokens."""
         assert isinstance(shape, int)
         return self.preparation.probe(shape)
 
     def constants(self) -> None:
-        """None needed."""
+        """No constants."""
 
     def score(self, inputs: list[BlipInput]) -> np.ndarray:
-        """Match logits (rows, 2), float32: of "does not match" and of "matches"."""
+        """Logits, float32 (rows, 2): "does not match", "matches"."""
         pixels, tokens, mask = zip(*inputs, strict=True)
         device = self.table.device
-        # the model makes its image mask on torch's default device
-        with self.one_at_a_time, torch.inference_mode(), device:
+        # The model creates its image mask on torch's default device, so `device` is made the default.
+        with self.lock, torch.inference_mode(), device:
             output = self.model(
                 input_ids=on_device(np.stack(tokens), device),
                 pixel_values=normalised(pixels, self.table),
@@ -102,18 +109,17 @@ class LoadedBlip(InMemory):
 
 
 def preprocessing(settings: ImageTextMatchingSettings) -> dict[str, Any]:
-    """What the model's own preprocessing does to a picture, for the manifest."""
-    return settings_of(load_processor(BlipProcessor, settings).image_processor)
+    """The preprocessing settings of the configured model, as recorded in the manifest."""
+    return settings_of(_load_processor(settings).image_processor)
 
 
 class BlipHandler(SampleBatchHandler[LoadedBlip]):
-    """Fills in `match_probability` of the samples that pass the cascade.
+    """Fills in `match_probability` for the samples that the cascade selects.
 
-        match_probability = softmax(itm(picture, caption))[1]   (arXiv 2309.15954, "BLIP-ITM")
+        match_probability = softmax(itm(image, caption))[1]   (arXiv 2309.15954, "BLIP-ITM")
 
-    A caption is padded to a bucket chosen by its own length, and each bucket has its own fixed
-    batches: computing is saved on short captions, and a score still does not depend on the
-    batch-mates.
+    A caption is padded to a bucket that depends on its length only, and each bucket is scored in batches of one fixed
+    shape. Short captions cost less, and a score does not depend on the other samples of the batch.
     """
 
     rule: ClassVar[str] = "image_text_matching"
@@ -129,6 +135,8 @@ class BlipHandler(SampleBatchHandler[LoadedBlip]):
         self._settings, self._min_cosine, self._precision = settings, min_cosine, precision
 
     def load_on(self, device: torch.device) -> LoadedBlip:
+        from transformers import BlipForImageTextRetrieval  # importing it takes seconds
+
         dtype = dtype_on(self._precision, device)
         model = load_pretrained(BlipForImageTextRetrieval, self._settings, device, dtype)
         positions = model.config.text_config.max_position_embeddings
@@ -152,10 +160,16 @@ class BlipHandler(SampleBatchHandler[LoadedBlip]):
 
 
 def bucket(token_count: int, max_tokens: int) -> int:
-    """The padded length of a caption: the smallest bucket that holds it, at most `max_tokens`."""
+    """The padded length of a caption in tokens: the smallest bucket that fits it, capped at `max_tokens`."""
     return min([size for size in _BUCKETS if size >= token_count] + [max_tokens])
 
 
 def match_probability(logits: np.ndarray) -> float:
-    """softmax(logits)[1]."""
+    """softmax(logits)[1] for logits float32 (2,), rounded to float32."""
     return as_float32(of_two(logits[1], logits[0]))
+
+
+def _load_processor(settings: ImageTextMatchingSettings) -> Any:
+    from transformers import BlipProcessor  # importing it takes seconds
+
+    return load_processor(BlipProcessor, settings)

@@ -1,4 +1,4 @@
-"""The digit question: the RunInference handler for BLIP-2."""
+"""The digit question: the `RunInference` handler for BLIP-2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
 from transforms.core.records import Annotation, Sample
 from transforms.models.cascade import prompt_floor, wanted
@@ -24,24 +23,28 @@ if TYPE_CHECKING:
 
 
 class Blip2Preparation:
-    """A BLIP-2 model's own preprocessing; the prompts are the same for every sample."""
+    """The image preprocessing of a BLIP-2 model. The prompts are the same for every sample, so no text is prepared."""
 
     def __init__(self, processor: Any) -> None:
         self.pictures = Processed(processor)
 
     @classmethod
     def load(cls, settings: DigitSettings) -> Blip2Preparation:
-        """The preprocessing that belongs to the model; its weights are not looked at."""
-        return cls(load_processor(Blip2Processor, settings))
+        """Load the processor of the configured model, without its weights."""
+        return cls(_load_processor(settings))
 
     def prepare(self, sample: Sample) -> np.ndarray:
-        """The picture as bytes (3, h, w)."""
+        """The preprocessed image of a decoded sample, uint8 (3, h, w)."""
         return self.pictures(pixels_of(sample))
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBlip2(InMemory):
-    """A BLIP-2 model with its own preparation, the prompts and the two answers as tokens."""
+    """A BLIP-2 model in memory, with its preparation.
+
+    `table` is the (3, 256) byte table of the preprocessing (see `pictures.byte_table`), on the model's device and in
+    its dtype. `prompts` are int64 (t,) token tensors; `yes` and `no` are the token ids of the two answers.
+    """
 
     model: Any
     preparation: Blip2Preparation
@@ -49,32 +52,32 @@ class LoadedBlip2(InMemory):
     prompts: tuple[torch.Tensor, ...]
     yes: int
     no: int
-    one_at_a_time: Any = dataclasses.field(default_factory=threading.Lock)  # so that a batch finds the memory it needs
+    lock: Any = dataclasses.field(default_factory=threading.Lock)  # one batch at a time, to bound peak memory
 
     def prepare(self, sample: Sample) -> np.ndarray:
-        """As `Blip2Preparation.prepare`."""
+        """See `Blip2Preparation.prepare`."""
         return self.preparation.prepare(sample)
 
     def probe(self, shape: Hashable = None) -> np.ndarray:
-        """What any sound model can score."""
+        """A known-good input."""
         return self.preparation.pictures(grey())
 
     def constants(self) -> None:
-        """None needed."""
+        """No constants."""
 
     def score(self, pixels: list[np.ndarray]) -> np.ndarray:
-        """Logits (rows, prompts, 2), float32: of "yes" and of "no" as the answer's first token.
+        """Logits of "yes" and "no" as the first token of the answer, float32 (rows, prompts, 2).
 
-        The picture goes through the vision tower once for all prompts.
+        Each image passes the vision tower once; all prompts reuse its features.
         """
-        with self.one_at_a_time, torch.inference_mode():
+        with self.lock, torch.inference_mode():
             image = self.model.get_image_features(normalised(pixels, self.table), return_dict=True)
             logits = [self._first_answer_logits(prompt.repeat(len(pixels), 1), image) for prompt in self.prompts]
             return torch.stack(logits, dim=1)[..., [self.yes, self.no]].float().cpu().numpy()
 
     def _first_answer_logits(self, prompts: torch.Tensor, image: Any) -> torch.Tensor:
         answer: dict[str, Any] = {"logits_to_keep": 1}
-        if not self.model.config.use_decoder_only_language_model:  # as FLAN-T5
+        if not self.model.config.use_decoder_only_language_model:  # an encoder-decoder such as FLAN-T5
             start = self.model.config.text_config.decoder_start_token_id
             answer = {"decoder_input_ids": torch.full((len(prompts), 1), start, device=prompts.device)}
         output = self.model(
@@ -88,22 +91,21 @@ class LoadedBlip2(InMemory):
 
 
 def preprocessing(settings: DigitSettings) -> dict[str, Any]:
-    """What the model's own preprocessing does to a picture, for the manifest."""
-    return settings_of(load_processor(Blip2Processor, settings).image_processor)
+    """The preprocessing settings of the configured model, as recorded in the manifest."""
+    return settings_of(_load_processor(settings).image_processor)
 
 
 class Blip2Handler(SampleBatchHandler[LoadedBlip2]):
-    """Fills in `digit_probability` of the samples that pass the cascade.
+    """Fills in `digit_probability` for the samples that the cascade selects.
 
         digit_probability = mean over prompts of p(yes) / (p(yes) + p(no))
 
-    That BLIP-2 is asked is arXiv 2309.15954's; this score is our choice. p is the distribution of
-    the first token of the answer, read from one forward pass instead of from `generate`. The
-    answers are the tokens of " yes" and " no", with the space: a prompt ends in "Answer:", and
-    OPT's tokenizer keeps the space before a word in the word's own token, so these are the tokens
-    with which a generated "yes" or "no" begins. "Yes" and "No" are not added in: to prompts of this
-    form BLIP-2 answers in lower case (the library's own example: "two"). A prompt has the same
-    tokens for every sample, so nothing is padded.
+    Prompting BLIP-2 comes from arXiv 2309.15954; this score is our choice. p is the distribution of the first token of
+    the answer, taken from one forward pass instead of from `generate`. The answer tokens are " yes" and " no", with the
+    space: a prompt ends in "Answer:", and OPT's tokenizer makes the space before a word part of the word's token, so
+    these are the tokens that a generated "yes" or "no" starts with. "Yes" and "No" do not count: BLIP-2 answers prompts
+    of this form in lower case (the library's own example is "two"). A prompt has the same tokens for every sample, so
+    nothing is padded.
     """
 
     rule: ClassVar[str] = "digit"
@@ -121,10 +123,12 @@ class Blip2Handler(SampleBatchHandler[LoadedBlip2]):
         self._floors = (min_cosine, min_match_probability, prompt_floor(settings))
 
     def load_on(self, device: torch.device) -> LoadedBlip2:
+        from transformers import Blip2ForConditionalGeneration  # importing it takes seconds
+
         dtype = dtype_on(self._precision, device)
         model = load_pretrained(Blip2ForConditionalGeneration, self._settings, device, dtype)
-        processor = load_processor(Blip2Processor, self._settings)
-        if processor.num_query_tokens is None:  # saved before the processor knew of them
+        processor = _load_processor(self._settings)
+        if processor.num_query_tokens is None:  # saved by a version without this attribute
             processor.num_query_tokens = model.config.num_query_tokens
         preparation = Blip2Preparation(processor)
         return LoadedBlip2(
@@ -144,19 +148,22 @@ class Blip2Handler(SampleBatchHandler[LoadedBlip2]):
 
 
 def digit_probability(logits: np.ndarray) -> float:
-    """The mean over prompts of p(yes) / (p(yes) + p(no)), from logits (prompts, 2)."""
+    """The mean over prompts of p(yes) / (p(yes) + p(no)), from logits (prompts, 2) in the order yes, no."""
     return as_float32(np.mean(of_two(logits[:, 0], logits[:, 1])))
 
 
 def _prompt_tokens(model: Any, processor: Any, prompt: str) -> torch.Tensor:
-    """The tokens of `prompt`, led by the placeholders that the image features take the place of."""
+    """Token ids int64 (t,) of `prompt`, preceded by the placeholders that the image features replace.
+
+    Raises ValueError where the number of placeholders is not the model's number of query tokens.
+    """
     blank = np.zeros((8, 8, 3), np.uint8)
     tokens = processor(images=blank, text=prompt, return_tensors="pt")["input_ids"][0]
     placeholders = int((tokens == model.config.image_token_id).sum())
     if placeholders != model.config.num_query_tokens:
         raise ValueError(
-            f"the tokenizer gives {placeholders} image placeholders and the model takes "
-            f"{model.config.num_query_tokens}: tokenizer and model are not of one revision"
+            f"the tokenizer produces {placeholders} image placeholders, but the model expects "
+            f"{model.config.num_query_tokens}: tokenizer and model come from different revisions"
         )
     return tokens
 
@@ -166,3 +173,9 @@ def _answer_token(tokenizer: Any, word: str) -> int:
     if len(tokens) != 1:
         raise ValueError(f"the tokenizer splits {word!r} into {len(tokens)} tokens; the digit question needs one")
     return int(tokens[0])
+
+
+def _load_processor(settings: DigitSettings) -> Any:
+    from transformers import Blip2Processor  # importing it takes seconds
+
+    return load_processor(Blip2Processor, settings)

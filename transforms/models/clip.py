@@ -1,4 +1,7 @@
-"""Flipped CLIP: the RunInference handler for open_clip models."""
+"""Flipped CLIP: the `RunInference` handler for open_clip models.
+
+`open_clip` and `torchvision` are imported on first use, because importing them takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
-import open_clip
 import torch
-from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
 from torch.func import functional_call
 from torch.nn.functional import normalize
-from torchvision.transforms import Compose, Normalize, ToTensor
 
 from transforms.core.records import Annotation, Sample
 from transforms.models.handler import InMemory, SampleBatchHandler
@@ -31,34 +30,40 @@ if TYPE_CHECKING:
     from transforms.cross_modality.flipped_clip import FlippedClipSettings
     from transforms.models.settings import ClipPromptsSettings
 
-# open_clip scales the shorter side to its input size before it crops; a picture of 1 x 60,000
-# pixels would then take gigabytes. Such a sample is a dead letter.
+# open_clip scales the shorter side to the input size before it crops, so an image of 1 x 60,000 pixels would take
+# gigabytes. A sample with a more extreme aspect ratio becomes a dead letter.
 _MAX_ASPECT = 500
 
-# open_clip's tokenizer takes time in the square of a word's length, 20 seconds for 16,000 letters.
-# CLIP's longest token has 32 bytes, so its 77 tokens never reach this far into a caption.
+# The time of open_clip's tokenizer is quadratic in the length of a word: 20 seconds for 16,000 letters. CLIP's longest
+# token has 32 bytes, so its 77 tokens never reach this far into a caption.
 _MAX_CHARACTERS = 4096
 
-
-# Words whose tokens open_clip's tokenizer keeps; left to itself it keeps every word of the pool for good.
+# Limit on the words in the tokenizer's cache. Without it open_clip's tokenizer caches every word of the pool.
 _MAX_CACHED_WORDS = 200_000
 
-
-# Context lengths that captions are cut to, by their own number of tokens, before the model's whole context.
+# Captions are cut to the shortest of these context lengths that fits them, else to the model's full context.
 _BUCKETS = (16, 32, 48)
-# A call of the text tower takes a batch's rows by this: few rows a call, so that little of a bucket's last is padding.
+# One call of the text tower takes batch_size / _TEXT_CALLS rows. Small calls keep the padding of each bucket small.
 _TEXT_CALLS = 8
 
 
 class ClipInput(NamedTuple):
-    """One sample as the model takes it: bytes (v, 3, h, w), the flipped view first, and tokens."""
+    """The model inputs for one sample.
+
+    `views` is uint8 (v, 3, h, w): the flipped view, then the unflipped one if it is scored too. `tokens` is int64
+    (context,).
+    """
 
     views: np.ndarray
     tokens: np.ndarray
 
 
 class ClipPreparation:
-    """An open_clip model's own preprocessing and tokenizer (transformers' skips ftfy)."""
+    """The image preprocessing and tokenizer of an open_clip model.
+
+    open_clip's own tokenizer is used because the one of transformers skips ftfy. Raises ValueError where the
+    preprocessing is not a resize and crop followed by a normalisation.
+    """
 
     def __init__(
         self,
@@ -66,47 +71,53 @@ class ClipPreparation:
         tokenize: Callable[[str], torch.Tensor],
         score_unflipped: bool,
     ) -> None:
+        from open_clip.tokenizer import SimpleTokenizer
+        from torchvision.transforms import Compose, Normalize, ToTensor
+
         *shape, to_tensor, to_normal = preprocess.transforms  # type: ignore[attr-defined]
         if not isinstance(to_tensor, ToTensor) or not isinstance(to_normal, Normalize):
-            raise ValueError("this model's preprocessing does not end in normalising")
+            raise ValueError("this model's preprocessing does not end with ToTensor and Normalize")
         self._shape, self._normalise = Compose(shape), Compose([to_tensor, to_normal])
         self._tokenize, self._score_unflipped = tokenize, score_unflipped
         if isinstance(tokenize, SimpleTokenizer):
             tokenize.cache = _BoundedCache(tokenize.cache)
         self.table = self.table_for(preprocess)
-        # A transformers tokenizer takes its padding from the first call. Made here, no thread makes that change while
-        # another one is reading.
+        # The first call sets the padding of a transformers tokenizer. Making that call here keeps one thread from
+        # changing the setting while another thread tokenizes.
         self.tokens("a picture")
 
     @classmethod
     def load(cls, settings: FlippedClipSettings) -> ClipPreparation:
-        """The preprocessing and the tokenizer that belong to the model; its weights are not looked at."""
+        """Load the preprocessing and tokenizer of the configured model, without its weights."""
+        from open_clip import get_tokenizer
+        from open_clip.transform import image_transform_v2
+
         source = clip_source(settings)
         preprocess = image_transform_v2(_preprocess_cfg(source), is_train=False)
-        return cls(preprocess, open_clip.get_tokenizer(source.name), settings.score_unflipped)
+        return cls(preprocess, get_tokenizer(source.name), settings.score_unflipped)
 
     def prepare(self, sample: Sample) -> ClipInput:
-        """The sample's views and tokens."""
+        """The model inputs for a decoded sample. Raises ValueError where one side is over 500 times the other."""
         pixels = pixels_of(sample)
         height, width = pixels.shape[:2]
         if max(height, width) > _MAX_ASPECT * min(height, width):
             raise ValueError(f"{width} x {height} pixels: one side is more than {_MAX_ASPECT} times the other")
         upright = Image.fromarray(pixels)
-        flipped = upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # a quarter of the time that numpy's copy takes
+        flipped = upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # four times as fast as a numpy copy
         views = [flipped, upright] if self._score_unflipped else [flipped]
         return ClipInput(np.stack([self._bytes(view) for view in views]), self.tokens(sample.annotation.caption))
 
     def probe(self) -> ClipInput:
-        """What any sound model can score."""
+        """A known-good input."""
         view = self._bytes(Image.fromarray(grey()))
         return ClipInput(np.stack([view] * (2 if self._score_unflipped else 1)), self.tokens("a picture"))
 
     def tokens(self, caption: str) -> np.ndarray:
-        """The caption's tokens, padded to the model's context."""
+        """The tokens of a caption, padded to the model's context length: int64 (context,)."""
         return self._tokenize(shortened(caption))[0].numpy()
 
     def table_for(self, preprocess: Callable[[Image.Image], torch.Tensor]) -> np.ndarray:
-        """See `pictures.byte_table`. Raises ValueError where `preprocess` is another one than this."""
+        """The byte table (see `pictures.byte_table`). Raises ValueError where `preprocess` gives other values."""
         return byte_table(
             lambda pixels: self._normalise(Image.fromarray(pixels)).numpy(),
             lambda pixels: self._bytes(Image.fromarray(pixels)),
@@ -119,55 +130,62 @@ class ClipPreparation:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedClip(InMemory):
-    """An open_clip model with its own preparation."""
+    """An open_clip model in memory, with its preparation.
+
+    `table` is the (3, 256) byte table of the preprocessing (see `pictures.byte_table`), on the model's device and in
+    its dtype. `prompts` are CLIP's digit prompts, the positive ones first; empty where they are off.
+    """
 
     model: Any
     preparation: ClipPreparation
     table: torch.Tensor
     prompts: tuple[str, ...] = ()
-    one_at_a_time: Any = dataclasses.field(default_factory=threading.Lock)  # so that a batch finds the memory it needs
+    lock: Any = dataclasses.field(default_factory=threading.Lock)  # one batch at a time, to bound peak memory
 
     def prepare(self, sample: Sample) -> ClipInput:
-        """As `ClipPreparation.prepare`."""
+        """See `ClipPreparation.prepare`."""
         return self.preparation.prepare(sample)
 
     def probe(self, shape: Hashable = None) -> ClipInput:
-        """What any sound model can score."""
+        """A known-good input."""
         return self.preparation.probe()
 
     def score(self, inputs: list[ClipInput]) -> np.ndarray:
-        """L2-normalised float32 features (rows, 1 + v, d): the caption's, then each view's.
+        """L2-normalised features, float32 (rows, 1 + v, d): of the caption, then of each view.
 
-        Each view is a forward pass of its own, so that the flipped score is the same whether or not
-        the unflipped image is scored too.
+        Each view has its own forward pass, so the flipped score is the same whether or not the unflipped view is
+        scored too.
         """
-        with self.one_at_a_time, torch.inference_mode():
+        with self.lock, torch.inference_mode():
             features = [self.text(np.stack([row.tokens for row in inputs]))]
             for view in range(len(inputs[0].views)):
                 features.append(self.model.encode_image(normalised([row.views[view] for row in inputs], self.table)))
             return torch.stack([normalize(f.float(), dim=-1) for f in features], dim=1).cpu().numpy()
 
     def constants(self) -> np.ndarray | None:
-        """float32 (k, d): whose product with an image feature is CLIP's logit for each of the prompts."""
+        """float32 (k, d), one row for each prompt; its product with an image feature gives CLIP's logits.
+
+        None where there are no prompts.
+        """
         return self._prompt_logits
 
     @functools.cached_property
     def _prompt_logits(self) -> np.ndarray | None:
         if not self.prompts:
             return None
-        # A prompt has a batch to itself, so its vector does not depend on the others.
-        with self.one_at_a_time, torch.inference_mode():
+        # Each prompt is a batch of its own, so its vector does not depend on the other prompts.
+        with self.lock, torch.inference_mode():
             features = [self.text(self.preparation.tokens(prompt)[None]).float() for prompt in self.prompts]
             return (normalize(torch.cat(features), dim=-1) * self.model.logit_scale.exp().float()).cpu().numpy()
 
     def text(self, tokens: np.ndarray) -> torch.Tensor:
-        """Features (rows, d), not normalised, of tokens (rows, context).
+        """Text features (rows, d), not normalised, of tokens int64 (rows, context).
 
-        A causal text tower that is read at the caption's end never looks behind it, so there a caption is cut to a
-        bucket chosen by its own length. Each bucket has batches of one fixed shape, as images have.
+        A causal text tower that pools at the end-of-text token ignores everything after it. For such a model, captions
+        are cut to a bucket that depends on their length only, and each bucket is scored in batches of one fixed shape.
         """
         rows, context = tokens.shape
-        if not _reads_to_the_end_only(self.model):
+        if not _pools_at_end_of_text(self.model):
             return self.model.encode_text(on_device(tokens, self.table.device))
         lengths = np.array([*(bucket for bucket in _BUCKETS if bucket < context), context])
         buckets = lengths[np.searchsorted(lengths, tokens.argmax(1) + 1)]
@@ -184,19 +202,20 @@ class LoadedClip(InMemory):
         return torch.cat(features)[on_device(np.argsort(order), self.table.device)]
 
     def _cut_text(self, tokens: np.ndarray) -> torch.Tensor:
-        """The model's own `encode_text`, its context cut to the tokens'."""
+        """The model's own `encode_text`, with its context cut to the length of `tokens`."""
         length = tokens.shape[1]
         cut = {
             "clip.positional_embedding": self.model.positional_embedding[:length],
             "clip.attn_mask": self.model.attn_mask[:length, :length],
         }
-        return functional_call(_TextOf(self.model), cut, (on_device(tokens, self.table.device),), tie_weights=False)
+        tower = _TextTower(self.model)
+        return functional_call(tower, cut, (on_device(tokens, self.table.device),), tie_weights=False)
 
 
-class _TextOf(torch.nn.Module):
-    """A CLIP whose forward pass is its text's."""
+class _TextTower(torch.nn.Module):
+    """A CLIP model whose forward pass is `encode_text`."""
 
-    def __init__(self, clip: open_clip.CLIP) -> None:
+    def __init__(self, clip: Any) -> None:
         super().__init__()
         self.clip = clip
 
@@ -204,29 +223,33 @@ class _TextOf(torch.nn.Module):
         return self.clip.encode_text(tokens)
 
 
-def _reads_to_the_end_only(model: torch.nn.Module) -> bool:
-    """Whether a caption's features come from its last token, which no later one has an influence on. SigLIP's do not:
-    its text tower looks at the padding too."""
-    return isinstance(model, open_clip.CLIP) and model.attn_mask is not None and model.text_pool_type == "argmax"
+def _pools_at_end_of_text(model: torch.nn.Module) -> bool:
+    """Whether text features come from the end-of-text token through a causal mask, so that padding has no influence.
+
+    Not the case for SigLIP, whose text tower attends to the padding.
+    """
+    from open_clip import CLIP
+
+    return isinstance(model, CLIP) and model.attn_mask is not None and model.text_pool_type == "argmax"
 
 
 class ClipHandler(SampleBatchHandler[LoadedClip]):
     """Fills in `flipped_clip_cosine`, `embedding` and, by option, `unflipped_clip_cosine` and
     `digit_prompt_probability`.
 
-        cosine = cos(text(caption), image(mirror(picture)))     (arXiv 2309.15954, "flipped-CLIP")
+        cosine = cos(text(caption), image(mirror(image)))     (arXiv 2309.15954, "flipped-CLIP")
 
-    The picture is mirrored left to right before any preprocessing, so that CLIP cannot read what is
-    written in it and must judge what it shows.
+    The image is mirrored left to right before any preprocessing. CLIP then cannot match the caption against text in
+    the image and has to judge the visual content.
 
-    `embedding` is the L2-normalised image feature as fp16 bytes: of the unflipped image where that
-    is scored, else of the flipped one, which costs nothing more. Task centroids are made of the same
-    kind (`embedding_identity`). The unflipped is the better one, because digits and letters do not
-    survive a mirror: two pictures that differ by their digits may lie closer together once mirrored.
+    `embedding` is the L2-normalised image feature as fp16 bytes: of the unflipped view where it is scored, else of the
+    flipped view, at no extra cost. Task centroids must be of the same kind (`embedding_identity`). The unflipped view
+    is the better choice because mirroring distorts digits and letters: two images that differ in their digits may be
+    closer to each other once mirrored.
 
-    With `prompts`, the same image feature also tells how likely the digit question is worth asking:
+    With `prompts`, the same image feature also gives a cheap estimate of whether the image shows digits:
 
-        digit_prompt_probability = sum over the positive prompts of softmax(scale * cos(prompt, picture))    (ours)
+        digit_prompt_probability = sum over the positive prompts of softmax(scale * cos(prompt, image))    (our choice)
     """
 
     rule: ClassVar[str] = "flipped_clip"
@@ -242,9 +265,11 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
         self._settings, self._precision, self._prompts = settings, precision, prompts
 
     def load_on(self, device: torch.device) -> LoadedClip:
+        from open_clip import create_model_from_pretrained
+
         source = clip_source(self._settings)
         dtype = dtype_on(self._precision, device)
-        model, preprocess = open_clip.create_model_from_pretrained(
+        model, preprocess = create_model_from_pretrained(
             source.name,
             pretrained=source.pretrained,
             precision=next(name for name, known in DTYPES.items() if known is dtype),
@@ -278,17 +303,17 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
 
 
 def preprocessing(settings: FlippedClipSettings) -> dict[str, Any]:
-    """What the model's own preprocessing does to a picture, for the manifest."""
+    """The preprocessing settings of the configured model, as recorded in the manifest."""
     return dataclasses.asdict(_preprocess_cfg(clip_source(settings)))
 
 
 def embedding_identity(
     settings: FlippedClipSettings, precision: str, weights_sha256: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What decides the embeddings that `ClipHandler` makes, as JSON has it (see `models.embedding_identity`).
+    """The identity of the embeddings that `ClipHandler` computes, in JSON types (see `models.embedding_identity`).
 
-    The settings' hub revision and the precision are settled; `weights_sha256` are the hashes of the weight files on
-    this machine, by name.
+    `settings` must name a fixed revision (see `weights.pinned`), and `precision` must not be "auto". `weights_sha256`
+    maps the name of each weight file on this machine to its hash.
     """
     source = clip_source(settings)
     model_cfg, _ = _configs(source)
@@ -307,15 +332,17 @@ def embedding_identity(
 
 
 class _BoundedCache(dict[str, str]):
-    """Takes no further word once it is full. It never lets one go: another thread may be about to read it."""
+    """A cache that ignores new words once it is full. It evicts none: another thread may be reading it."""
 
     def __setitem__(self, word: str, tokens: str) -> None:
         if len(self) < _MAX_CACHED_WORDS:
             super().__setitem__(word, tokens)
 
 
-def _preprocess_cfg(source: ClipSource) -> PreprocessCfg:
-    """What open_clip would put together for the model, without making the model."""
+def _preprocess_cfg(source: ClipSource) -> Any:
+    """The `PreprocessCfg` that open_clip derives for the model, computed without creating the model."""
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
     model_cfg, overlay = _configs(source)
     side = model_cfg["vision_cfg"].get("image_size", 224)
     size = tuple(side) if isinstance(side, list | tuple) else (side, side)
@@ -323,7 +350,9 @@ def _preprocess_cfg(source: ClipSource) -> PreprocessCfg:
 
 
 def _configs(source: ClipSource) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the model is made of, and what it says of its preprocessing."""
+    """The architecture configuration and the preprocessing configuration of the model."""
+    import open_clip
+
     if source.name.startswith(LOCAL):
         config = json.loads((Path(source.name.removeprefix(LOCAL)) / "open_clip_config.json").read_text())
         return config["model_cfg"], config.get("preprocess_cfg", {})
@@ -332,20 +361,26 @@ def _configs(source: ClipSource) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def shortened(caption: str) -> str:
-    """The caption, cut far behind its last token; spaces are collapsed as the tokenizer does."""
+    """The caption, cut to 4096 characters if it is longer; that never changes its tokens.
+
+    Whitespace is collapsed before the cut, as the tokenizer does.
+    """
     return caption if len(caption) <= _MAX_CHARACTERS else " ".join(caption.split())[:_MAX_CHARACTERS]
 
 
 def cosine(text: np.ndarray, image: np.ndarray) -> float:
-    """Cosine of two L2-normalised float32 vectors, as an exact float32.
+    """Cosine of two L2-normalised float32 (d,) vectors, rounded to float32.
 
-    It is summed in float64, row by row: a matrix product's last bits would depend on other rows.
+    Summed in float64 for one row alone: the last bits of a matrix product would depend on the other rows.
     """
     return as_float32(np.sum(text.astype(np.float64) * image.astype(np.float64)))
 
 
 def share_of_first(prompt_logits: np.ndarray, image: np.ndarray, count: int) -> float:
-    """The share that the first `count` prompts have in the softmax over all, in float64 and without overflow."""
+    """The summed softmax probability of the first `count` prompts, computed in float64 without overflow.
+
+    `prompt_logits` is `LoadedClip.constants()`, float32 (k, d); `image` is an L2-normalised feature (d,).
+    """
     logits = np.sum(prompt_logits.astype(np.float64) * image.astype(np.float64), axis=1)
     weights = np.exp(logits - logits.max())
     return as_float32(weights[:count].sum() / weights.sum())

@@ -1,8 +1,13 @@
-"""Identities of embeddings: what decides a picture's embedding, so that those of two models are never compared.
+"""Embedding identities: everything that determines the embedding of an image.
 
-`clip.embedding_identity` makes them. Fields: `model`, `weights` (tag or file) and `revision` as the recipe has them;
-`weights_sha256`, a sorted list, empty where the files do not lie on this machine; `image_tower`, what it is made of;
-`preprocessing`; `image`, flipped or unflipped; `precision`.
+They keep embeddings of different models from being compared. `clip.embedding_identity` builds one with the fields
+
+- `model`, `weights` (tag or file) and `revision`, as given in the recipe;
+- `weights_sha256`: sorted hashes of the weight files, empty where the files are not on this machine;
+- `image_tower`: the architecture of the image tower;
+- `preprocessing`: the image preprocessing settings;
+- `image`: "flipped" or "unflipped";
+- `precision`: the dtype of the model.
 """
 
 from __future__ import annotations
@@ -17,19 +22,19 @@ _FIELDS = (*_NAMES, "weights_sha256", *_ALWAYS, "precision")
 
 
 def parse_identity(text: str) -> dict[str, Any]:
-    """An identity from its JSON. Raises ValueError where it is none."""
+    """Parse an identity from JSON. Raises ValueError unless it is an object with exactly the fields above."""
     identity = json.loads(text)
     if not isinstance(identity, dict) or set(identity) != set(_FIELDS):
-        raise ValueError(f"allowed: a JSON object of {', '.join(_FIELDS)}")
+        raise ValueError(f"allowed: a JSON object with the fields {', '.join(_FIELDS)}")
     return identity
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """The fields in which two identities differ so that their embeddings cannot be compared; none where they can.
+    """The differing fields that make the embeddings of two identities incomparable; empty where they are comparable.
 
-    Weights are compared by their hashes where both are known, else by model name, tag and revision: one model may come
-    from a hub here and from a folder there. Precision is recorded and may differ: it moves embeddings a little
-    (docs/models.md), not into another space.
+    Weights are compared by hash where both identities have hashes, because the same model may be loaded from a hub in
+    one place and from a folder in another; otherwise by model name, tag and revision. Precision may differ: it changes
+    embeddings slightly (docs/models.md), but they stay in the same space.
     """
     hashes = ours["weights_sha256"] and theirs["weights_sha256"]
     compared = (*(("weights_sha256",) if hashes else _NAMES), *_ALWAYS)
@@ -37,5 +42,5 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 
 
 def described(identity: Mapping[str, Any], fields: list[str]) -> str:
-    """The model's name and the given fields, on one line."""
+    """The model name and the given fields of an identity on one line, for messages."""
     return ", ".join(f"{field} {json.dumps(identity[field])}" for field in dict.fromkeys(("model", *fields)))

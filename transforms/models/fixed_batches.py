@@ -1,9 +1,9 @@
-"""Scoring rows in batches of one fixed shape: a row's score never depends on its neighbours.
+"""Scoring in batches of one fixed shape, so that a row's score never depends on the other rows.
 
-Matrix products are split by the shape of their operands, and the last bits of a result depend on
-the split: in most rows the same picture scored in a batch of 7 and in a batch of 32 differs. Here
-every call of the model sees exactly `size` rows, the short last batch and the halves that isolate a
-failing row included, and so a row's score is a function of the row alone.
+Libraries split a matrix product by the shape of its operands, and the last bits of the result depend on the split: most
+images get different last bits in a batch of 7 than in a batch of 32. Here every call of the model gets exactly `size`
+rows, including the last batch and the halves that isolate a failing row, so a row's score is a function of the row
+alone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ PREPARATION_FAILED = "preparation_failed"
 MODEL_FAILED = "model_failed"
 NOT_FINITE = "not_finite"
 
-# Out of memory is never one row's fault: at a fixed shape every batch needs the same.
-_NOT_A_ROWS_FAULT = (MemoryError, torch.OutOfMemoryError)
-_ALSO_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# Running out of memory is never blamed on a row: every batch of a fixed shape needs the same memory.
+_OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+# Messages of RuntimeErrors that mean the same.
+_OUT_OF_MEMORY_MESSAGES = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 class Failure(NamedTuple):
-    """A row that has no score: its index, a reason code and the message."""
+    """A row without a score: its index, a reason code and the error message."""
 
     row: int
     reason: str
@@ -36,7 +37,7 @@ class Failure(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What became of rows: the index of each stands either in `by_row` or in one failure."""
+    """The outcome for a set of rows. Each row index is either a key of `by_row` or in exactly one failure."""
 
     by_row: dict[int, np.ndarray]
     failures: list[Failure]
@@ -46,9 +47,10 @@ class Scores(NamedTuple):
 class FixedBatches(Generic[Prepared]):
     """Scores prepared rows, `size` at a time.
 
-    `score` takes exactly `size` of them and returns an array whose first axis runs over them. `probe` is an input that
-    a sound model can score: where a row fails on its own, the probe tells a poisoned row (a failure) from a broken
-    model (which raises, because otherwise a whole pool would end in the dead letters).
+    `score` takes exactly `size` inputs and returns an array with one entry for each along its first axis. `probe`
+    returns a known-good input. Where a row fails on its own, scoring the probe shows whether the row is bad (it becomes
+    a failure) or the model is broken (RuntimeError; otherwise the whole pool would become dead letters). Out of memory
+    is raised as `torch.OutOfMemoryError` or `MemoryError`.
     """
 
     size: int
@@ -63,14 +65,14 @@ class FixedBatches(Generic[Prepared]):
         return scores
 
     def _score_or_halve(self, prepared: list[tuple[int, Prepared]], scores: Scores) -> None:
-        """Scores up to `size` rows; where the model fails, each half alone, down to one row."""
+        """Scores up to `size` rows. Where the model fails, it scores each half on its own, down to single rows."""
         if not prepared:
             return
         try:
             results = self._score_padded([row for _, row in prepared])
-        except _NOT_A_ROWS_FAULT:
+        except _OUT_OF_MEMORY:
             raise
-        except Exception as error:  # any failure of the model: narrowed down to a row, or raised
+        except Exception as error:  # any failure of the model: traced to single rows, or raised
             if len(prepared) > 1:
                 middle = len(prepared) // 2
                 self._score_or_halve(prepared[:middle], scores)
@@ -78,11 +80,11 @@ class FixedBatches(Generic[Prepared]):
                 return
             self._raise_if_broken(error)
             try:
-                results = self._score_padded([prepared[0][1]])  # the failure may have been a passing one
-            except _NOT_A_ROWS_FAULT:
+                results = self._score_padded([prepared[0][1]])  # the failure may have been transient
+            except _OUT_OF_MEMORY:
                 raise
-            except Exception as again:  # the row's own, now that the model has proved sound
-                logging.warning("A sample made the model fail; it goes to the dead letters: %s", describe(again))
+            except Exception as again:  # caused by the row, because the model could score the probe
+                logging.warning("The model fails on one sample, which becomes a dead letter: %s", describe(again))
                 scores.failures.append(Failure(prepared[0][0], MODEL_FAILED, describe(again)))
                 return
         for (index, _), result in zip(prepared, results, strict=True):
@@ -92,13 +94,12 @@ class FixedBatches(Generic[Prepared]):
                 scores.failures.append(Failure(index, NOT_FINITE, "the model gave NaN or infinity"))
 
     def _score_padded(self, rows: list[Prepared]) -> np.ndarray:
-        """The scores of `rows`, padded to `size` by repeating the last; the padding's are
-        dropped."""
+        """The scores of `rows`, computed in a batch that repeats the last row up to `size`."""
         padded = rows + rows[-1:] * (self.size - len(rows))
         try:
             results = self.score(padded)
         except RuntimeError as error:
-            if any(told in str(error) for told in _ALSO_OUT_OF_MEMORY):
+            if any(message in str(error) for message in _OUT_OF_MEMORY_MESSAGES):
                 raise torch.OutOfMemoryError(str(error)) from error
             raise
         if len(results) != self.size:
@@ -108,12 +109,12 @@ class FixedBatches(Generic[Prepared]):
     def _raise_if_broken(self, error: Exception) -> None:
         try:
             self._score_padded([self.probe()])
-        except _NOT_A_ROWS_FAULT:
+        except _OUT_OF_MEMORY:
             raise
         except Exception as probe_error:
             raise RuntimeError(f"the model fails on every input: {describe(probe_error)}") from error
 
 
 def describe(error: BaseException) -> str:
-    """The error on one line, its type first."""
+    """The type and message of an error on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,4 +1,4 @@
-"""What the three model handlers share: whole batches in, whole batches out."""
+"""The base class of the model handlers. Its element is a `SampleBatch`: one batch in, one batch out."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ from transforms.models.pictures import pixels_of
 
 
 class LoadedModel(Protocol):
-    """A model in its worker's memory, or a proxy of one in another process's: numpy in, numpy out."""
+    """A model in this process, or a proxy of a model in another process. Takes and returns numpy arrays."""
 
     def load(self) -> bool:
-        """Load the model where that is not done yet; whether it was not."""
+        """Load the model if it is not loaded yet. Returns whether this call loaded it."""
 
     def prepare(self, sample: Sample) -> Any:
-        """What the model looks at, made of a decoded sample."""
+        """The model inputs for a decoded sample."""
 
     def probe(self, shape: Hashable) -> Any:
-        """What any sound model can score, of the given shape."""
+        """A known-good input of the given shape."""
 
     def score(self, inputs: list[Any]) -> np.ndarray:
-        """Scores of inputs of one shape, the first axis over the inputs."""
+        """Scores of inputs of one shape; the first axis is over the inputs."""
 
     def constants(self) -> Any:
-        """What making columns of scores takes beside them; None where that is nothing."""
+        """What `SampleBatchHandler.columns` needs besides the scores; None where it needs nothing."""
 
 
 class InMemory:
-    """A model that is loaded already."""
+    """Base class of models that are loaded when they are constructed."""
 
     def load(self) -> bool:
-        """Nothing is left to do."""
+        """Does nothing; returns False."""
         return False
 
 
 class OnDemand:
-    """A model that is loaded when it is first asked for: over shards whose tables are there, nothing is loaded.
+    """A model that is loaded on first use.
 
-    RunInference loads at setup, which comes before a worker knows whether any shard needs work.
+    RunInference loads models at setup, before a worker knows whether any of its shards needs work. Where all tables
+    exist already, nothing is loaded.
     """
 
     def __init__(self, make: Callable[[], LoadedModel]) -> None:
@@ -60,7 +61,7 @@ class OnDemand:
         self._model: LoadedModel | None = None
 
     def load(self) -> bool:
-        """As `LoadedModel.load`."""
+        """See `LoadedModel.load`."""
         with self._lock:
             if self._model is not None:
                 return False
@@ -68,18 +69,18 @@ class OnDemand:
             return True
 
     def prepare(self, sample: Sample) -> Any:
-        """As `LoadedModel.prepare`."""
+        """See `LoadedModel.prepare`."""
         return self._loaded().prepare(sample)
 
     def probe(self, shape: Hashable) -> Any:
-        """As `LoadedModel.probe`."""
+        """See `LoadedModel.probe`."""
         return self._loaded().probe(shape)
 
     def score(self, inputs: list[Any]) -> np.ndarray:
-        """As `LoadedModel.score`.
+        """See `LoadedModel.score`.
 
-        Out of memory is tried once more after freed blocks are given back: another model on the same GPU may have had
-        its peak just then, and which shape a score comes from should not hang on that.
+        Where the GPU runs out of memory, cached blocks are released and the call is retried once. The peak of another
+        model on the same GPU may have been the cause, and that should not change the batch shape that scores come from.
         """
         model = self._loaded()
         try:
@@ -89,7 +90,7 @@ class OnDemand:
             return model.score(inputs)
 
     def constants(self) -> Any:
-        """As `LoadedModel.constants`."""
+        """See `LoadedModel.constants`."""
         return self._loaded().constants()
 
     def _loaded(self) -> LoadedModel:
@@ -102,14 +103,16 @@ Loaded = TypeVar("Loaded", bound=LoadedModel)
 
 
 class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Generic[Loaded], abc.ABC):
-    """A RunInference handler whose element is a ready-made SampleBatch.
+    """A `RunInference` handler whose element is a complete `SampleBatch`.
 
-    RunInference's own batching forms other batches on other runners and across shards, so it is skipped: the element
-    goes to `run_inference` as it is. A subclass loads its model in `load_on` and makes columns of its scores.
+    RunInference's own batching is skipped: it mixes shards, and its batches differ from runner to runner. A subclass
+    loads its model in `load_on` and turns scores into annotation columns in `columns`.
+
+    `batch_size` is the number of rows in each call of the model. It is halved where a GPU runs out of memory.
     """
 
     rule: ClassVar[str]
-    """The rule (or score) that the model serves; its inputs stand under this name in `Sample.inputs`."""
+    """The rule (or score) that the model computes; also the key of its inputs in `Sample.inputs`."""
 
     def __init__(self, batch_size: int, device: str) -> None:
         super().__init__()
@@ -117,25 +120,25 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
 
     @abc.abstractmethod
     def load_on(self, device: torch.device) -> Loaded:
-        """The model, ready to score on `device`; Beam takes a weak reference (so no tuple)."""
+        """Load the model onto `device`. Not a tuple: Beam keeps a weak reference to the returned object."""
 
     def wants(self, annotation: Annotation) -> bool:
-        """Whether the model is asked about a sample."""
+        """Whether the model scores this sample."""
         return True
 
     def shape_of(self, prepared: Any) -> Hashable:
-        """What must be equal among the inputs of one call of the model; a function of the input alone."""
+        """The shape of an input, a function of the input alone. One call of the model has inputs of one shape."""
         return None
 
     @abc.abstractmethod
     def columns(self, scores: np.ndarray, constants: Any) -> dict[str, Any]:
-        """What the scores of one input, with the model's constants, say of the sample."""
+        """The annotation columns computed from the scores of one input and the model's constants."""
 
     def should_skip_batching(self) -> bool:
         return True
 
     def share_model_across_processes(self) -> bool:
-        """A GPU holds one copy, however many worker processes there are; on CPUs each process has its own."""
+        """On a GPU all worker processes share one copy of the model; on CPUs each process has its own."""
         return self._device == "cuda"
 
     def load_model(self) -> LoadedModel:
@@ -151,7 +154,7 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
         if not wanted:
             return [batch]
         started = time.perf_counter()
-        if model.load():  # were that to fail below, samples or shapes would get the blame
+        if model.load():  # loaded here, so that a failure to load is not blamed on a sample or on the batch shape
             counter(metrics.MODELS_LOADED).inc()
             distribution(metrics.load_ms(self.rule)).update(round(1000 * (time.perf_counter() - started)))
         constants = model.constants()
@@ -162,19 +165,19 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-        logging.warning("%s: out of GPU memory at %d rows; shard %s starts again", self.rule, size, batch.shard.name)
+        logging.warning("%s: out of GPU memory at %d rows; restarting shard %s", self.rule, size, batch.shard.name)
         batch.attempt.out_of_memory = self.rule
         return [batch]
 
     def get_num_bytes(self, batch: SampleBatch) -> int:
-        """Only for Beam's metrics; its own way pickles every batch."""
+        """The size of a batch, for Beam's metrics. Beam's default would pickle every batch."""
         return batch.nbytes
 
     def get_metrics_namespace(self) -> str:
         return metrics.NAMESPACE
 
     def override_metrics(self, metrics_namespace: str = "") -> bool:
-        """`transforms.core.metrics` says why."""
+        """True, so that RunInference updates none of its own metrics; `transforms.core.metrics` has the reason."""
         return True
 
     def _annotated(
@@ -185,7 +188,7 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
         for row, sample in wanted.items():
             prepared = sample.inputs.get(self.rule)
             if prepared is None:
-                pixels_of(sample)  # to come undecoded is no sample's fault
+                pixels_of(sample)  # an undecoded sample is a bug of the pipeline, so it raises here
                 prepared = prepared_or_error(model, sample)
             if isinstance(prepared, Exception):
                 failures.append(Failure(row, PREPARATION_FAILED, describe(prepared)))
@@ -202,27 +205,27 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
             for start in range(0, len(rows), size):
                 distribution(metrics.batch_samples(self.rule)).update(min(size, len(rows) - start))
             scores, failed = FixedBatches(size, score, functools.partial(model.probe, shape))(rows)
-            columns |= {row: self.columns(of_row, constants) for row, of_row in scores.items()}
+            columns |= {row: self.columns(row_scores, constants) for row, row_scores in scores.items()}
             failures += failed
         return _with_results(batch, self.rule, columns, failures)
 
 
 def prepared_or_error(model: LoadedModel | Any, sample: Sample) -> Any:
-    """What the model looks at, or the error that making it gave: a property of this sample, kept with it."""
+    """The model inputs for a sample, or the exception that preparing it raised. MemoryError is raised."""
     try:
         return model.prepare(sample)
-    except MemoryError:  # no sample's fault
+    except MemoryError:  # not caused by this sample
         raise
-    except Exception as error:  # whatever a library makes of this sample; becomes its dead letter
-        # Its traceback would hold the decoded picture for as long as the batch waits.
+    except Exception as error:  # any failure of a library on this sample; it becomes a dead letter
+        # The traceback would keep the decoded image in memory until the batch is scored.
         error.__traceback__ = error.__cause__ = error.__context__ = None
         return error
 
 
 def available_device(name: str) -> torch.device:
-    """The device the recipe asks for; raises where that is a GPU and there is none.
+    """The device that the recipe names. Raises RuntimeError where it is "cuda" and no GPU is usable.
 
-    A run planned for GPUs must not go on a hundred times slower in silence.
+    There is no fallback to the CPU: a run planned for GPUs would silently be a hundred times slower.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("the recipe says `device: cuda`, but this machine has no usable CUDA device")
@@ -232,8 +235,10 @@ def available_device(name: str) -> torch.device:
 def _with_results(
     batch: SampleBatch, rule: str, columns: dict[int, dict[str, Any]], failures: Sequence[Failure]
 ) -> SampleBatch:
-    """The batch with `columns` filled in by row, and without the model's inputs; rows that failed become dead
-    letters."""
+    """The batch with the `columns` of each row filled in and the model's inputs removed.
+
+    Failed rows become dead letters.
+    """
     failed = {failure.row: failure for failure in failures}
     kept: list[Sample] = []
     letters: list[DeadLetter] = []

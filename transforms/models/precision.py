@@ -1,4 +1,4 @@
-"""What a model's weights and activations are kept in, and what the hardware at hand does fastest."""
+"""The dtype of a model's weights and activations, and the fastest one for the hardware."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(precision: str, device: str) -> str:
-    """`auto` as fp32, bf16 or fp16; any other as it is.
+    """Resolve "auto" to "fp32", "bf16" or "fp16" for `device` ("cpu" or "cuda"); other values are returned unchanged.
 
-    bf16 keeps fp32's range and runs at several times its speed where the hardware has instructions for it: CPUs with
-    AVX512-BF16 or AMX, GPUs from Ampere on. Elsewhere a CPU is at its best with fp32 and a GPU with fp16. A launcher
-    without a GPU speaks for the workers: bf16, and a worker that has none says so (`dtype_on`).
+    bf16 has the range of fp32 and is several times as fast on hardware with native instructions: CPUs with AVX512-BF16
+    or AMX, and GPUs since Ampere. On other hardware fp32 is the best choice for a CPU and fp16 for a GPU. A launcher
+    without a GPU cannot see the workers' GPUs: it chooses bf16, and `dtype_on` raises on a worker whose GPU lacks it.
     """
     if precision != "auto":
         return precision
@@ -23,12 +23,15 @@ def resolve(precision: str, device: str) -> str:
 
 
 def dtype_on(precision: str, device: torch.device) -> torch.dtype:
-    """The type to load weights in, on the worker. Raises where its GPU would only emulate it."""
+    """The dtype to load weights in, on the worker. Raises RuntimeError where its GPU would only emulate bf16.
+
+    For fp32 it also turns TF32 off, for the whole process.
+    """
     resolved = resolve(precision, device.type)
     if device.type == "cuda" and resolved == "bf16" and not _native_bf16_gpu():
-        raise RuntimeError(f"{torch.cuda.get_device_name()} has no bf16; say `precision: fp16` in the recipe")
+        raise RuntimeError(f"{torch.cuda.get_device_name()} has no bf16; set `precision: fp16` in the recipe")
     if resolved == "fp32":
-        torch.backends.cudnn.allow_tf32 = False  # its default: convolutions of fp32 with 10 bits of mantissa
+        torch.backends.cudnn.allow_tf32 = False  # by default cuDNN convolves fp32 with a 10-bit mantissa
     return DTYPES[resolved]
 
 

@@ -1,10 +1,16 @@
-"""Where a model's files come from, and what exactly was loaded.
+"""Finding and loading model files, and the identity of what was loaded.
 
-A model is named by `bundled:clip|itm|digit` (the small demo models that this package holds, with
-`bundled:tasks`, task centroids made by that CLIP), a local folder, a folder of Cloud Storage
-(`gs://…`, copied once to this machine), or a name that the library itself resolves (an open_clip
-architecture with its tag, a hub name with its revision). Only safetensors files are read, or
-pickles that torch confines to tensors (`weights_only`).
+A model is given as one of
+
+- `bundled:clip`, `bundled:itm`, `bundled:digit`: the small demo models of this package;
+- a local folder;
+- a Cloud Storage folder (`gs://…`), copied to this machine once;
+- a name that the library resolves: an open_clip architecture with its tag, or a hub name with its revision.
+
+`bundled:tasks` names task centroids computed with `bundled:clip`. Only safetensors files are read, or pickles that
+torch restricts to tensors (`weights_only`).
+
+`open_clip`, `transformers` and `huggingface_hub` are imported on first use, because importing them takes seconds.
 """
 
 from __future__ import annotations
@@ -15,25 +21,21 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
-import open_clip
 import torch
-import transformers
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from transforms.core import catalogue
 from transforms.core.recipe import CrossModalitySettings
 from transforms.models.settings import ClipModelSettings, ModelSettings
-from transforms.storage import files
-from transforms.storage.local_copies import local_copy
+from transforms.storage import files, local_copies
 
 _BUNDLED = "bundled:"
-LOCAL = "local-dir:"  # open_clip's own prefixes
-_HUB = "hf-hub:"
+LOCAL = "local-dir:"
+"""open_clip's prefix of a local folder."""
+_HUB = "hf-hub:"  # open_clip's prefix of a hub name
 
 
 class ClipSource(NamedTuple):
-    """The arguments by which open_clip finds a model."""
+    """The arguments with which open_clip loads a model; `pretrained` is a tag or a file, None for a folder."""
 
     name: str
     pretrained: str | None
@@ -41,7 +43,12 @@ class ClipSource(NamedTuple):
 
 
 def clip_source(settings: ClipModelSettings) -> ClipSource:
-    """What open_clip is to load. Raises ValueError where it would go on with random weights."""
+    """The arguments for open_clip. Raises ValueError where open_clip would silently use random or unsuitable weights.
+
+    A hub model is downloaded, and a Cloud Storage folder is copied, to this machine.
+    """
+    import open_clip
+
     model = local_path(settings.model)
     if Path(model).is_dir():
         return ClipSource(LOCAL + model, None, False)
@@ -49,21 +56,21 @@ def clip_source(settings: ClipModelSettings) -> ClipSource:
         return ClipSource(LOCAL + _clip_snapshot(model.removeprefix(_HUB), settings.revision), None, False)
     if settings.weights is None:
         raise ValueError(
-            f"flipped_clip.model: {settings.model!r} is no folder, so it names an architecture, which needs `weights`"
+            f"flipped_clip.model: {settings.model!r} is not a folder, so it is an architecture, which needs `weights`"
         )
     weights = local_path(settings.weights)
     known = open_clip.list_pretrained_tags_by_model(model)
     if not os.path.isfile(weights) and not _tag(model, weights):
-        allowed = f"tags of {model}: {', '.join(known)}" if known else f"open_clip knows no tag of {model!r}"
+        allowed = f"tags of {model}: {', '.join(known)}" if known else f"open_clip has no tags for {model!r}"
         raise ValueError(f"flipped_clip.weights: {settings.weights!r} is neither a file nor a known tag; {allowed}")
-    # open_clip 3 only warns where a tag was trained with QuickGELU and the architecture's name does
-    # not say so, as with ViT-L-14 and `openai`; the scores would be quietly wrong. A file cannot say.
+    # Some tags were trained with QuickGELU though the architecture's name does not end in -quickgelu, such as `openai`
+    # of ViT-L-14. open_clip 3 only warns about it and gives wrong scores. A weight file does not tell at all.
     quick_gelu = settings.quick_gelu
     if quick_gelu is None and os.path.isfile(weights):
         if any(_tag(model, tag).get("quick_gelu") for tag in known) and not model.endswith("-quickgelu"):
             raise ValueError(
                 f"flipped_clip.weights: {settings.weights!r} is a file, and some weights of {model} need QuickGELU: "
-                "say `quick_gelu: true` (OpenAI's do) or `quick_gelu: false`"
+                "set `quick_gelu: true` (as for OpenAI's weights) or `quick_gelu: false`"
             )
         quick_gelu = False
     if quick_gelu is None:
@@ -77,7 +84,9 @@ def load_pretrained(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Any:
-    """A transformers model in `dtype`, ready to score on `device`."""
+    """Load a transformers model of `model_class` in `dtype` onto `device`, in evaluation mode."""
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()  # the command line draws its own
     path, revision = local_path(settings.model), settings.revision or "main"
     model = model_class.from_pretrained(path, revision=revision, dtype=dtype, weights_only=True)
@@ -85,34 +94,36 @@ def load_pretrained(
 
 
 def load_processor(processor_class: Any, settings: ModelSettings) -> Any:
-    """A transformers model's processor.
+    """Load the processor of a transformers model, with the Pillow backend.
 
-    It works on Pillow: that is what these models were trained with, to the bit; transformers' default, on torchvision,
-    differs from it in the last step of some pixels.
+    These models were trained with images resized by Pillow. The torchvision backend, the default of transformers,
+    differs from it by one step in some pixels.
     """
     path, revision = local_path(settings.model), settings.revision or "main"
     return processor_class.from_pretrained(path, revision=revision, backend="pil")
 
 
 def pinned(settings: CrossModalitySettings, fetch: bool) -> CrossModalitySettings:
-    """The settings with each hub model's revision as the commit that it stands for now, so that all workers load one.
+    """The settings with the revision of each hub model replaced by its current commit, so that all workers load it.
 
-    With `fetch`, weights that this machine lacks are fetched too: a run that is to be gone on with must have the same
-    hashes before as after. Raises OSError or ValueError where a hub has no such model.
+    With `fetch`, missing weights are downloaded too, because an interrupted run resumes only if the hashes of its
+    weights are the same. Raises OSError or ValueError where the hub has no such model.
     """
+    import open_clip
+
     changes: dict[str, Any] = {}
     for score in catalogue.model_scores():
         name, section = score.name, getattr(settings, score.name)
         if not isinstance(section, ModelSettings):
             continue
         if isinstance(section, ClipModelSettings):
-            source = clip_source(section)  # brings all of an `hf-hub:` model here
+            source = clip_source(section)  # downloads all files of an `hf-hub:` model
             if fetch and source.pretrained and not os.path.isfile(source.pretrained) and not _weight_files(section)[0]:
                 open_clip.download_pretrained(_tag(source.name, source.pretrained))
         repository = _hub_repository(section)
         if repository:
             _, commit = _in_hub_cache(repository, section.revision)
-            if fetch:  # also where some of it is here: the last fetching may have been interrupted
+            if fetch:  # also where the cache has some of the files: an earlier download may have been interrupted
                 commit = Path(_snapshot(repository, commit or section.revision, ["*.safetensors"], ["*.bin"])).name
             elif commit is None:
                 commit = Path(_snapshot(repository, section.revision, [], [])).name
@@ -121,7 +132,7 @@ def pinned(settings: CrossModalitySettings, fetch: bool) -> CrossModalitySetting
 
 
 def _hub_repository(settings: ModelSettings) -> str | None:
-    """The hub's name of the model; None where the model is no snapshot of a hub's repository."""
+    """The hub repository of the model; None where the model does not come from a hub repository."""
     if isinstance(settings, ClipModelSettings):
         return settings.model.removeprefix(_HUB) if settings.model.startswith(_HUB) else None
     elsewhere = settings.model.startswith(_BUNDLED) or "://" in settings.model or Path(settings.model).is_dir()
@@ -131,10 +142,10 @@ def _hub_repository(settings: ModelSettings) -> str | None:
 def model_identity(
     settings: ModelSettings,
 ) -> dict[str, Any]:
-    """What the manifest says of a model: its name, revision, and the sha256 of each weight file.
+    """The identity of a model, as recorded in the manifest: `name`, `revision` and the `sha256` of each weight file.
 
-    The revision is the hub's commit where its cache on this machine knows it, else what the recipe
-    says (for open_clip the tag or file). Files that do not lie on this machine have no hash.
+    The revision is the commit in the hub cache of this machine, else the one of the recipe (for open_clip the tag or
+    file). Files that are not on this machine have no hash.
     """
     given = settings.revision
     if isinstance(settings, ClipModelSettings) and settings.weights is not None:
@@ -148,23 +159,31 @@ def model_identity(
 
 
 def local_path(name: str) -> str:
-    """`name` as the libraries can open it: bundled and remote files as local paths."""
+    """`name` with bundled and remote files replaced by local paths; other names are returned unchanged.
+
+    Raises FileNotFoundError where there is no such bundled file.
+    """
     if name.startswith(_BUNDLED):
         demo, bundled = importlib.resources.files("pipeline") / "demo", name.removeprefix(_BUNDLED)
         for path in (demo / "models" / bundled, demo / f"{bundled}.npz"):
             if path.is_dir() or path.is_file():
                 return str(path)
-        raise FileNotFoundError(f"{name}: this installation holds no such file")
-    return local_copy(name)
+        raise FileNotFoundError(f"{name}: this installation has no such file")
+    return local_copies.local_copy(name)
 
 
 def _clip_snapshot(repository: str, revision: str | None) -> str:
-    """A local copy of an open_clip model on a hub, at a revision, which open_clip's own `hf-hub:` cannot name."""
+    """Download an open_clip model from a hub at a revision, which open_clip's own `hf-hub:` names cannot specify."""
     return _snapshot(repository, revision, ["open_clip_*.safetensors"], ["open_clip_pytorch_model.bin"])
 
 
 def _snapshot(repository: str, revision: str | None, safe: list[str], pickled: list[str]) -> str:
-    """A hub's snapshot without weights in other formats: safetensors where there are any, else tensors-only pickles."""
+    """Download a hub snapshot with weights in one format: `safe` (safetensors) where there are any, else `pickled`.
+
+    Returns the local folder, which is named after the commit.
+    """
+    import huggingface_hub
+
     fetch = functools.partial(huggingface_hub.snapshot_download, repository, revision=revision)
     folder = fetch(allow_patterns=["*.json", "*.txt", "*.model", *safe])
     if not list(Path(folder).glob("*.safetensors")):
@@ -173,13 +192,16 @@ def _snapshot(repository: str, revision: str | None, safe: list[str], pickled: l
 
 
 def _tag(model: str, tag: str) -> dict[str, Any]:
+    """open_clip's configuration of a tag; empty where it has no such tag."""
+    import open_clip
+
     return open_clip.get_pretrained_cfg(model.replace("/", "-"), tag) or {}
 
 
 def _weight_files(
     settings: ModelSettings,
 ) -> tuple[list[Path], str | None]:
-    """The weight files on this machine, and the commit where they come from a hub's cache."""
+    """The weight files on this machine, and their commit where they are in the hub cache."""
     if not isinstance(settings, ClipModelSettings):
         path = local_path(settings.model)
         if Path(path).is_dir():
@@ -198,7 +220,7 @@ def _weight_files(
 
 
 def _in_folder(folder: Path) -> tuple[list[Path], None]:
-    """Every safetensors file, or where there is none every pickled one, as the libraries look."""
+    """All safetensors files, else all pickled ones: the order in which the libraries look for weights."""
     for patterns in (("*.safetensors",), ("*.bin", "*.pt", "*.pth")):
         found = sorted(file for pattern in patterns for file in folder.glob(pattern))
         if found:
@@ -207,6 +229,10 @@ def _in_folder(folder: Path) -> tuple[list[Path], None]:
 
 
 def _in_hub_cache(repository: str, revision: str | None) -> tuple[list[Path], str | None]:
+    """The weight files and the commit of a repository in the hub cache; none where it is not cached."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
         snapshot = Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:

@@ -1,7 +1,7 @@
-"""The search for near-duplicates: perceptual hashes within Hamming distance `max_hamming` of each other.
+"""Near-duplicate images: perceptual hash within Hamming distance `max_hamming` of a better-ranked image's hash.
 
-Exact at any size: identical hashes collapse first, bands find the neighbours, and a band's bucket that is too large for
-one worker is split into tiles that together still compare every pair.
+Exact at any size. Identical hashes are reduced to their best image first. Neighbours are found by bands of bits. Where
+the bucket of a band value is too large for one worker, it is split into tiles, and every pair of tiles is compared.
 
     64-bit hash, max_hamming 3:   | band 0 | band 1 | band 2 | band 3 |
     two hashes that differ in at most 3 bits agree in at least one of 4 bands (pigeonhole)
@@ -19,17 +19,16 @@ import numpy as np
 from transforms.columns import Columns, Part, buckets_of
 
 HASH_BITS = 64
-TILE_HASHES = 2**16  # comparing two tiles takes seconds if all their hashes share a band
+TILE_HASHES = 2**16  # comparing two tiles takes seconds even if all their hashes share a band
 _PAIR_BITS = 40
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ranked(Columns):
-    """Hashes and the rank of an image of each: hashes uint64 (n,), fails bool (n,), pixels int64 (n,), uids bytes (n,)
-    of 32.
+    """Hashes, each with the rank of one image: hashes uint64 (n,), fails bool (n,), pixels int64 (n,), uids S32 (n,).
 
-    Better is what passes every other stage-1 rule, then what has more pixels, then the smaller uid, so that no pair is
-    lost because its keeper failed another rule (our choice).
+    An image ranks higher if it passes all other stage-1 rules, then if it has more pixels, then if its uid is smaller.
+    So no pair is lost because its keeper fails another rule (our choice).
     """
 
     hashes: np.ndarray
@@ -38,26 +37,28 @@ class Ranked(Columns):
     uids: np.ndarray
 
     def order(self, groups: np.ndarray) -> np.ndarray:
-        """int64 (n,): the rows by group, and best first within each."""
+        """The row indices int64 (n,), sorted by group and best first within each group."""
         return np.lexsort((self.uids, -self.pixels, self.fails, groups))
 
 
 def best_of_hashes(ranked: Ranked) -> Ranked:
-    """The best of each distinct hash, hashes ascending."""
+    """The best image of each distinct hash, sorted by hash."""
     ranked = ranked.take(ranked.order(ranked.hashes))
     return ranked.take(np.concatenate([[True], ranked.hashes[1:] != ranked.hashes[:-1]])[: len(ranked)])
 
 
 def better_neighbours(ranked: Ranked, groups: np.ndarray, max_hamming: int) -> np.ndarray:
-    """int64 (n,): for each row the best row that is better than it, of the same group (whole numbers (n,)) and within
-    `max_hamming`; -1 where there is none."""
+    """For each row, the index of the best of all better rows in its group within `max_hamming`: int64 (n,).
+
+    -1 where there is none. `groups` are integers (n,).
+    """
     order = ranked.order(groups)
     hashes, groups = ranked.hashes[order], groups[order]
     starts = np.concatenate([[True], groups[1:] != groups[:-1]])[: len(order)]
     rows = np.arange(len(order))
     places = rows - np.maximum.accumulate(np.where(starts, rows, 0))
     best = np.full(len(order), -1)
-    # Each with the one so many places before it: of all that are close, the last one found is the best.
+    # Compares each row with the row `distance` places before it. The last match found is the best-ranked one.
     active, distance = rows[places >= 1], 1
     while len(active):
         close = active[np.bitwise_count(hashes[active] ^ hashes[active - distance]) <= max_hamming]
@@ -70,7 +71,7 @@ def better_neighbours(ranked: Ranked, groups: np.ndarray, max_hamming: int) -> n
 
 
 def bands(hashes: np.ndarray, max_hamming: int) -> list[np.ndarray]:
-    """uint64 (n,) of each of max_hamming + 1 bands: two hashes within `max_hamming` agree in one of them at least."""
+    """The values, uint64 (n,), of max_hamming + 1 bands of bits. Hashes within `max_hamming` agree in at least one."""
     count = max_hamming + 1
     edges = [HASH_BITS * i // count for i in range(count + 1)]
     return [
@@ -79,9 +80,12 @@ def bands(hashes: np.ndarray, max_hamming: int) -> list[np.ndarray]:
 
 
 class NearDuplicates(beam.PTransform):
-    """PCollection[Ranked] -> PCollection[Ranked]: for each distinct hash, in parts, its best image and images better
-    than that within `max_hamming`, the best one among them. So the best that is told of a hash (`best_of_hashes`) is
-    the one that its images give way to. A pure function of the set of inputs."""
+    """PCollection[Ranked] -> PCollection[Ranked], the candidates for the keeper of each distinct hash.
+
+    The output has, for each hash, its own best image and better images within `max_hamming`, always including the best
+    of those. The keeper is the best of them (`best_of_hashes`). The result depends only on the set of inputs. `buckets`
+    is the number of groups for each shuffle, `tile_hashes` the size above which a group is split.
+    """
 
     def __init__(self, max_hamming: int, buckets: int, tile_hashes: int = TILE_HASHES) -> None:
         super().__init__()
@@ -125,7 +129,7 @@ def _best_of_bucket(bucket: int, parts: Iterable[Ranked]) -> Ranked:
 
 
 def _in_buckets(ranked: Ranked, max_hamming: int, buckets: int) -> Iterator[np.ndarray]:
-    """int64 (n,) for each band: the bucket, of all those of all bands, in which the hashes of one value of it meet."""
+    """For each band, the bucket of each hash, int64 (n,). Equal values of a band share a bucket; bands share none."""
     for band, values in enumerate(bands(ranked.hashes, max_hamming)):
         yield band * buckets + buckets_of(values, buckets)
 
@@ -141,7 +145,7 @@ def _exceeds(counted: tuple[int, int], limit: int) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Placed(Columns):
-    """`Ranked`, and where each is compared: places int64 (n,), the bucket and in the last bits the pair of tiles."""
+    """`Ranked` with places int64 (n,): the bucket in which a row is compared, and the pair of tiles in the low bits."""
 
     hashes: np.ndarray
     fails: np.ndarray
@@ -155,8 +159,7 @@ def _places(placed: _Placed) -> np.ndarray:
 
 
 class _Bands(beam.DoFn):
-    """Sends a hash to a bucket for each of its bands; where that is a large one, to every pair of tiles that its own
-    tile is part of."""
+    """Sends each hash to one bucket for each band; in a large bucket, to every pair of tiles that includes its tile."""
 
     def __init__(self, max_hamming: int, buckets: int, tile_hashes: int) -> None:
         self._max_hamming, self._buckets = max_hamming, buckets

@@ -1,8 +1,9 @@
-"""What only the whole pool can tell of a sample: how many images its caption stands with, whether a better-ranked
-image is its near-duplicate, and whether its uid is its own. Slim rows only, as columns; no pixels.
+"""The pool-wide features of stage 1: the number of images of a caption, near-duplicates, and repeated uids.
 
-Whatever many samples may share (a uid, a caption, a hash) is counted in parts or looked up in parts, so that no group
-has to fit into one worker's memory; what has to is one entry for each distinct one of a bucket.
+They are computed from columns of slim rows, without pixels.
+
+Many samples may share a uid, a caption or a hash, so these are counted and looked up in parts, and no group has to fit
+into a worker's memory. Only one entry for each distinct value in a bucket does.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from transforms.single_modality.near_duplicate import NearDuplicateSettings
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PoolRows(Columns):
-    """What the passes over the whole pool need of samples.
+    """The columns of samples that the pool-wide passes use.
 
-    uids bytes (n,) of 32; shards bytes (n,); keys str objects (n,); caption_keys bytes (n,) of 32:
-    `captions.caption_key`; hashes uint64 (n,): perceptual hashes; pixels int64 (n,); fails bool (n,): any stage-1 rule
-    but the two that look across the pool, and caption_frequency once it is judged; caption_image_counts int64 (n,);
-    duplicate_of bytes (n,) of 32: a uid, b"" where there is none.
+    uids S32 (n,); shards bytes (n,); keys object (n,) of str; caption_keys S32 (n,), from `captions.caption_key`;
+    hashes uint64 (n,), perceptual hashes; pixels int64 (n,); fails bool (n,), whether the sample fails any stage-1 rule
+    that needs no pool-wide feature, or caption_frequency once that is computed; caption_image_counts int64 (n,);
+    duplicate_of S32 (n,), a uid, or b"" where there is none.
     """
 
     uids: np.ndarray
@@ -46,9 +47,11 @@ class PoolRows(Columns):
 
 
 class UniqueUids(beam.PTransform):
-    """PCollection[PoolRows] -> PCollection[PoolRows]. Of several samples with one uid the one with the smallest shard
-    and key stays (main output); the others are dead letters (`REPEATED`). Our choice: a subset file cannot tell them
-    apart."""
+    """PCollection[PoolRows] -> outputs `UNIQUE` (PoolRows) and `REPEATED` (DeadLetter).
+
+    Of several samples with the same uid, the one with the smallest shard and key is kept; the others become dead
+    letters. Our choice: a subset file cannot distinguish them.
+    """
 
     UNIQUE, REPEATED = "unique", "repeated"
 
@@ -81,9 +84,9 @@ class _FirstOfUid(beam.DoFn):
                 if place <= first.setdefault(uid, place):
                     first[uid] = place
         for rows in group[1]:
-            stays = np.array([first[uid] == place for uid, place in _places(rows)], bool)
-            yield rows.take(stays)
-            for uid, place in _places(rows.take(~stays)):
+            kept = np.array([first[uid] == place for uid, place in _places(rows)], bool)
+            yield rows.take(kept)
+            for uid, place in _places(rows.take(~kept)):
                 (shard, key), (its_shard, its_key) = place, first[uid]
                 message = f"the uid also names {its_key} of shard {its_shard.decode()}, which stays"
                 letter = DeadLetter(
@@ -99,7 +102,7 @@ def _places(rows: PoolRows) -> Iterator[tuple[bytes, tuple[bytes, str]]]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _CaptionImages(Columns):
-    """Distinct images of captions."""
+    """Pairs of a caption and an image."""
 
     caption_keys: np.ndarray
     hashes: np.ndarray
@@ -107,16 +110,19 @@ class _CaptionImages(Columns):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _CaptionCounts(Columns):
-    """How many of them a caption has; counts of one caption add up."""
+    """The number of distinct images of each caption in one part; the sum over all parts is the total."""
 
     caption_keys: np.ndarray
     counts: np.ndarray
 
 
 class CaptionFrequency(beam.PTransform):
-    """PCollection[PoolRows] -> PCollection[PoolRows]. Adds `caption_image_counts`, how many DISTINCT images (by
-    perceptual hash) a caption stands with, and counts the rule among those that decide the rank of duplicates.
-    Distinct, so that one good pair reposted often is left to `near_duplicate` (our choice)."""
+    """PCollection[PoolRows] -> PCollection[PoolRows], with `caption_image_counts` added.
+
+    It is the number of DISTINCT images (by perceptual hash) with the same caption: one good pair that is reposted often
+    is a case for `near_duplicate` (our choice). Also updates `fails` with the result of the rule, which affects the
+    rank of duplicates. `pool_samples` has one element, the number of samples in the pool.
+    """
 
     def __init__(self, settings: CaptionFrequencySettings, pool_samples: beam.PCollection, buckets: int) -> None:
         super().__init__()
@@ -152,7 +158,7 @@ def _distinct(images: _CaptionImages) -> _CaptionImages:
 
 
 def _by_caption_and_image(images: _CaptionImages, buckets: int) -> np.ndarray:
-    # A caption that stands with a million images does not go to one worker.
+    # Hashing both spreads a caption with a million images over many workers.
     both = buckets_of(images.caption_keys, 2**32).astype(np.uint64) ^ images.hashes
     return buckets_of(both, buckets)
 
@@ -172,13 +178,13 @@ class _CountOnRows(beam.DoFn):
         counts = np.zeros(len(caption_keys), np.int64)
         np.add.at(counts, places, parts.counts)
         for rows in joined[1]["rows"]:
-            of_rows = counts[np.searchsorted(caption_keys, rows.caption_keys)]
-            fails = rows.fails | (of_rows > captions.max_images(pool_samples, self._settings))
-            yield dataclasses.replace(rows, caption_image_counts=of_rows, fails=fails).without("caption_keys")
+            row_counts = counts[np.searchsorted(caption_keys, rows.caption_keys)]
+            fails = rows.fails | (row_counts > captions.max_images(pool_samples, self._settings))
+            yield dataclasses.replace(rows, caption_image_counts=row_counts, fails=fails).without("caption_keys")
 
 
 class NearDuplicate(beam.PTransform):
-    """PCollection[PoolRows] -> PCollection[PoolRows]. Adds `duplicate_of`."""
+    """PCollection[PoolRows] -> PCollection[PoolRows], with `duplicate_of` added."""
 
     def __init__(self, settings: NearDuplicateSettings, buckets: int) -> None:
         super().__init__()

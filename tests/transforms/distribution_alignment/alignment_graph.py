@@ -1,4 +1,4 @@
-"""Stage 3 wired as the product wires it, over candidates that are generated, and candidates to feed it."""
+"""Stage 3 wired as in the product, over generated candidates."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from transforms.distribution_alignment.work_folder import WorkFolder, write_cand
 
 
 def make_candidates(embeddings: np.ndarray, seed: int = 0) -> Candidates:
-    """A candidate for each embedding (n, d), of three shards; every fifth shows digits, every seventh was never
-    asked."""
+    """A candidate for each embedding (n, d), in three shards.
+
+    Every fifth shows digits, and every seventh has no digit score.
+    """
     rng = np.random.default_rng(seed)
     count = len(embeddings)
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
@@ -32,14 +34,14 @@ def make_candidates(embeddings: np.ndarray, seed: int = 0) -> Candidates:
     return Candidates(
         uids=np.array([f"{number:032x}".encode() for number in numbers], "S32"),
         shards=np.array([f"{number % 3:05d}".encode() for number in numbers], "S5"),
-        cosines=np.round(rng.uniform(0.19, 0.4, count), 2).astype(np.float32),  # rounded, so that some tie
+        cosines=np.round(rng.uniform(0.19, 0.4, count), 2).astype(np.float32),  # rounded, so that there are ties
         digits=np.where(numbers % 7 == 0, -1.0, np.where(numbers % 5 == 0, 0.9, 0.1)).astype(np.float32),
         embeddings=(embeddings / np.where(lengths > 0, lengths, 1)).astype("<f2"),
     )
 
 
 def lay_out(candidates: Candidates, work: WorkFolder) -> list[CandidateShard]:
-    """The candidates in the work folder, as they are read from the tables of stages 1 and 2."""
+    """Write the candidates to the work folder, as the product does from the tables of stages 1 and 2."""
     shards = []
     for shard, rows in candidates.groups(candidates.shards):
         write_candidates(work.candidates(shard.decode()), rows)
@@ -77,7 +79,7 @@ def place(
 
 
 def placements_of(rows: Iterable[Placement]) -> Placements:
-    """The columns of single placements."""
+    """The columns of a list of placements."""
     columns = list(zip(*rows, strict=True)) or [()] * len(Placement._fields)
     types: tuple[Any, ...] = ("S32", "S", np.int32, "S32", np.float64, np.int64)
     return Placements(*(np.array(column, dtype) for column, dtype in zip(columns, types, strict=True)))

@@ -1,4 +1,4 @@
-"""Cluster importance: the formulas by hand, and what must not change them."""
+"""Cluster importance: the formulas checked by hand, and their invariants."""
 
 import math
 import os
@@ -38,7 +38,7 @@ def shares_of(similarity, sizes, **options):
 
 
 def worked_example():
-    """The two tables of the documented example: by the first cell of each row, its other cells."""
+    """The two tables of the documented example, as a dict from the first cell of each row to its other cells."""
     text = DOCUMENT.read_text().split("## A worked example\n")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     starts = [number for number, row in enumerate(rows) if row[0].startswith("---")]
@@ -49,8 +49,8 @@ def worked_example():
     ]
 
 
-def test_three_clusters_and_two_tasks_worked_by_hand():
-    """Every number of the documented example is the code's. Centroids and tasks lie on the axes."""
+def test_the_documented_example_with_three_clusters_and_two_tasks():
+    """Every number in the documented example equals the code's. Centroids and tasks are unit vectors along axes."""
     clusters, samples = worked_example()
     sizes = np.array([int(n) for n in clusters["n_c"]])
     axes = np.eye(3, dtype=np.float32)
@@ -117,7 +117,7 @@ def test_priors():
     assert uniform == pytest.approx([2 / 4, 1 / 4, 1 / 4])
 
 
-def test_empty_clusters_are_skipped_however_alike():
+def test_empty_clusters_are_skipped_even_if_similar_to_a_task():
     assert shares_of([9, 0, 0], [0, 2, 1], temperature=0.001).tolist() == pytest.approx([0, 2 / 3, 1 / 3])
     assert shares_of([9, 0, 0], [0, 2, 1], prior="uniform").tolist() == [0, 0.5, 0.5]
     assert shares_of([1, 1], [0, 0]).tolist() == [0, 0]
@@ -128,18 +128,18 @@ def test_a_low_temperature_does_not_overflow():
     assert shares_of([1, -1], [1, 1], temperature=1e-5).tolist() == [1, 0]
 
 
-def test_without_tasks_importance_is_the_pools_own():
+def test_without_tasks_importance_is_that_of_the_pool():
     assert cluster_importance(np.array([3, 0, 1]), {}, {}).tolist() == [0.75, 0, 0.25]
     assert cluster_importance(np.array([0, 0]), {}, {}).tolist() == [0, 0]
 
 
-def test_assignment_counts_a_tasks_vectors_in_the_clusters_that_hold_samples():
+def test_assignment_counts_task_vectors_in_clusters_with_samples():
     centroids = np.eye(3, dtype=np.float32)
     vectors = unit_rows(np.array([[9, 1, 0], [9, 0, 1], [9, 1, 0], [0, 0, 9]], np.float32))
     full = task_shares(centroids, np.array([1, 1, 1]), {"t": vectors})
     assert full["t"].tolist() == [0.75, 0, 0.25]
     first_empty = task_shares(centroids, np.array([0, 5, 1]), {"t": vectors})
-    assert first_empty["t"].tolist() == [0, 0.5, 0.5]  # each goes to the next nearest
+    assert first_empty["t"].tolist() == [0, 0.5, 0.5]  # each is assigned to the next nearest
     assert task_shares(centroids, np.zeros(3, int), {"t": vectors})["t"].tolist() == [0, 0, 0]
 
 
@@ -177,7 +177,7 @@ def test_importance_is_a_distribution_and_permutes_with_the_clusters(clusters, p
 
 @given(clusters=CLUSTERS, first=st.integers(0, 50))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_with_prior_pool_splitting_a_cluster_changes_no_samples_share(clusters, first):
+def test_with_prior_pool_splitting_a_cluster_changes_no_share_of_a_sample(clusters, first):
     size, a, b = clusters[0]
     first = min(first, size)
     before, _ = importance_of(clusters)
@@ -190,7 +190,7 @@ def test_with_prior_pool_splitting_a_cluster_changes_no_samples_share(clusters, 
 
 @given(clusters=CLUSTERS, low=st.floats(0, 1), high=st.floats(0, 1))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_a_tasks_weight_raises_the_clusters_it_likes_better_than_the_rest(clusters, low, high):
+def test_a_higher_task_weight_raises_the_clusters_that_the_task_prefers(clusters, low, high):
     low, high = sorted((low, high))
     before, shares = importance_of(clusters, weight=low)
     after, _ = importance_of(clusters, weight=high)
@@ -212,7 +212,7 @@ ESTIMATORS = st.sampled_from([("similarity", "pool"), ("similarity", "uniform"),
 
 
 def allocated(pool, estimator=("similarity", "pool"), weights=None, cap=10.0, target=None, w2=1.0, fill=0.3):
-    """The allocation of so many copies, else of `fill` of what the cap allows; and Σ E by cluster."""
+    """The allocation of a given target, else of the share `fill` of what the cap allows; and Σ E by cluster."""
     centroids, sizes, tasks = pool
     name, prior = estimator
     quality = QualityDuplicationSettings(w1=1.0, w2=w2)
@@ -233,7 +233,7 @@ def allocated(pool, estimator=("similarity", "pool"), weights=None, cap=10.0, ta
 
 @given(pool=POOLS, estimator=ESTIMATORS, w2=st.sampled_from([1.0, 3.0]), data=st.data())
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_clusters_and_tasks_in_another_order_change_not_one_bit(pool, estimator, w2, data):
+def test_the_order_of_clusters_and_tasks_does_not_change_a_bit(pool, estimator, w2, data):
     centroids, sizes, tasks = pool
     one, _ = allocated(pool, estimator, cap=2.0, w2=w2)
     order = data.draw(st.permutations(range(len(sizes))))
@@ -252,7 +252,7 @@ def test_clusters_and_tasks_in_another_order_change_not_one_bit(pool, estimator,
     pool=POOLS, estimator=ESTIMATORS, cap=st.sampled_from([1.0, 1.5, 10.0]), fill=st.floats(0, 1), w2=st.floats(1, 3)
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_all_of_it_adds_up_to_the_target_below_the_cap(pool, estimator, cap, fill, w2):
+def test_expected_copies_sum_to_the_target_below_the_cap(pool, estimator, cap, fill, w2):
     found, totals = allocated(pool, estimator, cap=cap, fill=fill, w2=w2)
     assert math.fsum(totals) == pytest.approx(found.target, rel=1e-9, abs=1e-12)
     assert (totals <= cap * pool[1] * (1 + 1e-12)).all()
@@ -260,7 +260,7 @@ def test_all_of_it_adds_up_to_the_target_below_the_cap(pool, estimator, cap, fil
 
 @given(pool=POOLS, first=st.integers(0, 40), cap=st.sampled_from([1.0, 1.5, 10.0]), fill=st.floats(0.05, 1))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_with_prior_pool_splitting_a_cluster_and_its_centroid_changes_no_samples_expectation(pool, first, cap, fill):
+def test_with_prior_pool_splitting_a_cluster_and_its_centroid_changes_no_expectation(pool, first, cap, fill):
     centroids, sizes, tasks = pool
     first = min(first, int(sizes[0]))
     parts = np.concatenate([[first, sizes[0] - first], sizes[1:]])
@@ -276,7 +276,7 @@ def test_with_prior_pool_splitting_a_cluster_and_its_centroid_changes_no_samples
 
 @given(pool=POOLS, estimator=ESTIMATORS, low=st.floats(0, 10), more=st.floats(0, 10))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_where_no_cap_binds_a_tasks_weight_lowers_no_share_of_what_the_task_likes(pool, estimator, low, more):
+def test_without_a_binding_cap_a_task_weight_lowers_no_share_of_its_preferred_clusters(pool, estimator, low, more):
     others = {"b": 1.0, "c": 2.0}
     before, totals_before = allocated(pool, estimator, {"a": low, **others}, cap=1e6, target=100)
     _, totals_after = allocated(pool, estimator, {"a": low + more, **others}, cap=1e6, target=100)
@@ -287,13 +287,13 @@ def test_where_no_cap_binds_a_tasks_weight_lowers_no_share_of_what_the_task_like
     assert (totals_after[~liked] <= totals_before[~liked] + 1e-9).all()
 
 
-def test_tasks_of_another_model_are_named():
-    with pytest.raises(ValueError, match="task digits has 3 dimensions, the clusters 2"):
+def test_tasks_with_other_dimensions_raise_with_the_task_name():
+    with pytest.raises(ValueError, match="task digits has 3 dimensions, the clusters have 2"):
         task_similarity(np.eye(2, dtype=np.float32), {"digits": np.eye(3, dtype=np.float32)})
 
 
-def test_no_clusters_no_importance():
-    rule = DistributionAlignmentSettings(target=TargetSettings(pool_share=0.2), cids=CidsSettings(tasks="t.npz"))
+def test_without_clusters_there_is_no_importance():
+    rule = DistributionAlignment(target=Target(pool_share=0.2), cids=Cids(tasks="t.npz"))
     nothing = np.empty((0, 0), np.float32)
     for estimator in ("similarity", "assignment"):
         cids = CidsSettings(tasks="t.npz", estimator=estimator)
@@ -332,18 +332,18 @@ class Bomb:
 @pytest.mark.parametrize(
     ("arrays", "complaint"),
     [
-        ({}, "holds no task"),
-        ({"__model__": "m"}, "holds no task"),
-        ({"t": np.eye(2)}, r"t: holds float64 \(2, 2\)"),
-        ({"t": np.ones(2, np.float32)}, r"t: holds float32 \(2,\)"),
-        ({"t": np.empty((0, 2), np.float32)}, r"t: holds float32 \(0, 2\)"),
+        ({}, "has no task"),
+        ({"__model__": "m"}, "has no task"),
+        ({"t": np.eye(2)}, r"t: is float64 \(2, 2\)"),
+        ({"t": np.ones(2, np.float32)}, r"t: is float32 \(2,\)"),
+        ({"t": np.empty((0, 2), np.float32)}, r"t: is float32 \(0, 2\)"),
         ({"t": np.zeros((1, 2), np.float32)}, "t: a centroid is zero"),
         ({"t": np.full((1, 2), np.nan, np.float32)}, "t: a centroid is zero or not finite"),
         ({"t": np.array([[Bomb()]])}, "t: cannot be read"),
         ({"s": np.ones((1, 2), np.float32), "t": np.ones((1, 3), np.float32)}, "t: 3 dim.* s has 2"),
     ],
 )
-def test_tasks_that_cannot_be_used_are_named(tmp_path, monkeypatch, arrays, complaint):
+def test_invalid_tasks_raise_with_their_name(tmp_path, monkeypatch, arrays, complaint):
     monkeypatch.chdir(tmp_path)
     path = str(tmp_path / "tasks.npz")
     np.savez(path, **arrays)
@@ -355,7 +355,7 @@ def test_tasks_that_cannot_be_used_are_named(tmp_path, monkeypatch, arrays, comp
 
 
 @pytest.mark.parametrize("content", [None, b"", b"junk", b"PK\x03\x04junk"])
-def test_a_file_that_holds_no_tasks_is_named(tmp_path, content):
+def test_a_file_without_tasks_raises_with_its_path(tmp_path, content):
     path = tmp_path / "tasks.npz"
     if content is not None:
         path.write_bytes(content)
@@ -364,7 +364,7 @@ def test_a_file_that_holds_no_tasks_is_named(tmp_path, content):
     assert str(path) in str(error.value)
 
 
-def test_a_single_array_is_not_a_file_of_tasks(tmp_path):
+def test_a_single_array_is_not_a_valid_file_of_tasks(tmp_path):
     np.save(tmp_path / "tasks.npy", np.eye(2, dtype=np.float32))
     with pytest.raises(ValueError, match=r"tasks\.npy: .*allowed: a \.npz"):
         load_tasks(str(tmp_path / "tasks.npy"))

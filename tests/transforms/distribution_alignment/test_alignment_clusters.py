@@ -1,4 +1,4 @@
-"""Clusters: trained the same whatever the threads, assigned the same whatever the batches."""
+"""Clusters: training does not depend on threads, and assignment does not depend on batches."""
 
 import apache_beam as beam
 import faiss
@@ -27,7 +27,7 @@ def random_units(n: int, d: int, seed: int = 0) -> np.ndarray:
     return unit_rows(np.random.default_rng(seed).normal(size=(n, d)).astype(np.float16))
 
 
-def test_no_trained_cluster_mixes_planted_ones():
+def test_no_trained_cluster_mixes_planted_clusters():
     centres = np.eye(5, 8)
     labels = np.arange(200) % 5
     noise = np.random.default_rng(0).normal(scale=0.05, size=(200, 8))
@@ -39,7 +39,7 @@ def test_no_trained_cluster_mixes_planted_ones():
     assert len(set(zip(found.tolist(), labels.tolist(), strict=True))) == len(set(found.tolist())) == 20
 
 
-def test_training_does_not_depend_on_the_threads_around_it_and_leaves_them_be():
+def test_training_does_not_depend_on_the_thread_setting_and_restores_it():
     units = random_units(3000, 64)
     threads = faiss.omp_get_max_threads()
     results = []
@@ -53,7 +53,7 @@ def test_training_does_not_depend_on_the_threads_around_it_and_leaves_them_be():
     assert np.array_equal(results[0], results[1])
 
 
-def test_seeds_matter_and_large_ones_are_taken():
+def test_seeds_matter_and_may_be_large():
     units = random_units(400, 8)
     first, other = (train_centroids(units, 10, 3, seed) for seed in (0, 2**40 + 1))
     assert not np.array_equal(first, other)
@@ -74,11 +74,11 @@ def test_training_on_nothing_gives_no_centroids(shape):
 
 @given(seed=st.integers(0, 1000), batch=st.integers(1, 40), k=st.integers(1, 12))
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_assignment_is_the_float64_argmax_whatever_the_batches(seed, batch, k):
+def test_assignment_is_the_float64_argmax_for_any_batching(seed, batch, k):
     rng = np.random.default_rng(seed)
     units = unit_rows(rng.normal(size=(40, 16)).astype(np.float16))
     centroids = unit_rows(rng.normal(size=(k, 16)))
-    # each centroid once more, and once more within a float32 product's error: ties and near ties
+    # Each centroid is repeated exactly, and again within the error of a float32 product: ties and near ties.
     nudged = centroids + rng.choice([-6e-8, 0, 6e-8], size=centroids.shape).astype(np.float32)
     centroids = np.concatenate([centroids, nudged, centroids])
     oracle = [exact_products(np.tile(u, (len(centroids), 1)), centroids).argmax() for u in units]
@@ -101,22 +101,22 @@ def test_the_last_bit_decides_between_centroids(first, second, winner):
     assert assign(np.array([[1, 0]], np.float32), centroids).tolist() == [winner]
 
 
-def test_more_centroids_than_a_block_are_all_looked_at(monkeypatch):
+def test_all_blocks_of_centroids_are_used(monkeypatch):
     monkeypatch.setattr("transforms.distribution_alignment.clusters._BLOCK_CENTROIDS", 3)
     centroids = np.eye(8, dtype=np.float32)
     assert assign(centroids, centroids).tolist() == list(range(8))
     assert assign(centroids[[6]], centroids[[6, 1, 2, 3, 6]]).tolist() == [0]
 
 
-def test_assignment_errors_say_what_is_wrong():
-    with pytest.raises(ValueError, match="embeddings have 4 dimensions, centroids 5"):
+def test_assignment_errors_name_the_cause():
+    with pytest.raises(ValueError, match="embeddings have 4 dimensions, centroids have 5"):
         assign(random_units(1, 4), random_units(2, 5))
     with pytest.raises(ValueError, match="no centroids"):
         assign(random_units(1, 4), np.empty((0, 4), np.float32))
     assert assign(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)).shape == (0,)
 
 
-def test_centroids_are_written_whole_and_come_back(tmp_path):
+def test_centroids_are_written_atomically_and_read_back(tmp_path):
     path = str(tmp_path / "new" / "centroids.npy")
     centroids = random_units(4, 8)
     assert write_centroids(path, centroids) == path
@@ -135,7 +135,7 @@ def test_centroids_are_written_whole_and_come_back(tmp_path):
         (np.array([[{}]]), "cannot be read"),
     ],
 )
-def test_centroids_that_cannot_be_used_are_named(tmp_path, array, complaint):
+def test_invalid_centroids_raise_with_their_path(tmp_path, array, complaint):
     path = str(tmp_path / "given.npy")
     np.save(path, array, allow_pickle=True)
     with pytest.raises(ValueError, match=complaint) as error:
@@ -144,7 +144,7 @@ def test_centroids_that_cannot_be_used_are_named(tmp_path, array, complaint):
     assert "allowed: a .npy of float32 (k, d)" in str(error.value)
 
 
-def test_missing_centroids_are_named(tmp_path):
+def test_missing_centroids_raise_with_their_path(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.npy: cannot be read"):
         load_centroids(str(tmp_path / "nowhere.npy"))
 
@@ -163,13 +163,13 @@ def by_draw(candidates, seed=7):
     return candidates.take(np.argsort(draws)), np.sort(draws)
 
 
-def test_training_takes_the_samples_with_the_smallest_hashes(tmp_path):
+def test_training_uses_the_samples_with_the_smallest_hashes(tmp_path):
     candidates = make_candidates(np.random.default_rng(0).normal(size=(60, 8)))
     ordered, draws = by_draw(candidates)
     chosen = ordered.take(draws < 20 / 60)
     assert 10 < len(chosen) < 30
-    # As many clusters as rows are chosen: each is its own centroid, in the order of the hashes.
-    centroids = train(candidates, ClustersSettings(count=20, samples_per_cluster=1), tmp_path)
+    # There are as many clusters as chosen rows, so each row is a centroid, in the order of the hashes.
+    centroids = train(candidates, Clusters(count=20, samples_per_cluster=1), tmp_path)
     expected = train_centroids(unit_rows(chosen.embeddings), 20, 20, 7)
     assert np.array_equal(centroids, expected)
 
@@ -184,7 +184,7 @@ def test_two_levels_split_every_coarse_cluster_by_its_size(tmp_path):
     coarse = load_centroids(str(tmp_path / "work" / "coarse.npy"))
     sizes = np.bincount(assign(unit_rows(candidates.embeddings), coarse), minlength=3).tolist()
     nearest = assign(np.asarray(centroids), coarse)
-    assert nearest.tolist() == sorted(nearest)  # a coarse cluster's stand together, in its order
+    assert nearest.tolist() == sorted(nearest)  # sorted by coarse cluster
     assert dict(enumerate(np.bincount(nearest).tolist())) == fine_counts(dict(enumerate(sizes)), 10)
 
 
@@ -192,7 +192,7 @@ def test_two_levels_split_every_coarse_cluster_by_its_size(tmp_path):
     sizes=st.dictionaries(st.integers(0, 50), st.integers(1, 1000), min_size=1, max_size=12), extra=st.integers(0, 400)
 )
 @settings(max_examples=80, deadline=None, derandomize=True)
-def test_fine_clusters_are_shared_in_proportion(sizes, extra):
+def test_fine_clusters_are_distributed_in_proportion(sizes, extra):
     count = len(sizes) + extra
     counts = fine_counts(sizes, count)
     assert set(counts) == set(sizes)

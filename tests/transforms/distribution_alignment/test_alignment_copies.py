@@ -1,4 +1,4 @@
-"""Copies: Σ E meets the target, E stays below the cap, and hashes make it whole."""
+"""Copies: Σ E equals the target, E does not exceed the cap, and hashes round it to whole copies."""
 
 import math
 
@@ -48,7 +48,7 @@ def every_expectation(scale, importance, sizes, quality, cap):
 @given(clusters=CLUSTERS, quality=QUALITIES, cap=st.floats(1, 20), fill=st.floats(0, 1))
 @example(clusters=[(0, 1.0), (1, 1.0), (2, 1.0)], quality=QualityDuplicationSettings(), cap=2.0, fill=1.0)
 @settings(max_examples=80, deadline=None, derandomize=True)
-def test_expectations_add_up_to_any_target_that_the_cap_allows(clusters, quality, cap, fill):
+def test_expectations_sum_to_any_target_that_the_cap_allows(clusters, quality, cap, fill):
     importance, sizes = arrays_of(clusters)
     target = fill * cap * int(sizes[importance > 0].sum())
     scale = solve_scale(target, importance, sizes, quality, cap)
@@ -70,7 +70,7 @@ def test_the_closed_form_is_the_sum_over_samples(clusters, quality, cap, scale):
 
 @given(clusters=CLUSTERS, quality=QUALITIES, fill=st.floats(0.01, 0.99), data=st.data())
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_scale_is_the_smallest_float_and_no_order_of_clusters_changes_it(clusters, quality, fill, data):
+def test_scale_is_the_smallest_float_in_any_order_of_clusters(clusters, quality, fill, data):
     importance, sizes = arrays_of(clusters)
     target = fill * 3.0 * int(sizes[importance > 0].sum())
     scale = solve_scale(target, importance, sizes, quality, 3.0)
@@ -87,8 +87,8 @@ def test_without_a_binding_cap_scale_is_the_target():
 
 
 @pytest.mark.parametrize("first", [0, 1, 7, 19, 20])
-def test_splitting_a_cluster_changes_no_samples_expectation(first):
-    flat = QualityDuplicationSettings(w1=1.0, w2=1.0)
+def test_splitting_a_cluster_changes_no_expectation(first):
+    flat = QualityDuplication(w1=1.0, w2=1.0)
 
     def expectation(importance, sizes):
         p, n = np.array(importance), np.array(sizes)
@@ -101,7 +101,7 @@ def test_splitting_a_cluster_changes_no_samples_expectation(first):
         assert part == pytest.approx(whole[0] if size else 0, rel=1e-12)
 
 
-def test_a_target_the_cap_cannot_reach_says_which_and_by_how_much():
+def test_an_unreachable_target_raises_with_both_numbers():
     importance, sizes = np.array([0.5, 0.5, 0.0]), np.array([3, 1, 9])
     reached = solve_scale(8.0, importance, sizes, QualityDuplicationSettings(), 2.0)
     rows = every_expectation(reached, importance, sizes, QualityDuplicationSettings(), 2.0)
@@ -114,7 +114,7 @@ def test_a_target_the_cap_cannot_reach_says_which_and_by_how_much():
         solve_scale(9.0, importance, sizes, QualityDuplicationSettings(), 2.0)
 
 
-def test_every_sample_at_the_cap_however_small_its_share():
+def test_every_sample_reaches_the_cap_even_with_a_tiny_share():
     importance, sizes = np.array([1.0, 1e-320, 0.0]), np.array([3, 2, 4])
     flat = QualityDuplicationSettings(w1=1.0, w2=1.0)
     scale = solve_scale(5.0, importance, sizes, flat, 1.0)
@@ -122,7 +122,7 @@ def test_every_sample_at_the_cap_however_small_its_share():
     assert every_expectation(scale, importance, sizes, flat, 1.0) == [[1] * 3, [1] * 2, [0] * 4]
 
 
-def test_nothing_can_be_copied_without_samples():
+def test_without_samples_only_a_target_of_zero_is_reachable():
     nothing = np.zeros(0), np.zeros(0, int)
     assert solve_scale(0.0, *nothing, QualityDuplicationSettings(), 2.0) == 0
     with pytest.raises(UnreachableTargetError, match=r"allows 0 from 0 samples, 5 too few; lower `target`"):
@@ -159,13 +159,13 @@ def test_the_mean_weight_is_the_mean_of_the_weights(size, quality):
     [
         (0.5, 0.75, 10.0, 2.0),  # at the threshold
         (0.5, np.nextafter(np.float32(0.75), np.float32(0)), 10.0, 0.5),  # just below
-        (0.5, -1.0, 10.0, 0.5),  # never asked
-        (3.0, 0.9, 10.0, 3.0),  # above the floor already
+        (0.5, -1.0, 10.0, 0.5),  # no digit score
+        (3.0, 0.9, 10.0, 3.0),  # already above the floor
         (0.5, 0.9, 1.5, 1.5),  # the cap is below the floor
     ],
 )
-def test_digits_get_a_floor(expected, probability, cap, enhanced):
-    rule = DigitEnhancementSettings(min_digit_probability=0.75, floor_copies=2.0)
+def test_samples_with_digits_get_a_floor(expected, probability, cap, enhanced):
+    rule = DigitEnhancement(min_digit_probability=0.75, floor_copies=2.0)
     column = np.array([probability, -1.0], np.float32)
     assert enhance(np.array([expected, 0.25]), column, rule, cap).tolist() == [enhanced, 0.25]
 
@@ -177,8 +177,8 @@ def test_a_stored_probability_is_compared_with_the_threshold_itself():
         assert enhance(np.array([0.5]), np.array([probability]), rule, 10.0).tolist() == [enhanced]
 
 
-def test_a_sample_never_asked_is_left_alone_at_the_lowest_threshold():
-    found = enhance(np.array([0.5]), np.array([-1.0], np.float32), DigitEnhancementSettings(min_digit_probability=0.0), 10.0)
+def test_a_sample_without_a_digit_score_is_unchanged_at_the_lowest_threshold():
+    found = enhance(np.array([0.5]), np.array([-1.0], np.float32), DigitEnhancement(min_digit_probability=0.0), 10.0)
     assert found.tolist() == [0.5]
 
 
@@ -191,7 +191,7 @@ def whole_copies_of(expectations, seed, uids):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("scale", [0.02, 1.0, 7.5])
-def test_whole_copies_add_up_to_the_expectation_within_the_bound(seed, scale):
+def test_whole_copies_sum_to_the_expectation_within_the_bound(seed, scale):
     expectations = [scale * (index % 101) / 100 for index in range(len(UIDS))]
     whole = whole_copies_of(expectations, seed, UIDS)
     parts = [e - math.floor(e) for e in expectations]
@@ -238,5 +238,5 @@ def test_draws_are_uniform_and_differ_by_seed_and_purpose():
         assert abs(np.corrcoef(draws, others)[0, 1]) < 0.03
 
 
-def test_draws_stay_what_they_were():
+def test_draws_are_stable_across_versions():
     assert draw("copies", 0, "0" * 32) == 0.34918081339147033

@@ -1,5 +1,4 @@
-"""docs/distribution-alignment.md names every setting with its default, and every column; what it says a user is told,
-the user is told."""
+"""docs/distribution-alignment.md lists every setting with its default and every column, and quotes real messages."""
 
 from __future__ import annotations
 
@@ -29,14 +28,14 @@ DOCUMENT = (Path(__file__).parents[3] / "docs" / "distribution-alignment.md").re
 
 
 def table(section: str) -> dict[str, str]:
-    """First cell (without backticks) to second cell, of the first table of a section."""
+    """The first table of a section, as a dict from the first cell (without backticks) to the second cell."""
     lines = DOCUMENT.split(f"## {section}\n")[1].split("\n## ")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     return {row[0].strip("`"): row[1] for row in rows[2:]}
 
 
 def leaves(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Path and default of every setting below `model`."""
+    """The path and default of every setting below `model`."""
     for name, field in model.model_fields.items():
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
         sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)]
@@ -75,11 +74,13 @@ def test_every_column_is_documented_in_its_order() -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_target_that_cannot_be_reached_fails_the_run_and_says_why(
+def test_an_unreachable_target_fails_the_run_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: dict[str, Any], told: str | None
 ) -> None:
-    """Through the command line, and Beam's own way of passing an error on: five samples stand in for stages 1 and 2,
-    of a pool of forty."""
+    """Runs the command line, so that the error passes through Beam.
+
+    Five samples of a pool of forty replace the results of stages 1 and 2.
+    """
     write_pool(tmp_path / "pool", {"a.tar": sample_members("k0")})
     monkeypatch.chdir(tmp_path)
     aligned = {"target": target, "max_copies": 2.0}
@@ -108,7 +109,7 @@ def test_a_target_that_cannot_be_reached_fails_the_run_and_says_why(
         assert (in_json.exit_code, last["event"]) == (1, "error") and told in last["message"]
 
 
-def test_the_documented_message_is_the_real_one() -> None:
+def test_the_documented_message_equals_the_real_one() -> None:
     section = DOCUMENT.split("## A target that cannot be reached\n")[1].split("\n## ")[0]
     with pytest.raises(UnreachableTargetError) as error:
         solve_scale(100_000, np.ones(1), np.array([549]), QualityDuplicationSettings(), 10.0)

@@ -1,4 +1,4 @@
-"""Stage 3 as a whole: equal to the formulas sample by sample, in any order, on any number of workers."""
+"""The complete stage 3 agrees with the formulas for every sample, in any order and with any number of workers."""
 
 import math
 import types
@@ -28,7 +28,7 @@ NOBODY = make_candidates(np.empty((0, D)))
 
 @pytest.fixture(scope="module")
 def candidates():
-    """Samples around 6 centres, some of them twice, one far from all, one pair alone in its corner."""
+    """Samples around 6 centres, some duplicated, one far from all others, and one isolated pair."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(6, D))
     rows = centres[rng.integers(6, size=150)] + 0.5 * rng.normal(size=(150, D))
@@ -59,7 +59,7 @@ def everything(tasks, **changes):
 
 
 def by_the_formulas(candidates, settings, centroids, seed, pool_count=0):
-    """DESIGN's formulas, one sample at a time, in float64, λ by plain bisection: uid → (cluster, keeper, E, copies)."""
+    """The formulas, one sample at a time in float64, with λ by bisection: uid → (cluster, keeper, E, copies)."""
     units = unit_rows(candidates.embeddings).astype(np.float64)
     uids = [uid.decode() for uid in candidates.uids]
     cluster = (units @ centroids.T.astype(np.float64)).argmax(axis=1)
@@ -130,7 +130,7 @@ def by_the_formulas(candidates, settings, centroids, seed, pool_count=0):
     ],
     ids=["everything", "after_duplication", "nothing"],
 )
-def test_every_sample_gets_what_the_formulas_say(candidates, tasks, tmp_path, changes):
+def test_every_sample_agrees_with_the_formulas(candidates, tasks, tmp_path, changes):
     settings = everything(tasks, **changes)
     placements, table = place(candidates, settings, str(tmp_path), pool_count=300, seed=11)
     centroids = load_centroids(str(tmp_path / "centroids.npy"))
@@ -147,7 +147,7 @@ def test_every_sample_gets_what_the_formulas_say(candidates, tasks, tmp_path, ch
 
     total = math.fsum(p.expected_copies for p in placements)
     added = math.fsum(row["digit_addition"] for row in table)
-    if "semantic_dedup" in changes and settings.semantic_dedup:  # the duplicates' mass is lost
+    if "semantic_dedup" in changes and settings.semantic_dedup:  # the share of the duplicates is lost
         assert any(p.semantic_duplicate_of for p in placements)
         assert total - added < sum(not p.semantic_duplicate_of for p in placements) - 1
     else:
@@ -170,12 +170,12 @@ def test_every_sample_gets_what_the_formulas_say(candidates, tasks, tmp_path, ch
 TWO_WORKERS = {"direct_num_workers": 2, "direct_running_mode": "multi_processing"}
 
 
-@pytest.mark.parametrize("clusters", [ClustersSettings(count=9, iterations=5, samples_per_cluster=13)], ids=["one level"])
-def test_no_order_batch_or_number_of_workers_changes_anything(candidates, tasks, tmp_path, monkeypatch, clusters):
+@pytest.mark.parametrize("clusters", [Clusters(count=9, iterations=5, samples_per_cluster=13)], ids=["one level"])
+def test_results_do_not_depend_on_order_batches_or_workers(candidates, tasks, tmp_path, monkeypatch, clusters):
     assert_nothing_changes(candidates, everything(tasks, clusters=clusters), tmp_path, monkeypatch)
 
 
-def test_nor_where_clusters_have_two_levels_and_several_tiles(candidates, tasks, tmp_path, monkeypatch):
+def test_results_do_not_depend_on_order_with_two_levels_and_several_tiles(candidates, tasks, tmp_path, monkeypatch):
     monkeypatch.setattr("transforms.distribution_alignment.tiles.TILE_ROWS", 8)
     clusters = ClustersSettings(count=7, coarse_count=3, iterations=5, samples_per_cluster=20)
     table = assert_nothing_changes(candidates, everything(tasks, clusters=clusters), tmp_path, monkeypatch)
@@ -197,7 +197,9 @@ def assert_nothing_changes(candidates, settings, folder, monkeypatch):
 
 
 @pytest.mark.parametrize(("tile_rows", "after"), [(3, False), (40, True)])
-def test_a_cluster_in_tiles_is_judged_as_one(candidates, tasks, tmp_path, monkeypatch, tile_rows, after):
+def test_a_cluster_in_tiles_gives_the_same_result_as_one_tile(
+    candidates, tasks, tmp_path, monkeypatch, tile_rows, after
+):
     settings = everything(
         tasks, clusters=ClustersSettings(count=2, iterations=5), semantic_dedup=SemanticDedup(after_duplication=after)
     )
@@ -218,7 +220,7 @@ def test_embeddings_through_the_shuffle_or_from_disk_are_the_same(candidates, ta
     assert place(candidates, settings, str(tmp_path / "shuffle")) == from_disk
 
 
-def test_given_centroids_are_used_and_nothing_is_trained(candidates, tmp_path):
+def test_given_centroids_are_used_without_training(candidates, tmp_path):
     given = str(tmp_path / "given.npy")
     np.save(given, np.eye(3, D, dtype=np.float32))
     settings = DistributionAlignmentSettings(target=TargetSettings(survivors=True), clusters=ClustersSettings(centroids=given))
@@ -230,14 +232,14 @@ def test_given_centroids_are_used_and_nothing_is_trained(candidates, tmp_path):
     assert not (tmp_path / "run" / "centroids.npy").exists()
 
 
-@pytest.mark.parametrize("target", [TargetSettings(pool_share=0.2), TargetSettings(survivors=True)])
-def test_no_candidates_flow_through(tasks, tmp_path, target):
+@pytest.mark.parametrize("target", [Target(pool_share=0.2), Target(survivors=True)])
+def test_the_graph_runs_without_candidates(tasks, tmp_path, target):
     placements, table = place(NOBODY, everything(tasks, target=target), str(tmp_path), pool_count=1000)
     assert (placements, table) == ([], [])
     assert np.load(tmp_path / "centroids.npy").shape == (0, 0)
 
 
-def test_an_unreachable_target_ends_the_run_and_says_why(tasks, tmp_path):
+def test_an_unreachable_target_fails_the_graph_with_the_reason(tasks, tmp_path):
     with pytest.raises(UnreachableTargetError, match=r"allows 0 from 0 samples, 7 too few"):
         place(NOBODY, everything(tasks, target=TargetSettings(samples=7)), str(tmp_path))
 

@@ -1,4 +1,4 @@
-"""Semantic dedup equals a brute-force oracle, whatever the tiles."""
+"""Semantic dedup equals a brute-force oracle for any tiles."""
 
 import itertools
 import tracemalloc
@@ -17,7 +17,7 @@ TILE_EDGES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 17]
 
 
 def oracle(units: np.ndarray, epsilon: float) -> list[int]:
-    """The definition, one pair at a time."""
+    """The definition, evaluated one pair at a time."""
     keepers = []
     for x in range(len(units)):
         better = (y for y in range(x) if exact_products(units[y : y + 1], units[x : x + 1])[0] > 1.0 - epsilon)
@@ -34,14 +34,14 @@ def clustered(n: int, d: int, spread: float, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("n", TILE_EDGES)
 @pytest.mark.parametrize("spread", [0.0, 0.1, 0.3, 3.0])
-def test_equals_the_oracle_around_every_tile_edge(n, spread):
+def test_equals_the_oracle_for_sizes_around_a_tile_edge(n, spread):
     units = clustered(n, 6, spread, seed=n)
     for epsilon in (0.05, 0.3):
         assert semantic_duplicates(units, epsilon, block_rows=4).tolist() == oracle(units, epsilon)
 
 
 @pytest.mark.parametrize("n", TILE_EDGES)
-def test_of_identical_samples_the_first_stays(n):
+def test_the_first_of_identical_samples_is_kept(n):
     units = np.repeat(unit_rows(np.ones((1, 5), np.float16)), n, axis=0)
     assert semantic_duplicates(units, 0.05, block_rows=4).tolist() == [-1, *[0] * (n - 1)][:n]
 
@@ -75,7 +75,7 @@ def test_equals_the_oracle_where_every_pair_is_near_the_threshold():
     ("cosine", "keeper"),
     [(0.5, -1), (np.nextafter(0.5, 1, dtype=np.float32), 0), (0.49999997, -1), (0.7, 0)],
 )
-def test_the_threshold_itself_is_kept(cosine, keeper):
+def test_a_cosine_equal_to_the_threshold_is_not_a_duplicate(cosine, keeper):
     units = np.array([[1, 0], [cosine, np.sqrt(1 - np.float64(cosine) ** 2)]], np.float32)
     assert semantic_duplicates(units, epsilon=0.5).tolist() == [-1, keeper]
 
@@ -86,7 +86,7 @@ def test_a_duplicate_may_itself_be_a_keeper():
     assert semantic_duplicates(units, epsilon=0.05).tolist() == [-1, 0, 1]
 
 
-def test_memory_is_that_of_tiles():
+def test_memory_is_bounded_by_the_tile_size():
     n, tile = 3000, 64
     units = clustered(n, 8, 3.0, 0)
     semantic_duplicates(units[:tile], 0.001, tile)
@@ -99,7 +99,7 @@ def test_memory_is_that_of_tiles():
 
 @pytest.mark.parametrize("few_pairs", [0, 10**9])
 @pytest.mark.parametrize("trials", [0, 10**9])
-def test_neither_the_bound_nor_judging_pairs_one_by_one_changes_anything(monkeypatch, few_pairs, trials):
+def test_the_bound_and_the_exact_pairs_do_not_change_the_result(monkeypatch, few_pairs, trials):
     monkeypatch.setattr("transforms.distribution_alignment.semantic_dedup._FEW_PAIRS", few_pairs)
     monkeypatch.setattr("transforms.distribution_alignment.semantic_dedup._TRIALS", trials)
     for spread in (0.1, 0.5):
@@ -107,13 +107,11 @@ def test_neither_the_bound_nor_judging_pairs_one_by_one_changes_anything(monkeyp
         assert semantic_duplicates(units, 0.05, block_rows=16).tolist() == oracle(units, 0.05)
 
 
-def test_the_bound_spares_blocks_without_duplicates_and_is_given_up_where_it_never_does(monkeypatch):
+def test_the_bound_avoids_products_and_is_given_up_where_it_fails(monkeypatch):
     units = clustered(200, 32, 3.0, 0)
     looked = []
     real = semantic_dedup._first_above
-    monkeypatch.setattr(
-        semantic_dedup, "_first_above", lambda *given: (looked.append(given[0].shape), real(*given))[1]
-    )
+    monkeypatch.setattr(semantic_dedup, "_first_above", lambda *given: (looked.append(given[0].shape), real(*given))[1])
     assert (semantic_duplicates(units, 0.05, block_rows=20) == -1).all()
     assert looked == []
     monkeypatch.setattr(semantic_dedup, "_FEW_PAIRS", 0)
@@ -121,10 +119,10 @@ def test_the_bound_spares_blocks_without_duplicates_and_is_given_up_where_it_nev
     duplicates = semantic_dedup.TileDuplicates(near, 0.05, block_rows=10)
     assert (duplicates.against_itself(0) == -1).all()
     assert len(looked) == 20 * 21 // 2
-    assert duplicates._tried == semantic_dedup._TRIALS
+    assert duplicates._bounds_tried == semantic_dedup._TRIALS
 
 
-def test_a_bound_is_never_below_the_product():
+def test_the_bound_is_never_below_the_product():
     units = clustered(80, 24, 0.5, seed=1)
     bounds = semantic_dedup.TileDuplicates(units, 0.05)._bound_rows(units)
     assert ((bounds @ bounds.T) - units @ units.T).min() > -1e-6
@@ -141,7 +139,7 @@ def judged(*keepers: bytes) -> Judged:
     ("counts_all", "first", "second", "size"),
     [(True, [4, 3, 2], [1, 0], 5), (False, [2, -1, 1], [0, -1], 3)],
 )
-def test_ranks_count_what_copies_are_shared_among(counts_all, first, second, size):
+def test_ranks_run_over_the_members_that_share_copies(counts_all, first, second, size):
     tiles = [(1, judged(b"", b"a")), (0, judged(b"", b"b", b""))]
     ranked = {len(tile.members): tile for tile in _rank((3, tiles), counts_all)}
     assert (ranked[3].ranks.tolist(), ranked[2].ranks.tolist()) == (first, second)

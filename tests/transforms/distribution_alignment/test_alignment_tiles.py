@@ -1,4 +1,4 @@
-"""Tiles hold consecutive ranks, whatever ties there are."""
+"""Tiles have consecutive ranks, also with ties."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def keys_of(cosines: list[float], seed: int = 0) -> RankKeys:
     rows=st.integers(1, 9),
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_a_tile_holds_so_many_consecutive_ranks(cosines: list[float], rows: int):
+def test_a_tile_has_consecutive_ranks_and_the_given_size(cosines: list[float], rows: int):
     keys = keys_of(cosines)
     order = best_first(keys.cosines, keys.uids)
     beginnings = keys.take(order[rows::rows])
@@ -41,7 +41,7 @@ def test_a_tile_holds_so_many_consecutive_ranks(cosines: list[float], rows: int)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_ranges_of_large_clusters_alone_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int):
+def test_only_ranges_of_large_clusters_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int):
     monkeypatch.setattr(tiles, "TILE_ROWS", 4)
     clusters = {7: keys_of([0.1] * 9), 2: keys_of([0.1, 0.2, 0.3, 0.4]), 3: keys_of([0.4, 0.3, 0.2, 0.1, 0.0])}
     pieces = [

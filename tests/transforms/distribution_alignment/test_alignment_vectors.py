@@ -1,4 +1,4 @@
-"""Unit vectors and products are each row's own business."""
+"""Unit vectors and products of a row do not depend on other rows."""
 
 import math
 
@@ -14,7 +14,7 @@ from transforms.distribution_alignment.vectors import (
 ROWS = np.random.default_rng(1).normal(size=(37, 21)).astype(np.float32)
 
 
-def test_unit_rows_have_length_1_and_do_not_depend_on_their_neighbours():
+def test_unit_rows_have_length_1_and_do_not_depend_on_other_rows():
     units = unit_rows(ROWS)
     assert units.dtype == np.float32
     assert np.abs(np.linalg.norm(units.astype(np.float64), axis=1) - 1).max() < 1e-7
@@ -27,7 +27,7 @@ def test_a_row_of_zeros_stays_zero():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_value_that_is_not_finite_is_an_error_that_names_the_row(value):
+def test_a_value_that_is_not_finite_raises_with_its_row(value):
     rows = ROWS.copy()
     rows[5, 2] = value
     with pytest.raises(ValueError, match="vector 5 "):

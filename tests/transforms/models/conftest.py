@@ -1,4 +1,4 @@
-"""The tiny models, saved once a session."""
+"""The tiny models, saved once per session."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.transforms.models import tiny_models
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """For models this small, sharing the work out costs more than the work."""
+    """One thread: for models this small, more threads only add overhead."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

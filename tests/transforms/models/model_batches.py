@@ -1,4 +1,4 @@
-"""Batches to score, and what to compare of them."""
+"""Batches to score, and checks of their scores."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ CAPTIONS = (
     "no",
 )
 
-EVERYTHING = recipe.FlippedClip(model="not loaded", min=-1.0)  # passes on whatever has a cosine
+EVERYTHING = recipe.FlippedClip(model="not loaded", min=-1.0)  # keeps everything that has a cosine
 
 
 def make_sample(number: int, cosine: float | None = 0.5, probability: float | None = None) -> Sample:
-    """A sample with a picture of its own size and noise, as a function of `number`."""
+    """A sample with an image of noise; its size and content depend on `number`."""
     rng = np.random.default_rng(number)
     coarse = rng.integers(0, 256, (rng.integers(3, 9), rng.integers(3, 9), 3), dtype=np.uint8)
     pixels = np.kron(coarse, np.ones((8, 8, 1), np.uint8))
@@ -42,7 +42,7 @@ def make_batch(samples: Iterable[Sample]) -> SampleBatch:
 
 
 def scores(batch: SampleBatch) -> dict[str, Any]:
-    """Every score by uid, to be compared bit by bit."""
+    """All scores by uid, for exact comparison."""
     return {
         a.uid: (
             a.flipped_clip_cosine,
@@ -56,7 +56,7 @@ def scores(batch: SampleBatch) -> dict[str, Any]:
 
 
 def assert_scores_ignore_batch_mates(run: Callable[[SampleBatch], SampleBatch]) -> None:
-    """A sample scores the same, to the bit, alone, in other company, in another order."""
+    """Check that scores are identical for a sample alone, with other samples and in another order."""
     samples = [make_sample(i) for i in range(11)]
     together = scores(run(make_batch(samples)))
     shuffled = random.Random(0).sample(samples, len(samples))
@@ -69,7 +69,7 @@ def assert_scores_ignore_batch_mates(run: Callable[[SampleBatch], SampleBatch]) 
 def assert_one_poisoned_row_is_isolated(
     run: Callable[[SampleBatch], SampleBatch], poison: Callable[[Callable[[Any], bool]], None]
 ) -> None:
-    """Where the model fails on one sample, that one becomes a dead letter and the others' bits stay.
+    """Check that a sample on which the model fails becomes a dead letter, and the other scores stay identical.
 
     `poison` makes the model fail on batches in which some row satisfies the given test.
     """

@@ -52,7 +52,7 @@ def plain_model(folder: Path) -> tuple:
 
 
 def generated(folder: Path, pixels: np.ndarray, prompt: str, allowed: list[int]) -> tuple[int, torch.Tensor]:
-    """What `generate` answers when it must choose among `allowed`, and the logits of its first token."""
+    """The answer of `generate` restricted to the tokens `allowed`, and the logits of its first token."""
     model, processor = plain_model(folder)
     inputs = processor(images=Image.fromarray(pixels), text=prompt, return_tensors="pt")
     answer = model.generate(
@@ -77,11 +77,11 @@ def test_the_score_agrees_with_generate(digit_folder: Path, handler: Blip2Handle
         assert found == pytest.approx(float(p), abs=1e-5)
         assert (found > 0.5) == (token == model.yes)
         answers.add(token)
-    assert answers == {model.yes, model.no}  # both answers occur, else this shows little
+    assert answers == {model.yes, model.no}  # both answers must occur for the test to be meaningful
 
 
-def test_an_encoder_decoder_is_read_where_its_answer_starts():
-    """As FLAN-T5: the first token of the answer is the decoder's."""
+def test_an_encoder_decoder_is_read_at_the_first_decoder_token():
+    """For a model such as FLAN-T5, the first token of the answer comes from the decoder."""
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Blip2Config(
         vision_config={**vision, "image_size": 32, "patch_size": 8},
@@ -109,7 +109,7 @@ def test_an_encoder_decoder_is_read_where_its_answer_starts():
     np.testing.assert_allclose(found[:, 0], answer.logits[0][:, [7, 8]], atol=1e-5)
 
 
-def test_the_answers_are_the_words_as_they_follow_the_colon(digit_folder: Path, model: LoadedBlip2):
+def test_the_answer_tokens_are_the_words_after_the_colon(digit_folder: Path, model: LoadedBlip2):
     tokenizer = load_processor(Blip2Processor, settings_for(digit_folder)).tokenizer
     for word, token in (("yes", model.yes), ("no", model.no)):
         assert tokenizer(f"Answer: {word}", add_special_tokens=False)["input_ids"][-1] == token
@@ -134,7 +134,7 @@ def test_digit_probability_by_hand():
     assert digit_probability(np.float32([[-1e30, 1e30]])) == 0.0
 
 
-def test_a_score_ignores_the_batch_mates(handler: Blip2Handler, model: LoadedBlip2):
+def test_a_score_does_not_depend_on_the_rest_of_the_batch(handler: Blip2Handler, model: LoadedBlip2):
     assert_scores_ignore_batch_mates(lambda batch: handler.run_inference(batch, model)[0])
 
 
@@ -152,13 +152,13 @@ def test_one_poisoned_sample_is_isolated(handler: Blip2Handler, model: LoadedBli
     assert_one_poisoned_row_is_isolated(lambda batch: handler.run_inference(batch, model)[0], poison)
 
 
-def test_only_what_passes_the_cascade_is_asked(digit_folder: Path, model: LoadedBlip2):
+def test_only_samples_that_pass_the_cascade_are_scored(digit_folder: Path, model: LoadedBlip2):
     handler = Blip2Handler(settings_for(digit_folder), "cpu", 0.15, 0.4)
     batch = make_batch(
         [
-            make_sample(0, cosine=0.14, probability=None),  # failed even the rescue value
-            make_sample(1, cosine=0.16, probability=0.39),  # failed the match
-            make_sample(2, cosine=0.16, probability=0.4),  # between the rescue value and `min`: asked
+            make_sample(0, cosine=0.14, probability=None),  # below the rescue value
+            make_sample(1, cosine=0.16, probability=0.39),  # below the match floor
+            make_sample(2, cosine=0.16, probability=0.4),  # between the rescue value and `min`: scored
             make_sample(3, cosine=0.9, probability=0.9),
         ]
     )
@@ -172,7 +172,7 @@ def test_a_tokenizer_of_another_revision_is_an_error(digit_folder: Path, monkeyp
         "from_pretrained",
         lambda *given, load=Blip2Processor.from_pretrained, **named: _with_five_queries(load(*given, **named)),
     )
-    with pytest.raises(ValueError, match="5 image placeholders and the model takes 4"):
+    with pytest.raises(ValueError, match="5 image placeholders, but the model expects 4"):
         Blip2Handler(settings_for(digit_folder), "cpu", None).load_on(torch.device("cpu"))
 
 

@@ -50,7 +50,7 @@ def plain_model(folder: Path, backend: str) -> tuple:
 
 
 def plain_probability(folder: Path, sample: Sample, backend: str) -> float:
-    """By transformers' documented way, one sample at a time, its caption unpadded."""
+    """Scores computed as documented by transformers, one sample at a time, without padding."""
     model, processor = plain_model(folder, backend)
     picture = Image.fromarray(pixels_of(sample))
     inputs = processor(
@@ -61,16 +61,16 @@ def plain_probability(folder: Path, sample: Sample, backend: str) -> float:
 
 
 @pytest.mark.parametrize(("backend", "tolerance"), [("pil", 2e-6), ("torchvision", 0.02)])
-def test_scores_are_transformers_own(
+def test_scores_equal_those_of_transformers(
     itm_folder: Path, handler: BlipHandler, model: LoadedBlip, backend: str, tolerance: float
 ):
     (scored,) = handler.run_inference(make_batch(make_sample(i) for i in range(6)), model)
     found = [sample.annotation.match_probability or 0.0 for sample in scored]
     assert found == pytest.approx([plain_probability(itm_folder, s, backend) for s in scored], abs=tolerance)
-    assert max(found) - min(found) > 0.01  # else this shows nothing
+    assert max(found) - min(found) > 0.01  # the scores must differ for the test to be meaningful
 
 
-def test_a_score_ignores_the_batch_mates(handler: BlipHandler, model: LoadedBlip):
+def test_a_score_does_not_depend_on_the_rest_of_the_batch(handler: BlipHandler, model: LoadedBlip):
     assert_scores_ignore_batch_mates(lambda batch: handler.run_inference(batch, model)[0])
 
 
@@ -97,13 +97,13 @@ def test_one_poisoned_sample_is_isolated(handler: BlipHandler, model: LoadedBlip
     assert_one_poisoned_row_is_isolated(lambda batch: handler.run_inference(batch, model)[0], poison)
 
 
-def test_a_picture_a_few_pixels_high_is_not_taken_for_channels_first(handler: BlipHandler, model: LoadedBlip):
+def test_an_image_3_pixels_high_is_not_taken_for_channels_first(handler: BlipHandler, model: LoadedBlip):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 3), dtype=np.uint8)
     (scored,) = handler.run_inference(make_batch([Sample(make_sample(0).annotation, {}, b"", pixels)]), model)
     assert scored.samples[0].annotation.match_probability is not None
 
 
-def test_a_caption_that_is_no_text_is_a_dead_letter(handler: BlipHandler, model: LoadedBlip):
+def test_a_caption_that_is_not_text_is_a_dead_letter(handler: BlipHandler, model: LoadedBlip):
     sample = make_sample(1)
     broken = Sample(sample.annotation.with_columns(caption="a \ud800 b"), {}, b"", sample.pixels)
     (scored,) = handler.run_inference(make_batch([broken, make_sample(0)]), model)
@@ -111,7 +111,7 @@ def test_a_caption_that_is_no_text_is_a_dead_letter(handler: BlipHandler, model:
     assert [(d.key, d.reason) for d in scored.dead_letters] == [("1", "preparation_failed")]
 
 
-def test_only_what_passes_the_cascade_is_scored(itm_folder: Path, model: LoadedBlip):
+def test_only_samples_that_pass_the_cascade_are_scored(itm_folder: Path, model: LoadedBlip):
     handler = BlipHandler(settings_for(itm_folder), "cpu", 0.2)
     batch = make_batch([make_sample(0, cosine=0.1999), make_sample(1, cosine=0.2), make_sample(2, cosine=0.3)])
     (scored,) = handler.run_inference(batch, model)

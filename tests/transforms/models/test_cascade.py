@@ -21,7 +21,7 @@ def annotation(**scores: Any) -> Annotation:
         (0.1, None, None, None, True),
         (0.1, None, 0.1, None, True),
         (0.0999, None, 0.1, None, False),
-        (-0.1, None, 0.0, None, False),  # a floor of 0 is a floor
+        (-0.1, None, 0.0, None, False),  # a floor of 0 is not "no floor"
         (0.0, None, 0.0, None, True),
         (None, None, 0.1, None, False),
         (0.2, 0.5, 0.1, 0.5, True),
@@ -46,7 +46,7 @@ ITM = recipe.ImageTextMatching(model="m", min=0.3)
     ("settings", "cosine", "digit", "expected"),
     [
         (CLIP, 0.19, None, True),
-        (CLIP, 0.1899, 1.0, False),  # no rescue without its section
+        (CLIP, 0.1899, 1.0, False),  # no rescue without a digit section
         (RESCUE, 0.1899, 0.5, True),
         (RESCUE, 0.1899, 0.4999, False),
         (RESCUE, 0.1899, None, False),
@@ -60,7 +60,7 @@ def test_flipped_clip_keeps(settings: recipe.FlippedClip, cosine: float, digit: 
     assert flipped_clip.keeps(sample, settings, min_cosine=0.19) is expected
 
 
-def test_flipped_clip_judges_no_unscored_sample():
+def test_flipped_clip_raises_for_an_unscored_sample():
     with pytest.raises(ValueError, match="has no flipped_clip_cosine"):
         flipped_clip.keeps(annotation(), CLIP, 0.19)
 
@@ -94,7 +94,7 @@ def test_unscored(scores: dict[str, float], expected: list[str]):
     assert unscored(annotation(**scores), stage(digit=recipe.Digit(model="m"))) == expected
 
 
-def test_unscored_without_floors_asks_for_everything():
+def test_unscored_without_floors_lists_every_score():
     clip = recipe.FlippedClip(model="m", keep_fraction=0.3)
     itm = recipe.ImageTextMatching(model="m", keep_fraction=0.3)
     settings = stage(flipped_clip=clip, image_text_matching=itm, digit=recipe.Digit(model="m"))
@@ -114,7 +114,7 @@ PROMPTED = recipe.Digit(model="m", clip_prompts=recipe.ClipPrompts(min_probabili
         (0.4, ["digit_probability"], ["match_probability", "digit_probability"]),
     ],
 )
-def test_clip_s_prompts_choose_who_is_asked_about_digits(
+def test_clip_prompts_select_the_samples_for_the_digit_question(
     probability: float | None, missing: list[str], wanted_columns: list[str]
 ):
     scored = annotation(flipped_clip_cosine=0.3, match_probability=0.9, digit_prompt_probability=probability)
@@ -123,7 +123,7 @@ def test_clip_s_prompts_choose_who_is_asked_about_digits(
     assert prompt_floor(PROMPTED) == 0.4
 
 
-def test_without_prompts_everything_that_passes_is_asked():
+def test_without_prompts_all_samples_that_pass_get_the_digit_question():
     scored = annotation(flipped_clip_cosine=0.3, match_probability=0.9)
     assert prompt_floor(recipe.Digit(model="m")) is None
     assert unscored(scored, stage(digit=recipe.Digit(model="m"))) == ["digit_probability"]

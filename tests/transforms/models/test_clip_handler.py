@@ -60,7 +60,7 @@ def plain_model(folder: Path) -> tuple:
 
 
 def plain_features(folder: Path, picture: Image.Image, caption: str) -> tuple[np.ndarray, np.ndarray]:
-    """Text and image features by open_clip's documented way, one sample at a time."""
+    """Text and image features computed as documented by open_clip, one sample at a time."""
     model, preprocess, tokenizer = plain_model(folder)
     with torch.no_grad():
         text = model.encode_text(tokenizer([caption]), normalize=True)
@@ -73,7 +73,9 @@ def embedding_of(sample: Sample) -> np.ndarray:
     return np.frombuffer(sample.annotation.embedding, np.float16).astype(np.float32)
 
 
-def test_scores_are_open_clips_own_on_the_mirrored_picture(clip_folder: Path, handler: ClipHandler, model: LoadedClip):
+def test_scores_equal_those_of_open_clip_on_the_mirrored_image(
+    clip_folder: Path, handler: ClipHandler, model: LoadedClip
+):
     (scored,) = handler.run_inference(make_batch(make_sample(i) for i in range(6)), model)
     for sample in scored:
         picture = Image.fromarray(pixels_of(sample))
@@ -83,13 +85,13 @@ def test_scores_are_open_clips_own_on_the_mirrored_picture(clip_folder: Path, ha
         _, upright = plain_features(clip_folder, picture, sample.annotation.caption)
         assert sample.annotation.flipped_clip_cosine == pytest.approx(float(text @ mirrored), abs=2e-6)
         assert sample.annotation.unflipped_clip_cosine == pytest.approx(float(text @ upright), abs=2e-6)
-        assert abs(float(text @ mirrored) - float(text @ upright)) > 1e-4  # else this shows nothing
+        assert abs(float(text @ mirrored) - float(text @ upright)) > 1e-4  # must differ for the test to be meaningful
         embedding = embedding_of(sample)
         np.testing.assert_allclose(embedding, upright, atol=1e-3)
         assert np.linalg.norm(embedding) == pytest.approx(1, abs=2e-3)
 
 
-def test_without_the_unflipped_score_the_rest_is_the_same_and_the_embedding_is_the_mirrored_pictures(
+def test_without_the_unflipped_score_the_embedding_is_that_of_the_mirrored_image(
     clip_folder: Path, handler: ClipHandler, model: LoadedClip
 ):
     batch = make_batch(make_sample(i) for i in range(3))
@@ -104,7 +106,7 @@ def test_without_the_unflipped_score_the_rest_is_the_same_and_the_embedding_is_t
         np.testing.assert_allclose(embedding, mirrored, atol=1e-3)
 
 
-def test_a_score_ignores_the_batch_mates(handler: ClipHandler, model: LoadedClip):
+def test_a_score_does_not_depend_on_the_rest_of_the_batch(handler: ClipHandler, model: LoadedClip):
     assert_scores_ignore_batch_mates(lambda batch: handler.run_inference(batch, model)[0])
 
 
@@ -122,7 +124,7 @@ def test_one_poisoned_sample_is_isolated(handler: ClipHandler, model: LoadedClip
     assert_one_poisoned_row_is_isolated(lambda batch: handler.run_inference(batch, model)[0], poison)
 
 
-def test_nan_is_a_dead_letter_and_its_mates_keep_their_scores(
+def test_nan_is_a_dead_letter_and_other_samples_keep_their_scores(
     handler: ClipHandler, model: LoadedClip, monkeypatch: pytest.MonkeyPatch
 ):
     samples = [make_sample(i) for i in range(4)]
@@ -142,7 +144,7 @@ def test_nan_is_a_dead_letter_and_its_mates_keep_their_scores(
     assert [(d.uid, d.reason) for d in scored.dead_letters] == [(samples[2].annotation.uid, "not_finite")]
 
 
-def test_a_thread_of_a_picture_is_a_dead_letter(handler: ClipHandler, model: LoadedClip):
+def test_an_extreme_aspect_ratio_is_a_dead_letter(handler: ClipHandler, model: LoadedClip):
     thread = Sample(make_sample(1).annotation, {}, b"", np.zeros((1, 600, 3), np.uint8))
     (scored,) = handler.run_inference(make_batch([thread]), model)
     assert len(scored) == 0
@@ -151,18 +153,18 @@ def test_a_thread_of_a_picture_is_a_dead_letter(handler: ClipHandler, model: Loa
 
 def test_an_undecoded_sample_is_a_programming_error(handler: ClipHandler, model: LoadedClip):
     undecoded = Sample(make_sample(1).annotation, {}, b"", None)
-    with pytest.raises(AssertionError, match="undecoded"):
+    with pytest.raises(AssertionError, match="without being decoded"):
         handler.run_inference(make_batch([undecoded]), model)
 
 
 @pytest.mark.parametrize("caption", ["a red square " * 2000, "a" + " " * 9000 + "b", "&amp;" * 3000, "é" * 9000])
-def test_a_long_caption_is_cut_behind_its_last_token(caption: str):
+def test_cutting_a_long_caption_does_not_change_its_tokens(caption: str):
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     assert len(shortened(caption)) <= 4096
     assert torch.equal(tokenizer([caption]), tokenizer([shortened(caption)]))
 
 
-def test_cosine_is_float32s_and_does_not_depend_on_batching():
+def test_cosine_is_a_float32_and_does_not_depend_on_batching():
     text, image = np.eye(4, dtype=np.float32)[:2]
     assert cosine(text, text) == 1.0
     assert cosine(text, image) == 0.0
@@ -200,7 +202,7 @@ PROMPTS = recipe.ClipPrompts(positive=["digits", "a number"], negative=["a field
 
 
 @pytest.mark.parametrize("unflipped", [False, True])
-def test_the_share_of_the_positive_prompts_is_clips_own(clip_folder: Path, unflipped: bool):
+def test_the_probability_of_the_positive_prompts_equals_that_of_clip(clip_folder: Path, unflipped: bool):
     handler = ClipHandler(settings_for(clip_folder, score_unflipped=unflipped), "cpu", prompts=PROMPTS)
     (scored,) = handler.run_inference(make_batch(make_sample(i) for i in range(3)), handler.load_model())
     plain, _, tokenizer = plain_model(clip_folder)
@@ -214,7 +216,7 @@ def test_the_share_of_the_positive_prompts_is_clips_own(clip_folder: Path, unfli
         assert sample.annotation.digit_prompt_probability == pytest.approx(float(shares[:2].sum()), abs=1e-5)
 
 
-def test_without_prompts_there_is_no_share(handler: ClipHandler, model: LoadedClip):
+def test_without_prompts_there_is_no_prompt_probability(handler: ClipHandler, model: LoadedClip):
     (scored,) = handler.run_inference(make_batch([make_sample(0)]), model)
     assert scored.samples[0].annotation.digit_prompt_probability is None
 
@@ -226,13 +228,13 @@ def test_share_of_first_without_overflow():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_in_every_precision_a_score_ignores_the_batch_mates(clip_folder: Path, precision: str):
+def test_in_every_precision_a_score_does_not_depend_on_the_rest_of_the_batch(clip_folder: Path, precision: str):
     handler = ClipHandler(settings_for(clip_folder), "cpu", precision)
     model = handler.load_model()
     assert_scores_ignore_batch_mates(lambda batch: handler.run_inference(batch, model)[0])
 
 
-def test_bf16_is_near_fp32_and_is_not_fp32(clip_folder: Path):
+def test_bf16_scores_are_close_to_fp32_but_not_equal(clip_folder: Path):
     batch = make_batch(make_sample(i) for i in range(8))
     found = []
     for precision in ("fp32", "bf16"):
@@ -243,7 +245,7 @@ def test_bf16_is_near_fp32_and_is_not_fp32(clip_folder: Path):
     assert 0 < drift < 0.02
 
 
-def test_the_tokenizer_keeps_no_more_words_than_it_may(clip_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_tokenizer_cache_is_bounded(clip_folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("transforms.models.clip._MAX_CACHED_WORDS", 5)
     prepare = ClipPreparation.load(settings_for(clip_folder))
     plain = open_clip.get_tokenizer("ViT-B-32")
@@ -253,10 +255,8 @@ def test_the_tokenizer_keeps_no_more_words_than_it_may(clip_folder: Path, monkey
     assert len(prepare._tokenize.cache) == 5  # type: ignore[attr-defined]
 
 
-def test_preprocessing_that_is_another_models_is_refused(clip_folder: Path):
-    _, _, other = open_clip.create_model_and_transforms(
-        f"local-dir:{clip_folder}", image_mean=(0.1, 0.2, 0.3)
-    )
+def test_preprocessing_of_another_model_is_rejected(clip_folder: Path):
+    _, _, other = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}", image_mean=(0.1, 0.2, 0.3))
     with pytest.raises(ValueError, match="does more than"):
         ClipPreparation.load(settings_for(clip_folder)).table_for(other)
 
@@ -264,7 +264,7 @@ def test_preprocessing_that_is_another_models_is_refused(clip_folder: Path):
 @pytest.mark.parametrize(
     ("name", "tag"), [("ViT-B-32", "openai"), ("ViT-L-14", "openai"), ("ViT-B-16-SigLIP", "webli"), ("RN50", "openai")]
 )
-def test_preprocessing_without_the_model_is_what_open_clip_puts_together(name: str, tag: str):
+def test_preprocessing_without_the_model_equals_that_of_open_clip(name: str, tag: str):
     cfg = _preprocess_cfg(ClipSource(name, tag, False))
     known = open_clip.get_pretrained_cfg(name, tag)
     side = open_clip.get_model_config(name)["vision_cfg"]["image_size"]
@@ -274,9 +274,7 @@ def test_preprocessing_without_the_model_is_what_open_clip_puts_together(name: s
     )  # fmt: skip
 
 
-def test_a_caption_is_computed_in_a_bucket_of_its_own_length_and_means_the_same(
-    clip_folder: Path, handler: ClipHandler, model: LoadedClip
-):
+def test_text_buckets_do_not_change_the_features(clip_folder: Path, handler: ClipHandler, model: LoadedClip):
     captions = ["a cat", "a red square " * 5, "and so on " * 60]
     seen: list[tuple[int, ...]] = []
     hook = model.model.transformer.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[:2])))
@@ -291,7 +289,7 @@ def test_a_caption_is_computed_in_a_bucket_of_its_own_length_and_means_the_same(
     assert {rows for rows, _ in seen} == {2}, "one fixed shape a bucket, whatever the captions are"
 
 
-def test_batches_keep_their_type_so_that_beam_does_not_pickle_them_to_learn_their_size(clip_folder: Path):
+def test_beam_does_not_pickle_batches_to_measure_their_size(clip_folder: Path):
     models = recipe.CrossModalitySettings(flipped_clip=settings_for(clip_folder))
     batches = TestPipeline() | beam.Create([make_batch([make_sample(0)])])
     for found in (
@@ -305,7 +303,7 @@ def test_batches_keep_their_type_so_that_beam_does_not_pickle_them_to_learn_thei
     assert prepared.nbytes == 2 * (2 + 40)
 
 
-def test_siglips_captions_are_open_clips_own_and_its_tokenizer_takes_many_threads(tmp_path: Path):
+def test_siglip_text_features_equal_those_of_open_clip_with_many_threads(tmp_path: Path):
     small_tower = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear"}
     folder = tmp_path / "siglip"
     random_models.save_siglip(

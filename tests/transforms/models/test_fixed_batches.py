@@ -8,7 +8,7 @@ from transforms.models.fixed_batches import FixedBatches
 
 
 class FakeModel:
-    """Scores numbers by their square; fails on batches that hold a poisoned number."""
+    """Scores numbers by their square; fails on batches with a poisoned number."""
 
     def __init__(self, poison: tuple[float, ...] = (), error: Exception | None = None) -> None:
         self.poison = poison
@@ -26,7 +26,7 @@ class FakeModel:
         return score({i: float(row) for i, row in enumerate(rows)})
 
 
-def test_every_call_sees_the_fixed_shape_and_every_row_is_answered_for():
+def test_every_call_has_the_fixed_shape_and_every_row_has_an_outcome():
     model = FakeModel(poison=(3.0,))
     by_row, failures = model.run([str(i) for i in range(10)])
     assert {len(batch) for batch in model.batches} == {4}
@@ -42,7 +42,7 @@ def test_halving_finds_exactly_the_poisoned_rows(poisoned: tuple[float, ...]):
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_a_score_that_is_no_number_is_a_failure(value: str):
+def test_a_score_that_is_not_finite_is_a_failure(value: str):
     by_row, failures = FakeModel().run(["2", value])
     assert set(by_row) == {0}
     assert [(f.row, f.reason) for f in failures] == [(1, "not_finite")]
@@ -53,10 +53,10 @@ def test_a_broken_model_raises_instead_of_filling_the_dead_letters():
         FakeModel(poison=(100.0, 2.0)).run(["2"])
 
 
-def test_a_failure_that_passes_costs_no_sample():
+def test_a_transient_failure_loses_no_sample():
     class Flaky(FakeModel):
         def score(self, rows: list[float]) -> np.ndarray:
-            if rows == [100.0] * 4:  # the probe: the model is sound again
+            if rows == [100.0] * 4:  # the probe: the model works again
                 self.poison = ()
             return super().score(rows)
 
@@ -66,24 +66,24 @@ def test_a_failure_that_passes_costs_no_sample():
 
 
 @pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublas"])
-def test_every_way_of_saying_out_of_memory_is_known(message: str):
+def test_every_out_of_memory_message_is_recognised(message: str):
     with pytest.raises(torch.OutOfMemoryError, match=message):
         FakeModel(poison=(2.0,), error=RuntimeError(message)).run(["2", "3"])
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()])
-def test_out_of_memory_is_no_rows_fault(error: Exception):
+def test_out_of_memory_is_not_blamed_on_a_row(error: Exception):
     with pytest.raises(type(error)):
         FakeModel(poison=(2.0,), error=error).run(["2", "3"])
 
 
-def test_results_of_another_length_are_an_error():
+def test_a_wrong_number_of_results_is_an_error():
     score = FixedBatches(2, lambda rows: np.zeros((1, 1)), lambda: 0.0)
     with pytest.raises(RuntimeError, match="1 results for 2 rows"):
         score({0: 1.0, 1: 2.0})
 
 
-def test_no_rows_call_no_model():
+def test_without_rows_the_model_is_not_called():
     model = FakeModel()
     assert model.run([]) == ({}, [])
     assert not model.batches

@@ -1,4 +1,4 @@
-"""Architectures of full size, random weights in the real on-disk formats: loaded by the real code, equal to the bit."""
+"""Full-size architectures with random weights in the real file formats: the real code loads them, with exact scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transforms.models.handler import SampleBatchHandler
 
 
 def assert_bits_stay(handler: SampleBatchHandler) -> None:
-    """Alone, among others, and in another order."""
+    """Check that scores are identical for a sample alone, with other samples and in another order."""
     model = handler.load_model()
     samples = [make_sample(i) for i in range(3)]
     together = scores(handler.run_inference(make_batch(samples), model)[0])

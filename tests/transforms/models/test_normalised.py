@@ -1,4 +1,4 @@
-"""Bytes as the model takes them: each channel by its own row of the table."""
+"""Normalising images with the byte table: each channel uses its own row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transforms.models.pictures import normalised
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_byte_is_looked_up_in_its_channels_row(dtype: torch.dtype):
+def test_every_byte_is_looked_up_in_the_row_of_its_channel(dtype: torch.dtype):
     table = torch.arange(3 * 256).view(3, 256).to(dtype)
     pictures = [np.random.default_rng(seed).integers(0, 256, (3, 5, 7), dtype=np.uint8) for seed in range(2)]
     found = normalised(pictures, table)

@@ -1,4 +1,4 @@
-"""A model that runs out of GPU memory: its shard is scored again at the next smaller shape, and the table says so."""
+"""A model that runs out of GPU memory: its shard is scored again with half the batch shape, as the table records."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def stage_2(models: recipe.CrossModalitySettings, shards: list[Shard], output: P
     return {shard.name: tables.read_table(layout.cross_modality(shard.name)) for shard in shards}
 
 
-def test_memory_that_was_short_only_for_a_moment_costs_no_shape(
+def test_a_transient_memory_shortage_does_not_halve_the_shape(
     clip_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler = ClipHandler(recipe.FlippedClip(model=str(clip_folder), min=0.0, batch_size=4), "cpu")
@@ -79,7 +79,7 @@ def test_memory_that_was_short_only_for_a_moment_costs_no_shape(
     assert scores(found) == scores(expected)
 
 
-def test_a_failed_preparation_holds_no_picture() -> None:
+def test_a_failed_preparation_does_not_keep_the_image_in_memory() -> None:
     class Failing:
         def prepare(self, sample: Sample) -> Any:
             try:
@@ -93,7 +93,7 @@ def test_a_failed_preparation_holds_no_picture() -> None:
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, loaded: Any, rows: int) -> None:
-    """Let a model score at most so many rows at a time."""
+    """Make a model raise out of memory for more than the given number of rows."""
     score = loaded.score
 
     def limited(self: Any, inputs: list) -> Any:
@@ -121,7 +121,7 @@ def test_the_shard_is_scored_again_at_half_the_shape(
         assert [tables.read_halvings(layout.cross_modality(shard.name)) for shard in shards] == [halvings] * 2
 
 
-def test_where_not_even_one_row_fits_the_run_stops(models: recipe.CrossModalitySettings, monkeypatch: pytest.MonkeyPatch):
+def test_the_run_fails_where_not_even_one_row_fits(models: recipe.CrossModalitySettings, monkeypatch: pytest.MonkeyPatch):
     handler = ClipHandler(models.flipped_clip.model_copy(update={"batch_size": 1}), "cpu")
     model = handler.load_model()
     refuse(monkeypatch, LoadedClip, 0)

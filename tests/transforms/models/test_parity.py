@@ -1,4 +1,4 @@
-"""Scores from prepared bytes against each library's plain path, on pictures of every mode that a pool holds."""
+"""Scores from prepared bytes compared with the plain path of each library, on images of every mode found in pools."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from transforms.models.blip2 import Blip2Handler
 from transforms.models.clip import ClipHandler, ClipPreparation
 from transforms.models.prepare import load_prepare
 
-# Between one row of a padded batch and a batch of one, float32 sums in another order; nothing else differs.
+# Float32 sums have another order in a padded batch than in a batch of one; nothing else differs.
 BOUND = 2e-6
 PER_MODE = 8
 
 
 def noisy(seed: int) -> Image.Image:
-    """A picture of its own size, with detail at every scale."""
+    """An image with detail at every scale; its size depends on the number."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8))
     width, height = rng.integers(40, 160, 2).tolist()
@@ -66,7 +66,7 @@ FILES = [(mode, make(noisy(100 * i + j))) for i, (mode, make) in enumerate(MODES
 
 
 def plain_picture(mode: str, content: bytes) -> Image.Image:
-    """As the libraries open it. 16-bit grey they would clip to white; ours is scaled, and so is this."""
+    """The image as the libraries open it; 16-bit grey, which they clip to white, is scaled as in the product."""
     image = Image.open(io.BytesIO(content))
     if mode == "16 bit":
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
@@ -116,17 +116,17 @@ def scored(handlers: list, prepared: list[Sample]) -> list[Sample]:
     return list(batch)
 
 
-def test_there_are_enough_pictures():
+def test_there_are_enough_images():
     assert len(FILES) >= 50
 
 
-def test_prepared_samples_score_to_the_bit_as_decoded_ones_do(
+def test_prepared_and_decoded_samples_have_identical_scores(
     handlers: list, samples: list[Sample], scored: list[Sample]
 ):
     assert scores(make_batch(scored)) == scores(through(handlers, make_batch(samples)))
 
 
-def test_prepared_samples_hold_neither_pixels_nor_file_and_give_up_inputs_as_they_are_scored(
+def test_prepared_samples_have_no_pixels_or_file_and_scored_samples_have_no_inputs(
     prepared: list[Sample], scored: list[Sample]
 ):
     assert all(s.pixels is None and s.image_bytes == b"" and len(s.inputs) == 3 for s in prepared)

@@ -10,7 +10,7 @@ from transforms.models.precision import dtype_on, resolve
 @pytest.mark.parametrize(
     ("features", "expected"), [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "fp32")]
 )
-def test_auto_on_a_cpu_is_what_it_has_instructions_for(
+def test_auto_on_a_cpu_depends_on_its_instructions(
     features: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
@@ -28,13 +28,13 @@ def test_auto_on_a_gpu(there: bool, native: bool, expected: str, monkeypatch: py
     assert resolve("auto", "cuda") == expected
 
 
-def test_a_worker_whose_gpu_would_emulate_bf16_says_so(monkeypatch: pytest.MonkeyPatch):
+def test_a_worker_whose_gpu_would_emulate_bf16_raises(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old one")
-    with pytest.raises(RuntimeError, match="an old one has no bf16; say `precision: fp16`"):
+    with pytest.raises(RuntimeError, match="an old one has no bf16; set `precision: fp16`"):
         dtype_on("bf16", torch.device("cuda"))
 
 
-def test_a_recipe_asks_no_cpu_for_fp16():
+def test_a_recipe_cannot_combine_fp16_with_a_cpu():
     with pytest.raises(ValueError, match="fp16` is for GPUs"):
         recipe(cross_modality__precision="fp16")

@@ -1,4 +1,4 @@
-"""Rows that are summed by themselves."""
+"""The row-wise linear layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transforms.models.row_wise import RowWise
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_it_is_the_layer_itself_but_for_the_order_of_adding_up(bias: bool):
+def test_results_equal_the_layer_up_to_the_order_of_summation(bias: bool):
     torch.manual_seed(0)
     linear, rows = torch.nn.Linear(768, 2, bias=bias), torch.randn(16, 768)
     with torch.inference_mode():
@@ -17,7 +17,7 @@ def test_it_is_the_layer_itself_but_for_the_order_of_adding_up(bias: bool):
         assert RowWise(linear.bfloat16())(rows.bfloat16()).dtype == torch.float32
 
 
-def test_a_rows_place_and_company_change_no_bit():
+def test_a_result_does_not_depend_on_the_position_or_the_other_rows():
     torch.manual_seed(0)
     head, rows = RowWise(torch.nn.Linear(770, 2)), torch.randn(13, 770)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""How often a model is loaded: once per process, or once per machine where it is shared."""
+"""The number of times a model is loaded: once per process, or once per machine where it is shared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class Counting(ClipHandler):
-    """Leaves a file behind for each load."""
+    """Creates a file for each load."""
 
     def __init__(self, settings: recipe.FlippedClip, loads: Path, shared: bool) -> None:
         super().__init__(settings, "cpu")
@@ -35,7 +35,7 @@ class Counting(ClipHandler):
         return super().load_on(device)
 
 
-def test_a_gpu_holds_one_copy_and_cpu_processes_their_own(clip_folder: Path):
+def test_processes_share_one_copy_on_a_gpu_and_have_their_own_on_a_cpu(clip_folder: Path):
     settings = recipe.FlippedClip(model=str(clip_folder), min=0.0)
     assert ClipHandler(settings, "cuda").share_model_across_processes()
     assert not ClipHandler(settings, "cpu").share_model_across_processes()
@@ -55,7 +55,7 @@ def test_two_processes(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list(tmp_path.iterdir())) == loads
 
 
-def test_where_there_is_nothing_to_score_nothing_is_loaded(clip_folder: Path, tmp_path: Path):
+def test_without_samples_to_score_no_model_is_loaded(clip_folder: Path, tmp_path: Path):
     settings = recipe.FlippedClip(model=str(clip_folder), min=0.0)
     with beam.Pipeline("FnApiRunner") as p:
         scored = p | beam.Create([0]) | beam.FlatMap(lambda _: []) | RunInference(Counting(settings, tmp_path, False))
@@ -63,7 +63,7 @@ def test_where_there_is_nothing_to_score_nothing_is_loaded(clip_folder: Path, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_cannot_be_loaded_stops_the_run_and_blames_no_sample():
+def test_a_model_that_cannot_be_loaded_fails_the_run_and_makes_no_dead_letter():
     handler = ClipHandler(recipe.FlippedClip(model="ViT-B-32", min=0.0), "cpu")
     with pytest.raises(ValueError, match="needs `weights`"):
         handler.run_inference(make_batch([make_sample(0)]), handler.load_model())

@@ -12,12 +12,12 @@ from transforms.core import recipe
 from transforms.models import weights
 
 
-def test_a_bundled_model_that_this_installation_lacks():
-    with pytest.raises(FileNotFoundError, match="bundled:nothing: this installation holds no such file"):
+def test_a_missing_bundled_model_raises():
+    with pytest.raises(FileNotFoundError, match="bundled:nothing: this installation has no such file"):
         weights.local_path("bundled:nothing")
 
 
-def test_identity_holds_the_hash_of_the_weights(itm_folder: Path):
+def test_identity_has_the_hash_of_the_weights(itm_folder: Path):
     settings = recipe.ImageTextMatching(model=str(itm_folder), revision="abc", min=0.5)
     digest = hashlib.sha256((itm_folder / "model.safetensors").read_bytes()).hexdigest()
     assert weights.model_identity(settings) == {
@@ -27,7 +27,7 @@ def test_identity_holds_the_hash_of_the_weights(itm_folder: Path):
     }
 
 
-def test_identity_resolves_a_hub_model_through_the_hubs_cache(
+def test_identity_resolves_a_hub_model_through_the_hub_cache(
     itm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -47,31 +47,31 @@ def test_identity_resolves_a_hub_model_through_the_hubs_cache(
     ("architecture", "tag", "quick"),
     [("ViT-L-14", "openai", True), ("ViT-L/14", "openai", True), ("ViT-B-32", "laion2b_s34b_b79k", False)],
 )
-def test_a_tag_trained_with_quick_gelu_gets_it(architecture: str, tag: str, quick: bool):
+def test_quick_gelu_follows_the_tag(architecture: str, tag: str, quick: bool):
     settings = recipe.FlippedClip(model=architecture, weights=tag, min=0.2)
     assert weights.clip_source(settings) == (architecture, tag, quick)
     assert not open_clip.get_model_config(architecture.replace("/", "-")).get("quick_gelu", False)
 
 
-def test_a_file_of_weights_cannot_say_whether_it_needs_quick_gelu(tmp_path: Path):
+def test_quick_gelu_must_be_given_for_a_weight_file(tmp_path: Path):
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"")
     given: dict = {"model": "ViT-L-14", "weights": str(file), "min": 0.2}
-    with pytest.raises(ValueError, match="say `quick_gelu: true`"):
+    with pytest.raises(ValueError, match="set `quick_gelu: true`"):
         weights.clip_source(recipe.FlippedClip(**given))
     for quick in (True, False):
         assert weights.clip_source(recipe.FlippedClip(**given, quick_gelu=quick)).quick_gelu is quick
-    never = given | {"model": "ViT-B-16-SigLIP"}  # none of its tags has it
+    never = given | {"model": "ViT-B-16-SigLIP"}  # none of its tags needs it
     assert not weights.clip_source(recipe.FlippedClip(**never)).quick_gelu
 
 
-def test_a_tag_that_open_clip_does_not_know():
+def test_an_unknown_open_clip_tag_raises():
     with pytest.raises(ValueError, match="neither a file nor a known tag; tags of ViT-L-14: openai"):
         weights.clip_source(recipe.FlippedClip(model="ViT-L-14", weights="opnai", min=0.2))
 
 
 @pytest.mark.parametrize("fetch", [True, False])
-def test_a_branch_is_pinned_to_its_commit_and_weights_are_fetched_where_asked(
+def test_a_branch_is_pinned_to_its_commit_and_weights_are_fetched_on_request(
     itm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_folder: Path, fetch: bool
 ):
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -98,20 +98,20 @@ def test_a_branch_is_pinned_to_its_commit_and_weights_are_fetched_where_asked(
     assert first.image_text_matching and first.image_text_matching.revision == commit
     assert asked[0][0] is None
     assert ("*.safetensors" in asked[0][1]) is fetch
-    if fetch:  # as where fetching was interrupted
+    if fetch:  # as after an interrupted download
         (snapshot / "model.safetensors").unlink()
     before = len(asked)
     weights.pinned(given, fetch)
     assert {revision for revision, _ in asked[before:]} == ({commit} if fetch else set())
     identity = weights.model_identity(first.image_text_matching)
     assert set(identity["sha256"]) == ({"model.safetensors"} if fetch else set())
-    again = weights.pinned(given, fetch)  # as an interrupted run is gone on with
+    again = weights.pinned(given, fetch)  # as when an interrupted run resumes
     assert again == first
     assert again.image_text_matching
     assert weights.model_identity(again.image_text_matching) == identity
 
 
-def test_an_open_clip_model_on_a_hub_is_taken_at_its_revision(clip_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_open_clip_model_on_a_hub_is_loaded_at_its_revision(clip_folder: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
 
     def snapshot(repository: str, revision: str | None, allow_patterns: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Models of the real classes with few random weights, saved in the real on-disk formats."""
+"""Tiny models of the real classes with random weights, saved in the real file formats."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIDE = 32
 
 
 def save_clip(folder: Path) -> Path:
-    """An open_clip model in its hub form: the true vocabulary, two tiny towers."""
+    """Save an open_clip model in its hub format, with the real vocabulary and two tiny towers."""
     model_cfg = {
         "embed_dim": 16,
         "vision_cfg": {
@@ -58,7 +58,7 @@ def save_clip(folder: Path) -> Path:
 
 
 def save_itm(folder: Path) -> Path:
-    """A BLIP image-text-matching model, its processor, and a WordPiece tokenizer of letters."""
+    """Save a BLIP image-text-matching model with its processor and a WordPiece tokenizer of letters."""
     letters = [*"abcdefghijklmnopqrstuvwxyz:?"]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
     words += letters + [f"##{letter}" for letter in letters] + CORPUS.split()
@@ -103,7 +103,7 @@ def save_itm(folder: Path) -> Path:
 
 
 def save_digit(folder: Path) -> Path:
-    """A BLIP-2 model over OPT with its processor and a byte-level BPE tokenizer, as OPT's is."""
+    """Save a BLIP-2 model based on OPT with its processor and a byte-level BPE tokenizer like OPT's."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -160,7 +160,7 @@ def save_digit(folder: Path) -> Path:
     )
     torch.manual_seed(3)
     model = Blip2ForConditionalGeneration(config)
-    # As it is made, a picture hardly matters to the answer.
+    # With the initial weights, the image hardly affects the answer.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
