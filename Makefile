@@ -1,13 +1,12 @@
-PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO_OUTPUT ?= out/demo
 
-.PHONY: demo test test-large test-portable chaos fuzz lint constraints tfio test-tfio constraints-tfio bench-peers image-check \
+.PHONY: demo test test-slow test-large test-portable chaos fuzz lint constraints tfio test-tfio constraints-tfio bench-peers image-check \
 	templates clean
 
 # Installs once; again only when what is to be installed has changed.
 .venv/installed: setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || { python=$$(tools/find_python.sh) && "$$python" -m venv .venv; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
@@ -17,6 +16,10 @@ demo: .venv/installed
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest -n 2
+
+# Repeats faster tests at a larger size or in another setting.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -n 2 -m slow
 
 # Other random inputs each time; FUZZ_EXAMPLES says how many of each sort (docs/reliability.md).
 fuzz: .venv/installed
@@ -28,7 +31,7 @@ test-large: .venv/installed
 
 # All that can die on the portable path (docs/runners.md).
 test-portable: .venv/installed
-	$(BIN)/python -m pytest -n 0 -m 'chaos or not chaos' tests/integration/test_portable.py
+	$(BIN)/python -m pytest -n 0 -m '' tests/integration/test_portable.py
 
 # Kills many runs at seeded moments and compares what they leave in the end (docs/reliability.md): CHAOS_SEED=1 make chaos
 chaos: .venv/installed
@@ -49,7 +52,7 @@ constraints: .venv/installed
 tfio: .tfio/installed
 
 .tfio/installed: constraints-tfio.txt | .venv/installed
-	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .tfio
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .tfio
 	$(BIN)/uv pip install --quiet --python .tfio/bin/python --requirement constraints-tfio.txt
 	touch $@
 
@@ -65,13 +68,13 @@ constraints-tfio: .venv/installed
 bench-peers: .venv/installed .bench/clip-retrieval/installed .bench/data-juicer/installed
 
 .bench/clip-retrieval/installed:
-	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .bench/clip-retrieval
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .bench/clip-retrieval
 	$(BIN)/uv pip install --quiet --python .bench/clip-retrieval/bin/python clip-retrieval==2.45.0 'setuptools<81' \
 		torch==2.14.1 torchvision==0.29.1
 	touch $@
 
 .bench/data-juicer/installed:
-	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .bench/data-juicer
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .bench/data-juicer
 	$(BIN)/uv pip install --quiet --python .bench/data-juicer/bin/python py-data-juicer==1.6.1 torch==2.14.1 torchvision==0.29.1 \
 		transformers==4.57.1 'ray[default]>=2.51' simhash-pybind imagededup fasttext-predict
 	touch $@

@@ -13,7 +13,8 @@ gpu | cpu | cu126) ;;
 esac
 pinned() { sed -n "s/^$1==//p" constraints.txt; }
 
-python3.11 -m venv "$folder"
+python=$(tools/find_python.sh)
+"$python" -m venv "$folder"
 if [ "$processor" != gpu ]; then # PyPI's torch brings CUDA 13 along
     "$folder/bin/python" -m pip install --quiet --constraint constraints.txt \
         --extra-index-url "https://download.pytorch.org/whl/$processor" \

@@ -18,6 +18,7 @@ from pipeline.runners.supported import pipeline_of
 from pipeline.sources.webdataset import list_shards
 
 ROWS = 20_000
+SLOW = pytest.mark.slow  # test_alignment_graph.py compares orders and numbers of workers on few rows
 WRITTEN = ("centroids.npy", "clusters.parquet", "clusters.svg", "subset.npy", "funnel.json", "decisions")
 
 
@@ -61,15 +62,18 @@ def test_exactly_what_was_planted_is_found(pool: alignment.Pool, one_thread: Pat
     assert sorted(path.name for path in (one_thread / "out").iterdir()) == sorted([*WRITTEN, "annotations"])
 
 
+@SLOW
 def test_two_threads_change_nothing(annotated: Path, one_thread: Path, tmp_path: Path):
     assert written(in_a_process(annotated, tmp_path / "run", threads=2)) == written(one_thread)
 
 
+@SLOW
 def test_two_worker_processes_change_nothing(annotated: Path, one_thread: Path, tmp_path: Path):
     options = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
     assert written(in_a_process(annotated, tmp_path / "run", 1, *options)) == written(one_thread)
 
 
+@SLOW
 def test_another_order_of_the_shards_changes_nothing(annotated: Path, one_thread: Path, tmp_path: Path):
     folder = tmp_path / "run"
     shutil.copytree(annotated, folder)

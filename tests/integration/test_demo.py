@@ -214,6 +214,8 @@ def test_good_pairs_stay(shares, output, dead_letters, labels, record_property):
     assert shares["stage 2"] >= 0.8
 
 
+# At the size of the demo; tests/integration/test_reruns.py compares the same of a small pool with tiny models.
+@pytest.mark.slow
 def test_outputs_do_not_depend_on_the_order_of_shards(output, tmp_path, monkeypatch):
     plain = listing.read_listing
     monkeypatch.setattr(listing, "read_listing", lambda layout: plain(layout)[::-1])
@@ -221,6 +223,7 @@ def test_outputs_do_not_depend_on_the_order_of_shards(output, tmp_path, monkeypa
     assert snapshot(tmp_path / "out") == snapshot(output)
 
 
+@pytest.mark.slow
 def test_outputs_do_not_depend_on_the_number_of_worker_processes(output, tmp_path):
     run_demo(tmp_path / "out", "--direct_num_workers=2", "--direct_running_mode=multi_processing")
     assert snapshot(tmp_path / "out") == snapshot(output)

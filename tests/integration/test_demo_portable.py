@@ -6,12 +6,15 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.demo_run import POOL, RECIPE, demo_output, snapshot
 from tests.integration.chaos import Case, Run
 from tests.integration.portable import job_service, worker_pool
 from tests.integration.test_faults import error_of, wait_for
 
 
+@pytest.mark.slow  # tests/integration/test_portable.py runs a small pool on the portable path
 def test_on_the_portable_path_a_killed_worker_costs_nothing_but_time(tmp_path, tmp_path_factory):
     """A job service and two worker processes that are not ours; one of them is killed on the way."""
     with worker_pool() as pool, job_service() as address:

@@ -27,6 +27,7 @@ from pipeline.runs.stage import run_graph
 from pipeline.sinks.publication import Publication, publish
 from pipeline.sources.webdataset import list_shards
 from tests.helpers import encode, jpeg, picture, sample_members, write_pool
+from tests.integration.chaos import TWO_WORKERS
 from tests.transforms.models import tiny_models
 from transforms.core.errors import UsageError
 from transforms.core.recipe import SINGLE_MODALITY, STAGES, Recipe, parse_recipe
@@ -357,6 +358,17 @@ def test_three_graphs_as_one_job_leave_the_same_and_resume(
     assert bytes_of(output) == bytes_of(first)
     assert again["shards_finished_before"] == 6
     assert len(seen.tars) == 6
+
+
+def test_worker_processes_and_the_order_of_shards_change_nothing(
+    recipe_with: Callable[..., Recipe], pool: Path, first: Path, tmp_path: Path
+) -> None:
+    """The three stages as one job, whose worker processes start once."""
+    for name, options, step in (("two_workers", list(TWO_WORKERS), 1), ("reversed", [], -1)):
+        job = job_on(recipe_with(), pool, tmp_path / name)
+        write_listing(job.layout, job.shards[::step])
+        run_graph(graphs.all_stages, dataclasses.replace(job, shards=job.shards[::step]), options)
+        assert bytes_of(tmp_path / name) == bytes_of(first)
 
 
 def test_a_later_stage_whose_job_comes_too_early_says_which_is_missing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -93,17 +94,32 @@ def test_the_job_s_name_says_which_template_it_is_where_the_template_does_not(te
     assert found.template == template
 
 
-def test_the_entry_point_ends_with_the_message_and_no_traceback() -> None:
-    arguments = ["--recipe=nowhere.yaml", "--input=/data", f"--job_name={job_name('', SINGLE_MODALITY)}"]
+WRONG_USE = ["--recipe=nowhere.yaml", "--input=/data", f"--job_name={job_name('', SINGLE_MODALITY)}"]
+
+
+def assert_is_the_message(written: str) -> None:
+    assert "Traceback" not in written
+    message = written.splitlines()[-1]
+    assert message.startswith("pairsift: --recipe: got nowhere.yaml; workers reach gs:// only")
+    assert "--output: missing" in message
+
+
+def test_the_entry_point_exits_with_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["main.py", *WRONG_USE])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "templates" / "main.py"), run_name="__main__")
+    assert isinstance(ended.value.code, str)  # Python writes it to stderr and exits with status 1
+    assert_is_the_message(ended.value.code)
+
+
+@pytest.mark.slow  # it imports everything again
+def test_the_entry_point_in_a_process_of_its_own_ends_with_the_message_and_no_traceback() -> None:
     done = subprocess.run(
-        [sys.executable, "templates/main.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        [sys.executable, "templates/main.py", *WRONG_USE], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    said = done.stderr.splitlines()[-1]
-    assert said.startswith("pairsift: --recipe: got nowhere.yaml; workers reach gs:// only")
-    assert "--output: missing" in said
+    assert_is_the_message(done.stderr)
 
 
 @pytest.mark.parametrize("template", [CROSS_MODALITY, DISTRIBUTION_ALIGNMENT])

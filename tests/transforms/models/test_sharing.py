@@ -41,7 +41,7 @@ def test_processes_share_one_copy_on_a_gpu_and_have_their_own_on_a_cpu(clip_fold
     assert not ClipHandler(settings, "cpu").share_model_across_processes()
 
 
-@pytest.mark.parametrize(("shared", "loads"), [(True, 1), (False, 2)])
+@pytest.mark.parametrize(("shared", "loads"), [(True, 1), pytest.param(False, 2, marks=pytest.mark.slow)])
 def test_two_processes(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool, loads: int):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     settings = recipe.FlippedClip(model=str(clip_folder), min=0.0, batch_size=4, score_unflipped=True)

@@ -103,14 +103,20 @@ def test_against_every_pair(max_hamming: int) -> None:
     hashes = scattered(rng, 20) + clustered(rng, 70, max_hamming + 2) + one_band_full(rng, 40)
     items = ranked(rng, hashes + [0] * 8 + [2**64 - 1] * 3)
     assert oracle(items, max_hamming) != oracle(items, 0) or max_hamming == 0
-    check(items, max_hamming, tile_hashes=5)
+    check(items, max_hamming, tile_hashes=10)
 
 
-@pytest.mark.parametrize("tile_hashes", [1, 3, 8192])
+# A bucket of n tiles is n(n + 1)/2 elements, so the smallest tiles get the fewest hashes.
+TILED = [(1, 12), (3, 30), (8192, 40)]
+
+
+@pytest.mark.parametrize(("tile_hashes", "count"), [*TILED, pytest.param(1, 40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("buckets", [1, 5])
-def test_tiles_and_buckets_change_nothing(tile_hashes: int, buckets: int) -> None:
+def test_tiles_and_buckets_change_nothing(tile_hashes: int, count: int, buckets: int) -> None:
     rng = random.Random(9)
-    check(ranked(rng, one_band_full(rng, 40) + clustered(rng, 40, 4)), 3, tile_hashes, buckets)
+    items = ranked(rng, one_band_full(rng, count) + clustered(rng, count, 4))
+    assert oracle(items, 3) != oracle(items, 0)
+    check(items, 3, tile_hashes, buckets)
 
 
 def test_order_changes_nothing() -> None:
