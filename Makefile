@@ -43,7 +43,7 @@ lint: .venv/installed
 # The documentation as a site, in out/docs.
 .PHONY: docs
 docs: .venv/installed
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Pins every package that setup.py asks for, the dev extra included.
 constraints: .venv/installed
