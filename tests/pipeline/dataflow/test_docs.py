@@ -1,4 +1,4 @@
-"""docs/dataflow.md says nothing that is not there: commands parse, files and targets exist, sections stand in order."""
+"""The Dataflow pages match the program: commands parse, files and targets exist, the steps are in order."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ from pipeline.estimate.view import plan_of
 from transforms.core.recipe import STAGES, load_recipe
 
 ROOT = Path(__file__).parents[3]
-PAGE = (ROOT / "docs" / "dataflow.md").read_text(encoding="utf-8")
+STEPS = ["setup", "image", "templates", "launch", "resources", "cost", "operations"]
+PATHS = [ROOT / "docs" / "dataflow.md", *(ROOT / "docs" / "dataflow" / f"{step}.md" for step in STEPS)]
+PAGES = {path: path.read_text(encoding="utf-8") for path in PATHS}
+PAGE = "\n".join(PAGES.values())
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OUR_FOLDERS = ("benchmarks", "docs", "pipeline", "recipes", "templates", "tests", "tools", "transforms")
-SECTIONS = [
-    "What you need", "Project", "Image", "Templates", "Launch, follow, schedule", "Resources and limits", "Cost",
-    "Metrics", "Clean-up", "When something fails",
+TITLES = [
+    "Dataflow", "Project setup", "Worker image", "Templates", "Launch and schedule", "Resources and limits", "Cost",
+    "Operations",
 ]  # fmt: skip
+SECTIONS = {
+    "setup": ["What you need", "Project"],
+    "operations": ["Metrics", "Clean-up", "When something fails"],
+}
 
 
 def shell_lines(page: str) -> Iterator[str]:
@@ -59,15 +66,29 @@ def test_each_target_and_module_exists(line: str) -> None:
 
 
 def test_each_file_that_is_named_exists() -> None:
-    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", PAGE) if "://" not in target}
-    missing = [target for target in linked if target and not (ROOT / "docs" / target).exists()]
+    missing = [
+        target
+        for path, page in PAGES.items()
+        for target in {link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", page) if "://" not in link}
+        if target and not (path.parent / target).exists()
+    ]
     named = re.findall(rf"(?<![\w./$-])((?:{'|'.join(OUR_FOLDERS)})/[\w./-]*\w\.\w+)", PAGE)
     missing += [name for name in set(named) if "NAME" not in name and not (ROOT / name).exists()]
     assert named and not missing
 
 
-def test_the_page_is_in_the_order_in_which_things_are_done() -> None:
-    assert re.findall(r"^## (.+)$", PAGE, re.MULTILINE) == SECTIONS
+def test_the_pages_are_in_the_order_in_which_things_are_done() -> None:
+    assert [re.search(r"^# (.+)$", page, re.MULTILINE)[1] for page in PAGES.values()] == TITLES  # type: ignore[index]
+    linked = re.findall(r"^\d\. \[(.+)\]\(dataflow/(\w+)\.md\)", PAGES[PATHS[0]], re.MULTILINE)
+    assert linked == list(zip(TITLES[1:], STEPS, strict=True))
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert re.findall(r"dataflow/(\w+)\.md", navigation) == STEPS
+    for step, sections in SECTIONS.items():
+        assert re.findall(r"^## (.+)$", PAGES[ROOT / "docs" / "dataflow" / f"{step}.md"], re.MULTILINE) == sections
+
+
+def test_no_page_is_long() -> None:
+    assert all(len(page.splitlines()) < 150 for page in PAGES.values())
 
 
 def test_shell_blocks_are_shell(tmp_path: Path) -> None:
