@@ -35,8 +35,14 @@ from pipeline.output_folder.listing import write_listing
 from pipeline.runners.supported import pipeline_of
 from pipeline.sources.webdataset import list_shards
 from transforms.core import recipe as recipes
-from transforms.distribution_alignment.semantic_dedup import semantic_duplicates
+from transforms.cross_modality.digit import DigitSettings
+from transforms.cross_modality.flipped_clip import FlippedClipSettings
+from transforms.distribution_alignment.duplicate_search import semantic_duplicates
+from transforms.distribution_alignment.semantic_dedup import SemanticDedupSettings
 from transforms.distribution_alignment.vectors import exact_products, unit_rows
+from transforms.single_modality.captions import CaptionFrequencySettings, CaptionLengthSettings
+from transforms.single_modality.image_shape import AspectRatioSettings, MinSideSettings
+from transforms.single_modality.near_duplicate import NearDuplicateSettings
 
 DIMENSIONS = 512
 SHARD_ROWS = 10_000
@@ -102,7 +108,7 @@ def write_tables(pool: Pool, folder: Path) -> None:
         stop = slice(rows.start, rows.stop)
         columns: dict[str, tuple[pa.Schema, dict[str, Any]]] = {
             layout.single_modality(shard): (
-                tables.SINGLE_MODALITY,
+                tables.single_modality_schema(),
                 {"shard": [shard] * len(rows), "caption": [f"caption of picture {row}" for row in rows],
                  "width_px": [512] * len(rows), "height_px": [384] * len(rows),
                  "original_width_px": [512] * len(rows), "original_height_px": [384] * len(rows),
@@ -110,10 +116,10 @@ def write_tables(pool: Pool, folder: Path) -> None:
                  "word_count": [4] * len(rows), "character_count": [26] * len(rows)},
             ),
             layout.pool_wide(shard): (
-                tables.POOL_WIDE, {"pool_samples": [count] * len(rows), "caption_image_count": [1] * len(rows)}
+                tables.pool_wide_schema(), {"pool_samples": [count] * len(rows), "caption_image_count": [1] * len(rows)}
             ),
             layout.cross_modality(shard): (
-                tables.CROSS_MODALITY,
+                tables.cross_modality_schema(),
                 {"flipped_clip_cosine": pool.cosines[stop], "digit_probability": (pool.cosines[stop] * 7919) % 1,
                  "embedding": [row.tobytes() for row in pool.units[stop]]},
             ),
@@ -137,20 +143,20 @@ def recipe(rows: int, tasks: str, centroids: str | None) -> recipes.Recipe:
     return recipes.Recipe(
         name="benchmark",
         single_modality=recipes.SingleModalitySettings(
-            caption_length=recipes.CaptionLength(),
-            aspect_ratio=recipes.AspectRatio(),
-            min_side=recipes.MinSide(),
-            near_duplicate=recipes.NearDuplicate(),
-            caption_frequency=recipes.CaptionFrequency(),
+            caption_length=CaptionLengthSettings(),
+            aspect_ratio=AspectRatioSettings(),
+            min_side=MinSideSettings(),
+            near_duplicate=NearDuplicateSettings(),
+            caption_frequency=CaptionFrequencySettings(),
         ),
         cross_modality=recipes.CrossModalitySettings(
-            flipped_clip=recipes.FlippedClip(model="bundled:clip", min=0.19),
-            digit=recipes.Digit(model="bundled:digit"),
+            flipped_clip=FlippedClipSettings(model="bundled:clip", min=0.19),
+            digit=DigitSettings(model="bundled:digit"),
         ),
         distribution_alignment=recipes.DistributionAlignmentSettings(
             target=recipes.TargetSettings(pool_share=0.2),
             clusters=recipes.ClustersSettings(count=max(2, rows // 1000), centroids=centroids),
-            semantic_dedup=recipes.SemanticDedup(epsilon=EPSILON),
+            semantic_dedup=SemanticDedupSettings(epsilon=EPSILON),
             cids=recipes.CidsSettings(tasks=tasks) if tasks else None,
             quality_duplication=recipes.QualityDuplicationSettings(),
             digit_enhancement=recipes.DigitEnhancementSettings(),

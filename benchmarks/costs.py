@@ -44,6 +44,7 @@ from pipeline.runs.run import run
 from pipeline.sources.webdataset import list_shards
 from transforms.core import recipe as recipes
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, load_recipe
+from transforms.cross_modality.flipped_clip import FlippedClipSettings
 
 PAPER = Path(__file__).parent.parent / "recipes" / "paper.yaml"
 TARS = 2
@@ -136,7 +137,7 @@ def pool_wide(folder: Path, few: int, many: int) -> dict[str, float]:
     return figures
 
 
-_NOT_RUN = recipes.CrossModalitySettings(flipped_clip=recipes.FlippedClip(model="bundled:clip", min=0.0))
+_NOT_RUN = recipes.CrossModalitySettings(flipped_clip=FlippedClipSettings(model="bundled:clip", min=0.0))
 
 
 def generated(folder: Path, rows: int, recipe: recipes.Recipe) -> graphs.Job:

@@ -29,6 +29,13 @@ from pipeline.runs.run import run
 from transforms.core import recipe as recipes
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY
 from transforms.core.records import Annotation, Sample
+from transforms.cross_modality.flipped_clip import FlippedClipSettings
+from transforms.distribution_alignment.semantic_dedup import SemanticDedupSettings
+from transforms.single_modality.captions import CaptionFrequencySettings, CaptionLengthSettings
+from transforms.single_modality.image_shape import AspectRatioSettings, MinSideSettings
+from transforms.single_modality.language import LanguageSettings
+from transforms.single_modality.near_duplicate import NearDuplicateSettings
+from transforms.single_modality.pos_pattern import PosPatternSettings
 
 SHARD_SAMPLES = 500
 SIDE_PX = 48
@@ -39,23 +46,23 @@ MEASURED = (SINGLE_MODALITY, POOL_WIDE, CROSS_MODALITY, DISTRIBUTION_ALIGNMENT)
 
 def recipe(model: Path, max_hamming: int) -> recipes.Recipe:
     """All rules of stage 1 except faces, which is slow and stores only one number; only a tiny CLIP in stage 2."""
-    clip = recipes.FlippedClip(model=str(model), min=-1.0)
+    clip = FlippedClipSettings(model=str(model), min=-1.0)
     return recipes.Recipe(
         name="benchmark",
         single_modality=recipes.SingleModalitySettings(
-            near_duplicate=recipes.NearDuplicate(max_hamming=max_hamming),
-            caption_length=recipes.CaptionLength(),
-            language=recipes.Language(),
-            pos_pattern=recipes.PosPattern(),
-            caption_frequency=recipes.CaptionFrequency(),
-            aspect_ratio=recipes.AspectRatio(),
-            min_side=recipes.MinSide(min_px=SIDE_PX),
+            near_duplicate=NearDuplicateSettings(max_hamming=max_hamming),
+            caption_length=CaptionLengthSettings(),
+            language=LanguageSettings(),
+            pos_pattern=PosPatternSettings(),
+            caption_frequency=CaptionFrequencySettings(),
+            aspect_ratio=AspectRatioSettings(),
+            min_side=MinSideSettings(min_px=SIDE_PX),
         ),
         cross_modality=recipes.CrossModalitySettings(flipped_clip=clip),
         distribution_alignment=recipes.DistributionAlignmentSettings(
             target=recipes.TargetSettings(survivors=True),
             clusters=recipes.ClustersSettings(count=20),
-            semantic_dedup=recipes.SemanticDedup(),
+            semantic_dedup=SemanticDedupSettings(),
             quality_duplication=recipes.QualityDuplicationSettings(),
         ),
     )

@@ -125,7 +125,9 @@ def bare_rate(subject: Subject, handler: Any, model: Any, samples: list[Sample])
     return len(samples) / seconds
 
 
-def inference_rate(subject: Subject, handler: Any, settings: recipes.CrossModalitySettings, samples: list[Sample]) -> float:
+def inference_rate(
+    subject: Subject, handler: Any, settings: recipes.CrossModalitySettings, samples: list[Sample]
+) -> float:
     """Pairs per second of RunInference on prepared batches in memory."""
     prepared = prepare.load_prepare(settings)
     _Ready.samples = [prepared(pictures.decoded(sample)) for sample in samples]
@@ -249,7 +251,7 @@ def subjects(folder: Path, arguments: argparse.Namespace) -> list[Subject]:
         found.append(
             Subject(
                 "itm", {"flipped_clip": tiny, "image_text_matching": itm},
-                lambda s: BlipHandler(s.image_text_matching, s.device, None, s.precision),  # type: ignore[arg-type]
+                lambda s: BlipHandler(s.image_text_matching, s.device, None, s.precision),
                 itm_forward, itm_batch, *itm_pairs,
             )
         )  # fmt: skip
@@ -259,7 +261,7 @@ def subjects(folder: Path, arguments: argparse.Namespace) -> list[Subject]:
         found.append(
             Subject(
                 "digit", {"flipped_clip": tiny, "digit": digit},
-                lambda s: Blip2Handler(s.digit, s.device, None, None, s.precision),  # type: ignore[arg-type]
+                lambda s: Blip2Handler(s.digit, s.device, None, None, s.precision),
                 digit_forward, itm_batch, *itm_pairs,
             )
         )  # fmt: skip
@@ -333,9 +335,7 @@ def drift(subject: Subject, stages: Path, precisions: list[str]) -> dict[str, fl
     return {f"{name}, largest": float(differences.max()), f"{name}, mean": float(differences.mean())}
 
 
-def _peers(
-    subject: Subject, folder: Path, architecture: str, arguments: argparse.Namespace
-) -> dict[str, PeerSeconds]:
+def _peers(subject: Subject, folder: Path, architecture: str, arguments: argparse.Namespace) -> dict[str, PeerSeconds]:
     if arguments.quick or arguments.no_peers or subject.name == "digit":
         return {}
     if subject.name == "itm":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import io
 import itertools
 import json
@@ -110,7 +109,7 @@ def annotation(**columns: Any) -> Annotation:
         match_probability=0.9,
         digit_probability=0.1,
     )
-    return dataclasses.replace(whole, **columns)
+    return whole.with_columns(**columns)
 
 
 def whole_sample(seed: int = 0, **columns: Any) -> Sample:

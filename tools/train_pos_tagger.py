@@ -24,8 +24,7 @@ from spacy.language import Language
 from spacy.tokens import Doc
 
 from tools.openclipart import Captioner, Picture, no_digits, read_metadata, unit
-from transforms.core.recipe import PENN_TAGS
-from transforms.single_modality.pos_pattern import keeps, words_of
+from transforms.single_modality.pos_pattern import PENN_TAGS, keeps, words_of
 
 Tagged = list[tuple[str, str]]
 

@@ -51,7 +51,9 @@ class AnnotateSamples(beam.DoFn):
                     samples.append(sample.annotated(**annotator.columns(sample)))
                 except MemoryError:  # not the sample's fault
                     raise
-                except Exception as error:  # pool content can break any library; only this sample is lost, with a reason
+                except (
+                    Exception
+                ) as error:  # pool content can break any library; only this sample is lost, with a reason
                     message = f"{type(error).__name__}: {error}"
                     letters.append(dead_letter(sample.annotation, self._stage, f"{self._name}_failed", message))
         yield batch.replace(tuple(samples), tuple(letters))

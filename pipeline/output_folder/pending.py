@@ -24,7 +24,7 @@ from transforms.models.fixed_batches import MODEL_FAILED, NOT_FINITE, PREPARATIO
 from transforms.rules import ActiveRule, first_failing, rules_of
 
 _DIGIT_PROMPTS = "digit_prompts"
-"""CLIP's score of the digit prompts. It has a cache key of its own, because CLIP computes it for the section `digit`."""
+"""CLIP's score of the digit prompts. CLIP computes it for the section `digit`, so it has a cache key of its own."""
 
 
 def _stage_1_columns() -> dict[str, tuple[str, ...]]:
@@ -63,9 +63,7 @@ class SingleModalityWork:
         rules = {score.name: recipe.settings_of(score) for score in catalogue.per_sample_scores()}
         self._pool = _digest(recipe.pool.model_dump(), library_versions(SINGLE_MODALITY))
         self._features = {
-            name: _digest(settings.computing, known.get(name))
-            for name, settings in rules.items()
-            if settings
+            name: _digest(settings.computing, known.get(name)) for name, settings in rules.items() if settings
         }
         self._failures_of_others = {f"{name}_failed" for name, settings in rules.items() if not settings}
 
@@ -132,7 +130,9 @@ class CrossModalityWork:
         cross, known = recipe.cross_modality, identities[CROSS_MODALITY]
         computed_by = cross.device, cross.precision, library_versions(CROSS_MODALITY)
         self._pool = _digest(recipe.pool.model_dump(), *computed_by)
-        sections = {score.name: recipe.settings_of(score) for score in catalogue.scores_of(CROSS_MODALITY) if score.columns}
+        sections = {
+            score.name: recipe.settings_of(score) for score in catalogue.scores_of(CROSS_MODALITY) if score.columns
+        }
         self._models = {
             # Which revision a name stood for, its identity tells.
             name: _digest(settings.computing | {"revision": None}, known.get(name))
@@ -237,9 +237,7 @@ class CrossModalityWork:
 def as_asked(annotation: Annotation, recipe: Recipe, rules: Sequence[ActiveRule]) -> Annotation:
     """The annotation as a run of `recipe` from nothing would know it: without the features and scores that only
     another recipe, or another pool, asked for. `rules` are the recipe's of stage 1."""
-    unasked = [
-        column for score in catalogue.per_sample_scores() if not recipe.is_on(score) for column in score.columns
-    ]
+    unasked = [column for score in catalogue.per_sample_scores() if not recipe.is_on(score) for column in score.columns]
     is_kept = first_failing(annotation, rules) is None
     for name, columns in _stage_2_columns().items():
         if not is_kept or not _asks(recipe, name, columns, annotation):

@@ -23,7 +23,9 @@ class SubsetChecksum:
     lower: int = 0
 
     def __add__(self, other: SubsetChecksum) -> SubsetChecksum:
-        return SubsetChecksum(self.rows + other.rows, (self.upper + other.upper) % 2**64, (self.lower + other.lower) % 2**64)
+        return SubsetChecksum(
+            self.rows + other.rows, (self.upper + other.upper) % 2**64, (self.lower + other.lower) % 2**64
+        )
 
     @classmethod
     def of_rows(cls, rows: np.ndarray) -> SubsetChecksum:

@@ -57,7 +57,9 @@ def test_a_crash_leaves_what_was_there_before(store: CloudStorage, bucket: str, 
 
 def test_a_table_that_cannot_be_written_is_not_there(store: CloudStorage, bucket: str) -> None:
     with pytest.raises(pa.ArrowInvalid):
-        tables.write_table(f"gs://{bucket}/t.parquet", [{"uid": "a", "pool_samples": "many"}], tables.POOL_WIDE)
+        tables.write_table(
+            f"gs://{bucket}/t.parquet", [{"uid": "a", "pool_samples": "many"}], tables.pool_wide_schema()
+        )
     assert store.names(bucket) == []
 
 

@@ -92,7 +92,11 @@ def test_a_last_step_that_is_tried_again_late_leaves_the_next_run_alone(output: 
     publication = Publication({"seed": 0}, 3, hold_for_job(output, job))
     publish(layout, publication)
     hold_for_job(output, job)  # next week's has the same name
-    theirs = f"{output}/versions/2/subset.npy", layout.in_progress(SINGLE_MODALITY, "a"), f"{layout.alignment_work}/tiles/0"
+    theirs = (
+        f"{output}/versions/2/subset.npy",
+        layout.in_progress(SINGLE_MODALITY, "a"),
+        f"{layout.alignment_work}/tiles/0",
+    )
     for path in theirs:
         files.write_bytes(path, b"at work")
     publish(layout, publication)
@@ -112,8 +116,9 @@ def test_a_job_whose_folder_was_taken_over_publishes_nothing(output: str) -> Non
 
 
 def test_a_launcher_holds_nothing_of_what_it_does_not_know(output: str) -> None:
-    with pytest.raises(UsageError, match="holds no listing"), launcher._held_for(
-        DataflowJob("p", "r", "n"), Layout(output)
+    with (
+        pytest.raises(UsageError, match="holds no listing"),
+        launcher._held_for(DataflowJob("p", "r", "n"), Layout(output)),
     ):
         launcher._listed(Layout(output))
     assert holder(output) is None

@@ -28,12 +28,13 @@ from pipeline.report.printable import printable
 from pipeline.sources.webdataset import read_samples
 from tests.helpers import encode, picture, sample_members, tar_bytes
 from tests.hostile import malformed
-from transforms.core.recipe import PENN_TAGS, PoolSettings
+from transforms.core.recipe import PoolSettings
 from transforms.core.records import DeadLetter, Sample, Shard
 from transforms.single_modality import language, pos_pattern
 from transforms.single_modality.captions import caption_key, caption_length
 from transforms.single_modality.faces import boxes_from_metadata, union_area
 from transforms.single_modality.image_shape import original_size_px
+from transforms.single_modality.pos_pattern import PENN_TAGS
 
 LONG = "FUZZ_EXAMPLES" in os.environ
 HANGS_S = 60  # for one input, and however busy the machine is

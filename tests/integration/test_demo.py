@@ -151,15 +151,10 @@ def judge_planted(output, dead_letters, labels) -> tuple[dict[str, float], str]:
     from pipeline.output_folder import tables
     from pipeline.output_folder.layout import Layout
     from transforms.core.records import Annotation
-    from transforms.rules import Thresholds, rules_of
+    from transforms.rules import rules_of
 
     recipe = load_recipe(str(RECIPE))
-    cross = recipe.cross_modality
-    assert cross.image_text_matching is not None
-    assert cross.flipped_clip.min is not None
-    assert cross.image_text_matching.min is not None
-    thresholds = Thresholds(cross.flipped_clip.min, cross.image_text_matching.min)
-    local, scored = rules_of(recipe, STAGES[0]), rules_of(recipe, STAGES[1], thresholds)
+    local, scored = rules_of(recipe, STAGES[0]), rules_of(recipe, STAGES[1])
     annotations: dict[str, Annotation] = {}
     for shard in list_shards(str(POOL)):
         annotations |= {a.uid: a for a in tables.read_annotations(Layout(str(output)), shard.name)}

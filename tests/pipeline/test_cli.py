@@ -31,7 +31,7 @@ from transforms.core.metrics import NAMES, Counts
 from transforms.core.recipe import STAGES
 from transforms.storage import files
 
-KNOWN: dict[str, dict] = {stage: {} for stage in STAGES} | {"single_modality": {"pos_tagger": {"source": "bundled"}}}
+KNOWN: dict[str, dict] = {stage: {} for stage in STAGES} | {"single_modality": {"pos_pattern": {"source": "bundled"}}}
 FUNNEL = funnel(
     {("in", ""): 7, ("survivors", ""): 3, ("dropped", "language"): 2, ("dead_letters", "broken_tar"): 2,
      ("samples", ""): 2, ("copies", ""): 5}, recipe(),
@@ -403,7 +403,9 @@ def test_an_empty_folder_and_an_odd_name_will_do(place: Path) -> None:
 
 
 def test_a_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.runs.stage._run_stage", failing(RuntimeError("Traceback…\n  at x\nthe disk is full\n")))
+    monkeypatch.setattr(
+        "pipeline.runs.stage._run_stage", failing(RuntimeError("Traceback…\n  at x\nthe disk is full\n"))
+    )
     result = pairsift(*run_arguments())
     assert result.exit_code == 1
     assert "the disk is full (--verbose shows the full traceback)" in " ".join(result.stderr.split())

@@ -75,10 +75,13 @@ def test_an_unlabelled_step_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> No
     class Unlabelled(beam.PTransform):
         __module__ = "transforms.somewhere"
 
+        def __init__(self, *settings: Any) -> None:
+            super().__init__()
+
         def expand(self, batches: beam.PCollection) -> beam.PCollection:
             return batches | beam.Map(lambda batch: batch)
 
-    monkeypatch.setattr(graphs, "CaptionLength", Unlabelled)
+    monkeypatch.setattr(graphs, "Annotate", Unlabelled)
     assert any("lambda" in label for label in labels(SINGLE_MODALITY))
 
 
@@ -131,7 +134,7 @@ def test_read_decode_score_and_write_are_one_fused_stage(stage: str) -> None:
     assert in_one_stage(graph(stage), PER_SHARD[stage])
 
 
-@pytest.mark.parametrize(("stage", "step"), [(SINGLE_MODALITY, "Language"), (CROSS_MODALITY, "ImageTextMatching")])
+@pytest.mark.parametrize(("stage", "step"), [(SINGLE_MODALITY, "Annotate"), (CROSS_MODALITY, "ScoreByModel")])
 def test_a_shuffle_between_would_be_seen(stage: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = getattr(graphs, step)
 
@@ -149,9 +152,14 @@ def test_a_shuffle_between_would_be_seen(stage: str, step: str, monkeypatch: pyt
 
 def test_a_hint_on_one_model_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another environment breaks fusion; a hint belongs on the whole of the stage."""
-    plain: Any = getattr(graphs, "Digit")  # noqa: B009 (the graph's own name for it)
+    plain: Any = getattr(graphs, "ScoreByModel")  # noqa: B009 (the graph's own name for it)
     hint = "type:nvidia-tesla-t4;count:1;install-nvidia-driver"
-    monkeypatch.setattr(graphs, "Digit", lambda *settings: plain(*settings).with_resource_hints(accelerator=hint))
+
+    def hinted(score: Any, models: Any) -> Any:
+        scored = plain(score, models)
+        return scored.with_resource_hints(accelerator=hint) if score.name == "digit" else scored
+
+    monkeypatch.setattr(graphs, "ScoreByModel", hinted)
     assert not in_one_stage(graph(CROSS_MODALITY), PER_SHARD[CROSS_MODALITY])
 
 

@@ -8,16 +8,23 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import annotation, recipe, uid
+from tests import helpers
+from tests.helpers import annotation, uid
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe
 from transforms.core.records import Annotation
-from transforms.rules import Rule, Thresholds, first_failing, rules_of
-
-THRESHOLDS = Thresholds(0.19, 0.5)
+from transforms.rules import ActiveRule, Thresholds, first_failing, rules_of
 
 
-def all_rules(recipe_: Recipe) -> list[Rule]:
-    return [rule for stage in STAGES for rule in rules_of(recipe_, stage, THRESHOLDS)]
+def recipe(**changes: Any) -> Recipe:
+    """The demo's recipe with thresholds that suit `annotation()`."""
+    for rule, threshold in (("flipped_clip", 0.19), ("image_text_matching", 0.5)):
+        if f"cross_modality__{rule}" not in changes:
+            changes.setdefault(f"cross_modality__{rule}__min", threshold)
+    return helpers.recipe(**changes)
+
+
+def all_rules(recipe_: Recipe) -> list[ActiveRule]:
+    return [rule for stage in STAGES for rule in rules_of(recipe_, stage)]
 
 
 def dropped_by(recipe_: Recipe, **columns: Any) -> str | None:
@@ -74,7 +81,7 @@ def test_a_rule_that_is_off_judges_nothing(stage: str) -> None:
             assert dropped_by(recipe(**{f"{stage}__{rule}": ...}), **dropped) is None, rule
 
 
-def rules_by_name() -> dict[str, Rule]:
+def rules_by_name() -> dict[str, ActiveRule]:
     return {rule.name: rule for rule in all_rules(recipe())}
 
 
@@ -112,20 +119,29 @@ def test_the_order_decides_which_name_it_is_and_nothing_else() -> None:
 def test_stages_keep_their_rules_whatever_the_order() -> None:
     rules = recipe().active_rules
     shuffled = recipe(rule_order=[*rules[:8][::-1], *rules[8:10][::-1], *rules[10:]])
-    scored = [rule.name for rule in rules_of(shuffled, CROSS_MODALITY, THRESHOLDS)]
+    scored = [rule.name for rule in rules_of(shuffled, CROSS_MODALITY)]
     assert scored == ["image_text_matching", "flipped_clip"]
     assert [rule.name for rule in rules_of(shuffled, DISTRIBUTION_ALIGNMENT)] == ["semantic_dedup"]
-    assert all(rule.stage == stage for stage in STAGES for rule in rules_of(shuffled, stage, THRESHOLDS))
+    assert all(rule.stage == stage for stage in STAGES for rule in rules_of(shuffled, stage))
 
 
-def test_thresholds_come_from_outside() -> None:
-    rules = rules_of(recipe(), CROSS_MODALITY, Thresholds(0.25, -1.0))
+FRACTIONS = {
+    "cross_modality__flipped_clip": {"model": "m", "keep_fraction": 0.5},
+    "cross_modality__image_text_matching": {"model": "m", "keep_fraction": 0.5},
+}
+
+
+def test_the_threshold_of_a_keep_fraction_is_given() -> None:
+    thresholds: Thresholds = {"flipped_clip": 0.25, "image_text_matching": -1.0}
+    rules = rules_of(recipe(**FRACTIONS), CROSS_MODALITY, thresholds)
     assert first_failing(annotation(flipped_clip_cosine=0.249), rules) == "flipped_clip"
     assert first_failing(annotation(flipped_clip_cosine=0.25, match_probability=0.0), rules) is None
 
 
 def test_a_threshold_of_zero_is_a_threshold() -> None:
-    rules = rules_of(recipe(), CROSS_MODALITY, Thresholds(0.0, 0.0))
+    with pytest.raises(KeyError, match="flipped_clip"):
+        rules_of(recipe(**FRACTIONS), CROSS_MODALITY)
+    rules = rules_of(recipe(**FRACTIONS), CROSS_MODALITY, {"flipped_clip": 0.0, "image_text_matching": 0.0})
     assert first_failing(annotation(flipped_clip_cosine=-0.001), rules) == "flipped_clip"
     assert first_failing(annotation(flipped_clip_cosine=0.0, match_probability=0.0), rules) is None
     no_faces = recipe(single_modality__face_area={"max_share": 0.0})
@@ -147,7 +163,7 @@ def test_a_threshold_of_zero_is_a_threshold() -> None:
 def test_digit_rescue(cosine: float, digit: float | None, expected: str | None) -> None:
     rescue = {"min_cosine": 0.15, "min_digit_probability": 0.5}
     rescuing = recipe(cross_modality__flipped_clip__min=0.19, cross_modality__flipped_clip__digit_rescue=rescue)
-    rules = rules_of(rescuing, CROSS_MODALITY, THRESHOLDS)
+    rules = rules_of(rescuing, CROSS_MODALITY)
     assert first_failing(annotation(flipped_clip_cosine=cosine, digit_probability=digit), rules) == expected
 
 

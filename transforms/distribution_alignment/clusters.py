@@ -249,7 +249,11 @@ def fine_counts(sizes: Mapping[int, int], count: int) -> dict[int, int]:
 
 
 def _train_fine(
-    group: tuple[int, Iterable[TrainingRows]], settings: ClustersSettings, seed: int, work: WorkFolder, sizes: Mapping[int, int]
+    group: tuple[int, Iterable[TrainingRows]],
+    settings: ClustersSettings,
+    seed: int,
+    work: WorkFolder,
+    sizes: Mapping[int, int],
 ) -> int:
     coarse, parts = group
     _train(list(parts), settings, seed, fine_counts(sizes, settings.count)[coarse], work.fine_centroids(coarse))

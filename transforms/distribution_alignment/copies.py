@@ -150,7 +150,9 @@ class AssignCopies(beam.PTransform):
     `allocation` is the output of `ClusterImportance`.
     """
 
-    def __init__(self, settings: DistributionAlignmentSettings, seed: int, allocation: beam.PCollection[Allocation]) -> None:
+    def __init__(
+        self, settings: DistributionAlignmentSettings, seed: int, allocation: beam.PCollection[Allocation]
+    ) -> None:
         super().__init__()
         self.settings, self.seed, self.allocation = settings, seed, allocation
 

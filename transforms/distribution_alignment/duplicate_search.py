@@ -164,7 +164,9 @@ class SemanticDedup(beam.PTransform):
 
     _LARGE = "large"
 
-    def __init__(self, settings: SemanticDedupSettings | None, work: WorkFolder, ranges_path: beam.PCollection[str]) -> None:
+    def __init__(
+        self, settings: SemanticDedupSettings | None, work: WorkFolder, ranges_path: beam.PCollection[str]
+    ) -> None:
         super().__init__()
         self.settings, self.work, self.ranges_path = settings, work, ranges_path
 

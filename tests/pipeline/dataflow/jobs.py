@@ -35,7 +35,7 @@ RECIPES = Path(__file__).parents[3] / "recipes"
 L4 = GpuWorker("nvidia-l4", "g2-standard-8")
 IMAGE = "us-central1-docker.pkg.dev/my-project/pairsift/pairsift:0.1.0"
 # What paper.yaml names lies on a hub; that which stands in its place has never been on this machine either.
-KNOWN: dict[str, Any] = {stage: {} for stage in STAGES} | {"single_modality": {"pos_tagger": {"source": "bundled"}}}
+KNOWN: dict[str, Any] = {stage: {} for stage in STAGES} | {"single_modality": {"pos_pattern": {"source": "bundled"}}}
 
 
 class Job(NamedTuple):

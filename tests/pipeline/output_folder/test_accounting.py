@@ -37,7 +37,7 @@ def finish(layout: Layout, *keys: str, letters: tuple[str, ...] = (), due: int =
     rows = [tables.annotation_row(annotation(uid=uid(n), shard="a", key=key)) for n, key in enumerate(keys)]
     dead = [DeadLetter("a", key, uid(9), "single_modality", "broken" if key else "broken_tar", "m") for key in letters]
     tables.write_dead_letters(layout.dead_letters("single_modality", "a"), dead)
-    tables.write_table(layout.single_modality("a"), rows, tables.SINGLE_MODALITY, due=due)
+    tables.write_table(layout.single_modality("a"), rows, tables.single_modality_schema(), due=due)
 
 
 def stats(shard: Shard, content: Any) -> Path:
@@ -99,7 +99,7 @@ def test_all_shards_that_differ_are_named_at_once(tmp_path: Path) -> None:
     shards = write_pool(tmp_path / "pool", {f"{n}.tar": [] for n in range(8)})
     layout = Layout(str(tmp_path / "out"))
     for shard in shards:
-        tables.write_table(layout.single_modality(shard.name), [], tables.SINGLE_MODALITY, due=0)
+        tables.write_table(layout.single_modality(shard.name), [], tables.single_modality_schema(), due=0)
 
     def reconcile() -> None:
         with beam.Pipeline("FnApiRunner") as pipeline:

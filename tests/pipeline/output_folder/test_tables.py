@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 
 from pipeline.output_folder import tables
 from pipeline.output_folder.layout import Layout
-from tests.helpers import annotation, uid
+from tests.helpers import annotation, recipe, uid
+from transforms.core import catalogue
 from transforms.core.records import Annotation, DeadLetter
 from transforms.storage import files
 
@@ -20,7 +20,7 @@ HOSTILE = ["", "a\x00b", "\u2028\n\r\t", '"quoted\\', "\U0001f600", "‮abc", "x
 
 def write_single(layout: Layout, annotations: list[Annotation]) -> None:
     rows = [tables.annotation_row(a) for a in annotations]
-    tables.write_table(layout.single_modality("s"), rows, tables.SINGLE_MODALITY)
+    tables.write_table(layout.single_modality("s"), rows, tables.single_modality_schema())
 
 
 def test_rows_are_read_again_in_order(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_share_on_its_threshold_stays_there(tmp_path: Path, share: float) -> N
 
 def test_an_empty_table_is_a_table(tmp_path: Path) -> None:
     path = str(tmp_path / "t.parquet")
-    tables.write_table(path, [], tables.CROSS_MODALITY, {"made": "x"})
+    tables.write_table(path, [], tables.cross_modality_schema(), {"made": "x"})
     assert tables.read_table(path) == []
     assert tables.is_complete(path, {"made": "x"})
 
@@ -59,9 +59,9 @@ def test_an_empty_table_is_a_table(tmp_path: Path) -> None:
 def test_columns_of_other_tables_are_left_out_and_missing_ones_are_unknown(tmp_path: Path) -> None:
     path = str(tmp_path / "t.parquet")
     given = {"uid": uid(1), "key": "k", "caption": "not here", "embedding": b"\0\1"}
-    tables.write_table(path, [given], tables.CROSS_MODALITY)
+    tables.write_table(path, [given], tables.cross_modality_schema())
     (row,) = tables.read_table(path)
-    assert set(row) == set(tables.CROSS_MODALITY.names)
+    assert set(row) == set(tables.cross_modality_schema().names)
     assert row["embedding"] == b"\0\1"
     assert row["match_probability"] is None
     assert tables.read_table(path, ["key"]) == [{"key": "k"}]
@@ -69,14 +69,14 @@ def test_columns_of_other_tables_are_left_out_and_missing_ones_are_unknown(tmp_p
 
 def test_a_value_of_another_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"integer|int32|convert"):
-        tables.write_table(str(tmp_path / "t"), [{"uid": uid(1), "width_px": "wide"}], tables.SINGLE_MODALITY)
+        tables.write_table(str(tmp_path / "t"), [{"uid": uid(1), "width_px": "wide"}], tables.single_modality_schema())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_table_is_finished_when_it_was_made_from_the_same(tmp_path: Path) -> None:
     path = str(tmp_path / "t.parquet")
     assert not tables.is_complete(path, {"made": "this"})
-    tables.write_table(path, [], tables.POOL_WIDE, {"made": "this"})
+    tables.write_table(path, [], tables.pool_wide_schema(), {"made": "this"})
     assert tables.is_complete(path, {"made": "this"})
     assert not tables.is_complete(path, {"made": "that"})
     assert not tables.is_complete(path, {"made": ""})
@@ -85,7 +85,7 @@ def test_a_table_is_finished_when_it_was_made_from_the_same(tmp_path: Path) -> N
 @pytest.mark.parametrize("kept", [0, 1, 0.5])
 def test_a_broken_table_is_not_finished(tmp_path: Path, kept: float) -> None:
     path = tmp_path / "t.parquet"
-    tables.write_table(str(path), [{"uid": uid(1)}], tables.POOL_WIDE, {"made": "this"})
+    tables.write_table(str(path), [{"uid": uid(1)}], tables.pool_wide_schema(), {"made": "this"})
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept) if kept < 1 else -1])
     assert not tables.is_complete(str(path), {"made": "this"})
@@ -94,16 +94,24 @@ def test_a_broken_table_is_not_finished(tmp_path: Path, kept: float) -> None:
 def test_equal_rows_make_equal_files(tmp_path: Path) -> None:
     rows = [tables.annotation_row(annotation(uid=uid(n), key=f"k{n}")) for n in range(100)]
     for name in ("a", "b"):
-        tables.write_table(str(tmp_path / name), rows, tables.DECISIONS, {"made": "x"})
+        tables.write_table(str(tmp_path / name), rows, tables.decisions_schema(recipe()), {"made": "x"})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_every_column_of_an_annotation_has_its_table() -> None:
-    names = {field.name for field in dataclasses.fields(Annotation)}
-    by_stage = {*tables.SINGLE_MODALITY.names, *tables.POOL_WIDE.names, *tables.CROSS_MODALITY.names}
+    names = set(catalogue.columns())
+    by_stage = {
+        *tables.single_modality_schema().names,
+        *tables.pool_wide_schema().names,
+        *tables.cross_modality_schema().names,
+    }
     assert names - by_stage == {"cluster", "semantic_duplicate_of"}
     assert by_stage <= names
-    assert set(tables.DECISIONS.names) == names - {"embedding"} | {"dropped_by", "expected_copies", "copies"}
+    assert set(tables.decisions_schema(recipe()).names) == names - {"embedding"} | {
+        "dropped_by",
+        "expected_copies",
+        "copies",
+    }
 
 
 def test_annotations_are_joined_by_key_in_tar_order(tmp_path: Path) -> None:
@@ -113,9 +121,9 @@ def test_annotations_are_joined_by_key_in_tar_order(tmp_path: Path) -> None:
     write_single(layout, single)
     pool_wide = [{"uid": a.uid, "key": a.key, "pool_samples": 4, "caption_image_count": n, "duplicate_of": None}
                  for n, a in enumerate(single) if n != 1]  # fmt: skip
-    tables.write_table(layout.pool_wide("s"), pool_wide[::-1], tables.POOL_WIDE)
+    tables.write_table(layout.pool_wide("s"), pool_wide[::-1], tables.pool_wide_schema())
     scores = [{"uid": single[2].uid, "key": "k2", "flipped_clip_cosine": 0.5, "embedding": b"e"}]
-    tables.write_table(layout.cross_modality("s"), scores, tables.CROSS_MODALITY)
+    tables.write_table(layout.cross_modality("s"), scores, tables.cross_modality_schema())
 
     unscored = tables.read_annotations(layout, "s", with_scores=False)
     assert [a.key for a in unscored] == ["k0", "k2", "k3"]  # k1's uid stands twice in the pool: a dead letter
@@ -151,6 +159,6 @@ def test_no_dead_letters_leave_no_file_and_take_an_older_one_away(tmp_path: Path
 
 def test_tables_name_no_machine_and_no_time(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
-    tables.write_table(str(path), [{"uid": uid(1)}], tables.POOL_WIDE, {"made": "this"})
-    assert set(pq.read_schema(path).metadata) == {b"pairsift.cache_key"}
+    tables.write_table(str(path), [{"uid": uid(1)}], tables.pool_wide_schema(), {"made": "this"})
+    assert set(pq.read_schema(path).metadata) == {b"pairsift.made_from"}
     assert str(tmp_path).encode() not in path.read_bytes()

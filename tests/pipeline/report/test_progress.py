@@ -48,7 +48,7 @@ def work(layout: Layout, shard: Shard, samples: int, finished: bool) -> None:
 
 
 def finished_before(layout: Layout, shard: Shard) -> None:
-    tables.write_table(layout.single_modality(shard.name), [], tables.SINGLE_MODALITY)
+    tables.write_table(layout.single_modality(shard.name), [], tables.single_modality_schema())
 
 
 def test_a_stage_is_told_in_plain_lines(tmp_path: Path) -> None:

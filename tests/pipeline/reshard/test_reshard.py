@@ -149,7 +149,11 @@ def test_a_subset_is_read_in_parts(
         patch.setattr(subset_module, "_READ_ROWS", read_rows)
         subset = read_subset(path)
     assert (subset.samples, subset.most_copies) == (len(copies), max(copies.values(), default=0))
-    assert subset.tally == SubsetChecksum.of(copies.items()) == sum(map(SubsetChecksum.of, [[pair] for pair in copies.items()]), SubsetChecksum())
+    assert (
+        subset.tally
+        == SubsetChecksum.of(copies.items())
+        == sum(map(SubsetChecksum.of, [[pair] for pair in copies.items()]), SubsetChecksum())
+    )
     assert subset.tally.rows == sum(copies.values())
 
 
@@ -168,7 +172,7 @@ def finished_run(output: Path, pool: Path, copies_of: Callable[[str], int]) -> N
                 row["copies"] = copies_of(row["uid"])
                 chosen.append((row["uid"], row["copies"]))
                 rows.append(row)
-        tables.write_table(layout.decisions(shard.name), rows, tables.DECISIONS)
+        tables.write_table(layout.decisions(shard.name), rows, tables.decisions_schema(recipe()))
     np.save(layout.subset, subset_rows(chosen))
     files.write_json(layout.manifest, {"recipe": recipe().model_dump()})
 

@@ -23,15 +23,21 @@ from pipeline.sinks.decisions import (
     tally,
 )
 from pipeline.sources.annotations import count_samples
-from tests.helpers import annotation, recipe, uid
+from tests import helpers
+from tests.helpers import annotation, uid
 from tests.transforms.distribution_alignment.alignment_graph import placements_of
-from transforms.core.recipe import STAGES
+from transforms.core.recipe import STAGES, Recipe
 from transforms.core.records import Annotation, DeadLetter, Shard
 from transforms.distribution_alignment.records import Placement
-from transforms.rules import Thresholds
 from transforms.storage import files
 
-THRESHOLDS = Thresholds(0.19, 0.5)
+
+def recipe(**changes: Any) -> Recipe:
+    """The demo's recipe with thresholds that suit `annotation()`."""
+    for rule, threshold in (("flipped_clip", 0.19), ("image_text_matching", 0.5)):
+        if f"cross_modality__{rule}" not in changes:
+            changes.setdefault(f"cross_modality__{rule}__min", threshold)
+    return helpers.recipe(**changes)
 
 
 def placed(number: int, copies: int = 1, duplicate_of: str = "", shard: str = "s") -> Placement:
@@ -45,7 +51,7 @@ def row(number: int, **columns: Any) -> Annotation:
 def decided(
     rows: list[Annotation], placements: list[Placement], unjudged: set[str] = frozenset()  # type: ignore[assignment]
 ) -> list[dict[str, Any]]:
-    return decide(rows, {p.uid: p for p in placements}, unjudged, recipe(), THRESHOLDS)
+    return decide(rows, {p.uid: p for p in placements}, unjudged, recipe(), {})
 
 
 def letter(key: str, reason: str = "broken", stage: str = "single_modality") -> DeadLetter:
@@ -240,13 +246,13 @@ def lay_out(layout: Layout) -> list[Placement]:
     pool = dict.fromkeys(("pool_samples", "caption_image_count"))
     tables.write_table(
         layout.single_modality("s"), [tables.annotation_row(a.with_columns(**unscored, **pool)) for a in rows],
-        tables.SINGLE_MODALITY,
+        tables.single_modality_schema(),
     )  # fmt: skip
     tables.write_table(
-        layout.pool_wide("s"), [tables.annotation_row(a) for a in rows if a.key != "k6"], tables.POOL_WIDE
+        layout.pool_wide("s"), [tables.annotation_row(a) for a in rows if a.key != "k6"], tables.pool_wide_schema()
     )
     scored = [tables.annotation_row(a) for a in rows if a.key not in ("k3", "k6", "k7")]
-    tables.write_table(layout.cross_modality("s"), scored, tables.CROSS_MODALITY)
+    tables.write_table(layout.cross_modality("s"), scored, tables.cross_modality_schema())
     for step, key in (("single_modality", "k0"), ("pool_wide", "k6"), ("cross_modality", "k7")):
         tables.write_dead_letters(layout.dead_letters(step, "s"), [letter(key, f"{step}_broke", step)])
     return [placed(1, 2), placed(2, 0), placed(5, 0, uid(1))]
@@ -254,8 +260,8 @@ def lay_out(layout: Layout) -> list[Placement]:
 
 def write(layout: Layout, placements: list[Placement]) -> list[Tally]:
     group = {WriteDecisions.SHARDS: [None], WriteDecisions.PLACEMENTS: [placements_of(placements)]}
-    by_thresholds = recipe(cross_modality__flipped_clip__min=THRESHOLDS.flipped_clip_min_cosine)
-    return list(WriteDecisions(layout, by_thresholds).process(("s", group), THRESHOLDS))
+    settings = recipe(cross_modality__flipped_clip__min=0.19)
+    return list(WriteDecisions(layout, settings).process(("s", group), {}))
 
 
 def test_a_shard_s_decisions(tmp_path: Path) -> None:

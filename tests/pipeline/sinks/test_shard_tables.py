@@ -43,7 +43,9 @@ def due(*batches: SampleBatch) -> list[SampleBatch]:
 
 
 def writer(folder: Path) -> WriteShardTable:
-    return WriteShardTable(Layout(str(folder)), FakeWork(STAGE), Layout.single_modality, tables.SINGLE_MODALITY)
+    return WriteShardTable(
+        Layout(str(folder)), FakeWork(STAGE), Layout.single_modality, tables.single_modality_schema()
+    )
 
 
 def bundle(folder: Path, *batches: SampleBatch) -> list[Shard]:

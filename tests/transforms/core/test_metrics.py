@@ -14,8 +14,8 @@ from rich.console import Console
 from pipeline.report.progress import Progress
 from pipeline.runs import run as run_module
 from tests.integration.chaos import Case, make_case
-from transforms.core import metrics
-from transforms.core.metrics import METRICS, NAMESPACE, PREFIXES
+from transforms.core import catalogue, metrics
+from transforms.core.metrics import NAMESPACE, PREFIXES, all_metrics
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, load_recipe
 
 Measured = dict[str, dict[str, Any]]
@@ -36,19 +36,19 @@ def run(case: Case, output: Path) -> Measured:
     """Run all stages; what their workers measured."""
     found: list[dict[str, Any]] = []
 
-    def counts_of(metrics: MetricResults) -> metrics.Counts:
-        of_kinds = metrics.query(MetricsFilter())
+    def counts_of(results: MetricResults) -> metrics.Counts:
+        of_kinds = results.query(MetricsFilter())
         of_stage: dict[str, Any] = {}
         for result in of_kinds["counters"]:
             assert result.key.metric.namespace == NAMESPACE, result  # and not RunInference's
             name = result.key.metric.name
-            assert name.startswith(PREFIXES) or METRICS[name].kind == "counter"
+            assert name.startswith(PREFIXES) or all_metrics()[name].kind == "counter"
             of_stage[name] = of_stage.get(name, 0) + result.result
         for result in of_kinds["distributions"]:
-            assert METRICS[result.key.metric.name].kind == "distribution"
+            assert all_metrics()[result.key.metric.name].kind == "distribution"
             assert of_stage.setdefault(result.key.metric.name, result.result) is result.result
         found.append(of_stage)
-        return metrics.counts_of(metrics)
+        return metrics.counts_of(results)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.runs.stage.counts_of", counts_of)
@@ -103,9 +103,10 @@ def test_what_is_read_and_decoded(case: Case, measured: Measured) -> None:
 
 def test_each_feature_is_timed_once_a_batch(measured: Measured) -> None:
     first = measured[SINGLE_MODALITY]
-    times = {first[metrics.batch_ms(feature)].count for feature in metrics.FEATURES}
+    features = ["image_features", *(score.name for score in catalogue.per_sample_scores())]
+    times = {first[metrics.batch_ms(feature)].count for feature in features}
     assert times == {first["shards_done"]}  # each shard of this pool is one batch
-    loaded = [metric for metric in METRICS if metric.endswith("_load_ms") and metric in first]
+    loaded = [metric for metric in all_metrics() if metric.endswith("_load_ms") and metric in first]
     assert sum(first[name].count for name in loaded) == first["models_loaded"] == len(loaded)
 
 
@@ -114,7 +115,7 @@ def test_each_call_of_a_model_is_timed(measured: Measured, funnel: dict[str, Any
     assert second["flipped_clip_samples"] == second["samples_done"]
     for model, not_asked in funnel["not_asked"].items():
         assert second[metrics.samples(model)] == second["samples_done"] - not_asked
-    for model in metrics.MODELS:
+    for model in (score.name for score in catalogue.model_scores()):
         in_calls = second[metrics.batch_samples(model)]
         assert in_calls.sum == second[metrics.samples(model)]
         assert 1 <= in_calls.min <= in_calls.max <= 4  # the recipe's batch sizes
@@ -124,5 +125,5 @@ def test_each_call_of_a_model_is_timed(measured: Measured, funnel: dict[str, Any
 
 
 def test_all_that_can_be_measured_was(measured: Measured) -> None:
-    absent = METRICS.keys() - {name for of_stage in measured.values() for name in of_stage}
+    absent = all_metrics().keys() - {name for of_stage in measured.values() for name in of_stage}
     assert {name for name in absent if not name.startswith("funnel_dropped_")} == {"shards_finished_before"}

@@ -10,8 +10,9 @@ import pydantic
 import pytest
 
 from tests.helpers import DEMO_RECIPE, recipe, settings
-from transforms.core.recipe import FlippedClip, Recipe, Threshold, load_recipe, parse_recipe
-from transforms.core.settings import SettingsError
+from transforms.core.recipe import Recipe, load_recipe, parse_recipe
+from transforms.core.settings import SettingsError, ThresholdSettings
+from transforms.cross_modality.flipped_clip import FlippedClipSettings
 
 RECIPES = DEMO_RECIPE.parent
 
@@ -250,26 +251,26 @@ def test_an_absent_rule_is_off_and_an_empty_one_takes_defaults() -> None:
 @pytest.mark.parametrize("given", [{}, {"min": 0.1, "keep_fraction": 0.3}])
 def test_a_threshold_is_one_of_two(given: dict[str, float]) -> None:
     with pytest.raises(pydantic.ValidationError, match="exactly one of"):
-        Threshold(**given)
+        ThresholdSettings(**given)
 
 
 @pytest.mark.parametrize(("fraction", "allowed"), [(0.0, False), (1e-9, True), (1.0, True), (1.1, False)])
 def test_keep_fraction_is_a_positive_share(fraction: float, allowed: bool) -> None:
     if allowed:
-        assert Threshold(keep_fraction=fraction).keep_fraction == fraction
+        assert ThresholdSettings(keep_fraction=fraction).keep_fraction == fraction
     else:
         with pytest.raises(pydantic.ValidationError):
-            Threshold(keep_fraction=fraction)
+            ThresholdSettings(keep_fraction=fraction)
 
 
 def test_digit_rescue() -> None:
-    rescued = FlippedClip(model="m", min=0.2, digit_rescue={"min_cosine": 0.2})  # type: ignore[arg-type]
+    rescued = FlippedClipSettings(model="m", min=0.2, digit_rescue={"min_cosine": 0.2})  # type: ignore[arg-type]
     assert rescued.cascade_min_cosine == 0.2
-    assert FlippedClip(model="m", keep_fraction=0.3).cascade_min_cosine is None
+    assert FlippedClipSettings(model="m", keep_fraction=0.3).cascade_min_cosine is None
     with pytest.raises(pydantic.ValidationError, match="must not exceed"):
-        FlippedClip(model="m", min=0.2, digit_rescue={"min_cosine": 0.21})  # type: ignore[arg-type]
+        FlippedClipSettings(model="m", min=0.2, digit_rescue={"min_cosine": 0.21})  # type: ignore[arg-type]
     with pytest.raises(pydantic.ValidationError, match="needs `min`"):
-        FlippedClip(model="m", keep_fraction=0.2, digit_rescue={"min_cosine": 0.1})  # type: ignore[arg-type]
+        FlippedClipSettings(model="m", keep_fraction=0.2, digit_rescue={"min_cosine": 0.1})  # type: ignore[arg-type]
     fault = one_fault(
         cross_modality__flipped_clip__digit_rescue={"min_cosine": 0.1},
         cross_modality__digit=...,
@@ -359,5 +360,5 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:
     with pytest.raises(pydantic.ValidationError):
         loaded.seed = 5  # type: ignore[misc]
     with pytest.raises(pydantic.ValidationError):
-        loaded.cross_modality.flipped_clip.min = 0.5  # type: ignore[misc]
+        loaded.cross_modality.flipped_clip.min = 0.5
     assert copy.deepcopy(loaded) == loaded

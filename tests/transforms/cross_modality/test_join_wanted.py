@@ -6,12 +6,14 @@ import pytest
 
 from transforms.core import recipe
 from transforms.core.records import Annotation, Attempt, DeadLetter, Sample, SampleBatch, Shard
+from transforms.cross_modality.flipped_clip import FlippedClipSettings
+from transforms.cross_modality.image_text_matching import ImageTextMatchingSettings
 from transforms.cross_modality.join_wanted import _Join
 
 SHARD = Shard("s", "s.tar", "1")
 MODELS = recipe.CrossModalitySettings(
-    flipped_clip=recipe.FlippedClip(model="m", min=0.2),
-    image_text_matching=recipe.ImageTextMatching(model="m", min=0.5, batch_size=2),
+    flipped_clip=FlippedClipSettings(model="m", min=0.2),
+    image_text_matching=ImageTextMatchingSettings(model="m", min=0.5, batch_size=2),
 )  # joins until 16 * 2 samples are wanted
 
 

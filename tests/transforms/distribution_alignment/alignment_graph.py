@@ -16,8 +16,8 @@ from transforms.core.recipe import DistributionAlignmentSettings
 from transforms.distribution_alignment.cids import ClusterImportance, ReadTasks
 from transforms.distribution_alignment.clusters import AssignClusters, TrainCentroids
 from transforms.distribution_alignment.copies import PLACEMENTS, TALLIES, AssignCopies, ClusterTable
+from transforms.distribution_alignment.duplicate_search import SemanticDedup
 from transforms.distribution_alignment.records import Candidates, CandidateShard, Placement, Placements
-from transforms.distribution_alignment.semantic_dedup import SemanticDedup
 from transforms.distribution_alignment.tiles import FindRanges, ToTiles
 from transforms.distribution_alignment.work_folder import WorkFolder, write_candidates
 

@@ -222,7 +222,9 @@ def allocated(pool, estimator=("similarity", "pool"), weights=None, cap=10.0, ta
             sizes if name == "similarity" else sizes * (allocated(pool, estimator, weights, target=0)[0].importance > 0)
         )
         target = int(fill * cap * reachable.sum())
-    rule = DistributionAlignmentSettings(target=TargetSettings(samples=target), max_copies=cap, cids=cids, quality_duplication=quality)
+    rule = DistributionAlignmentSettings(
+        target=TargetSettings(samples=target), max_copies=cap, cids=cids, quality_duplication=quality
+    )
     found = allocate(rule, centroids, sizes, tasks, 0, int(sizes.sum()))
     totals = [
         math.fsum(copies.expected_copies(float(factor), np.arange(n), int(n), quality, cap))
@@ -293,7 +295,7 @@ def test_tasks_with_other_dimensions_raise_with_the_task_name():
 
 
 def test_without_clusters_there_is_no_importance():
-    rule = DistributionAlignment(target=Target(pool_share=0.2), cids=Cids(tasks="t.npz"))
+    rule = DistributionAlignmentSettings(target=TargetSettings(pool_share=0.2), cids=CidsSettings(tasks="t.npz"))
     nothing = np.empty((0, 0), np.float32)
     for estimator in ("similarity", "assignment"):
         cids = CidsSettings(tasks="t.npz", estimator=estimator)

@@ -169,7 +169,7 @@ def test_training_uses_the_samples_with_the_smallest_hashes(tmp_path):
     chosen = ordered.take(draws < 20 / 60)
     assert 10 < len(chosen) < 30
     # There are as many clusters as chosen rows, so each row is a centroid, in the order of the hashes.
-    centroids = train(candidates, Clusters(count=20, samples_per_cluster=1), tmp_path)
+    centroids = train(candidates, ClustersSettings(count=20, samples_per_cluster=1), tmp_path)
     expected = train_centroids(unit_rows(chosen.embeddings), 20, 20, 7)
     assert np.array_equal(centroids, expected)
 

@@ -26,7 +26,9 @@ CLUSTERS = st.lists(
     st.tuples(st.integers(0, 30), st.sampled_from([0.0, 1e-12, 0.1, 0.5, 1.0, 3.0])), min_size=1, max_size=7
 )
 QUALITIES = st.builds(
-    lambda w1, rise: QualityDuplicationSettings(w1=w1, w2=w1 * rise), st.floats(0.1, 5), st.sampled_from([1.0, 1.5, 2.0, 3.0])
+    lambda w1, rise: QualityDuplicationSettings(w1=w1, w2=w1 * rise),
+    st.floats(0.1, 5),
+    st.sampled_from([1.0, 1.5, 2.0, 3.0]),
 )
 
 
@@ -88,7 +90,7 @@ def test_without_a_binding_cap_scale_is_the_target():
 
 @pytest.mark.parametrize("first", [0, 1, 7, 19, 20])
 def test_splitting_a_cluster_changes_no_expectation(first):
-    flat = QualityDuplication(w1=1.0, w2=1.0)
+    flat = QualityDuplicationSettings(w1=1.0, w2=1.0)
 
     def expectation(importance, sizes):
         p, n = np.array(importance), np.array(sizes)
@@ -165,7 +167,7 @@ def test_the_mean_weight_is_the_mean_of_the_weights(size, quality):
     ],
 )
 def test_samples_with_digits_get_a_floor(expected, probability, cap, enhanced):
-    rule = DigitEnhancement(min_digit_probability=0.75, floor_copies=2.0)
+    rule = DigitEnhancementSettings(min_digit_probability=0.75, floor_copies=2.0)
     column = np.array([probability, -1.0], np.float32)
     assert enhance(np.array([expected, 0.25]), column, rule, cap).tolist() == [enhanced, 0.25]
 
@@ -178,7 +180,9 @@ def test_a_stored_probability_is_compared_with_the_threshold_itself():
 
 
 def test_a_sample_without_a_digit_score_is_unchanged_at_the_lowest_threshold():
-    found = enhance(np.array([0.5]), np.array([-1.0], np.float32), DigitEnhancement(min_digit_probability=0.0), 10.0)
+    found = enhance(
+        np.array([0.5]), np.array([-1.0], np.float32), DigitEnhancementSettings(min_digit_probability=0.0), 10.0
+    )
     assert found.tolist() == [0.5]
 
 

@@ -86,7 +86,7 @@ def test_an_unreachable_target_fails_the_run_with_the_reason(
     aligned = {"target": target, "max_copies": 2.0}
     Path("r.yaml").write_text(yaml.safe_dump(settings(distribution_alignment=aligned)))
     monkeypatch.setattr("pipeline.runs.job.identities", lambda recipe: {stage: {} for stage in STAGES} | {
-        "single_modality": {"pos_tagger": {"source": "bundled"}}
+        "single_modality": {"pos_pattern": {"source": "bundled"}}
     })  # fmt: skip
 
     def align(name: str, job: Job, beam_options: list[str]) -> Counts:

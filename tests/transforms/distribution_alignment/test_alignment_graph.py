@@ -13,12 +13,12 @@ from transforms.core.recipe import (
     DigitEnhancementSettings,
     DistributionAlignmentSettings,
     QualityDuplicationSettings,
-    SemanticDedup,
     TargetSettings,
 )
 from transforms.distribution_alignment.clusters import load_centroids
 from transforms.distribution_alignment.copies import UnreachableTargetError
 from transforms.distribution_alignment.hashing import draw
+from transforms.distribution_alignment.semantic_dedup import SemanticDedupSettings
 from transforms.distribution_alignment.vectors import unit_rows
 from transforms.storage import files
 
@@ -50,7 +50,7 @@ def everything(tasks, **changes):
         "target": TargetSettings(samples=200),
         "max_copies": 4.0,
         "clusters": ClustersSettings(count=9, iterations=5),
-        "semantic_dedup": SemanticDedup(),
+        "semantic_dedup": SemanticDedupSettings(),
         "cids": CidsSettings(tasks=tasks, task_weights={"digits": 3.0, "pets": 1.0}),
         "quality_duplication": QualityDuplicationSettings(w1=1.0, w2=3.0),
         "digit_enhancement": DigitEnhancementSettings(),
@@ -119,7 +119,7 @@ def by_the_formulas(candidates, settings, centroids, seed, pool_count=0):
     "changes",
     [
         {},
-        {"semantic_dedup": SemanticDedup(after_duplication=True), "target": TargetSettings(survivors=True)},
+        {"semantic_dedup": SemanticDedupSettings(after_duplication=True), "target": TargetSettings(survivors=True)},
         {
             "semantic_dedup": None,
             "cids": None,
@@ -175,13 +175,13 @@ PARALLEL = [(1024, {}), (7, {}), (1024, TWO_WORKERS)]
 
 @pytest.mark.parametrize("runs", [PARALLEL[:2], pytest.param(PARALLEL[::2], marks=pytest.mark.slow)])
 def test_no_order_batch_or_number_of_workers_changes_anything(candidates, tasks, tmp_path, monkeypatch, runs):
-    clusters = Clusters(count=9, iterations=5, samples_per_cluster=13)
+    clusters = ClustersSettings(count=9, iterations=5, samples_per_cluster=13)
     assert_nothing_changes(candidates, everything(tasks, clusters=clusters), tmp_path, monkeypatch, runs)
 
 
 def test_results_do_not_depend_on_order_with_two_levels_and_several_tiles(candidates, tasks, tmp_path, monkeypatch):
     monkeypatch.setattr("transforms.distribution_alignment.tiles.TILE_ROWS", 8)
-    clusters = Clusters(count=7, coarse_count=3, iterations=5, samples_per_cluster=20)
+    clusters = ClustersSettings(count=7, coarse_count=3, iterations=5, samples_per_cluster=20)
     table = assert_nothing_changes(candidates, everything(tasks, clusters=clusters), tmp_path, monkeypatch, PARALLEL)
     assert len(table) == 7
     assert max(row["size"] for row in table) > 16
@@ -207,7 +207,9 @@ def test_a_cluster_in_tiles_gives_the_same_result_as_one_tile(
     candidates, tasks, tmp_path, monkeypatch, tile_rows, after
 ):
     settings = everything(
-        tasks, clusters=ClustersSettings(count=2, iterations=5), semantic_dedup=SemanticDedup(after_duplication=after)
+        tasks,
+        clusters=ClustersSettings(count=2, iterations=5),
+        semantic_dedup=SemanticDedupSettings(after_duplication=after),
     )
     whole = place(candidates, settings, str(tmp_path / "whole"), seed=11)
     monkeypatch.setattr("transforms.distribution_alignment.tiles.TILE_ROWS", tile_rows)
@@ -229,7 +231,9 @@ def test_embeddings_through_the_shuffle_or_from_disk_are_the_same(candidates, ta
 def test_given_centroids_are_used_without_training(candidates, tmp_path):
     given = str(tmp_path / "given.npy")
     np.save(given, np.eye(3, D, dtype=np.float32))
-    settings = DistributionAlignmentSettings(target=TargetSettings(survivors=True), clusters=ClustersSettings(centroids=given))
+    settings = DistributionAlignmentSettings(
+        target=TargetSettings(survivors=True), clusters=ClustersSettings(centroids=given)
+    )
     placements, table = place(candidates, settings, str(tmp_path / "run"))
     units = unit_rows(candidates.embeddings)
     assert [p.cluster for p in placements] == units[:, :3].argmax(axis=1).tolist()
@@ -238,7 +242,7 @@ def test_given_centroids_are_used_without_training(candidates, tmp_path):
     assert not (tmp_path / "run" / "centroids.npy").exists()
 
 
-@pytest.mark.parametrize("target", [Target(pool_share=0.2), Target(survivors=True)])
+@pytest.mark.parametrize("target", [TargetSettings(pool_share=0.2), TargetSettings(survivors=True)])
 def test_the_graph_runs_without_candidates(tasks, tmp_path, target):
     placements, table = place(NOBODY, everything(tasks, target=target), str(tmp_path), pool_count=1000)
     assert (placements, table) == ([], [])

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.distribution_alignment import semantic_dedup
+from transforms.distribution_alignment import duplicate_search
+from transforms.distribution_alignment.duplicate_search import _rank, semantic_duplicates
 from transforms.distribution_alignment.records import Judged, best_first
-from transforms.distribution_alignment.semantic_dedup import _rank, semantic_duplicates
 from transforms.distribution_alignment.vectors import exact_products, unit_rows
 
 TILE_EDGES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 17]
@@ -100,8 +100,8 @@ def test_memory_is_bounded_by_the_tile_size():
 @pytest.mark.parametrize("few_pairs", [0, 10**9])
 @pytest.mark.parametrize("trials", [0, 10**9])
 def test_the_bound_and_the_exact_pairs_do_not_change_the_result(monkeypatch, few_pairs, trials):
-    monkeypatch.setattr("transforms.distribution_alignment.semantic_dedup._FEW_PAIRS", few_pairs)
-    monkeypatch.setattr("transforms.distribution_alignment.semantic_dedup._TRIALS", trials)
+    monkeypatch.setattr("transforms.distribution_alignment.duplicate_search._FEW_PAIRS", few_pairs)
+    monkeypatch.setattr("transforms.distribution_alignment.duplicate_search._TRIALS", trials)
     for spread in (0.1, 0.5):
         units = clustered(60, 16, spread, seed=4)
         assert semantic_duplicates(units, 0.05, block_rows=16).tolist() == oracle(units, 0.05)
@@ -110,21 +110,23 @@ def test_the_bound_and_the_exact_pairs_do_not_change_the_result(monkeypatch, few
 def test_the_bound_avoids_products_and_is_given_up_where_it_fails(monkeypatch):
     units = clustered(200, 32, 3.0, 0)
     looked = []
-    real = semantic_dedup._first_above
-    monkeypatch.setattr(semantic_dedup, "_first_above", lambda *given: (looked.append(given[0].shape), real(*given))[1])
+    real = duplicate_search._first_above
+    monkeypatch.setattr(
+        duplicate_search, "_first_above", lambda *given: (looked.append(given[0].shape), real(*given))[1]
+    )
     assert (semantic_duplicates(units, 0.05, block_rows=20) == -1).all()
     assert looked == []
-    monkeypatch.setattr(semantic_dedup, "_FEW_PAIRS", 0)
+    monkeypatch.setattr(duplicate_search, "_FEW_PAIRS", 0)
     near = unit_rows(np.ones((1, 128)) + 0.4 * np.random.default_rng(0).normal(size=(200, 128)))
-    duplicates = semantic_dedup.TileDuplicates(near, 0.05, block_rows=10)
+    duplicates = duplicate_search.TileDuplicates(near, 0.05, block_rows=10)
     assert (duplicates.against_itself(0) == -1).all()
     assert len(looked) == 20 * 21 // 2
-    assert duplicates._bounds_tried == semantic_dedup._TRIALS
+    assert duplicates._bounds_tried == duplicate_search._TRIALS
 
 
 def test_the_bound_is_never_below_the_product():
     units = clustered(80, 24, 0.5, seed=1)
-    bounds = semantic_dedup.TileDuplicates(units, 0.05)._bound_rows(units)
+    bounds = duplicate_search.TileDuplicates(units, 0.05)._bound_rows(units)
     assert ((bounds @ bounds.T) - units @ units.T).min() > -1e-6
     assert bounds.shape == (80, 7)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from transforms.core import recipe
 from transforms.core.records import Annotation, Sample, SampleBatch, Shard
+from transforms.cross_modality.flipped_clip import FlippedClipSettings
 
 CAPTIONS = (
     "a red square",
@@ -18,7 +18,7 @@ CAPTIONS = (
     "no",
 )
 
-EVERYTHING = recipe.FlippedClip(model="not loaded", min=-1.0)  # keeps everything that has a cosine
+EVERYTHING = FlippedClipSettings(model="not loaded", min=-1.0)  # keeps everything that has a cosine
 
 
 def make_sample(number: int, cosine: float | None = 0.5, probability: float | None = None) -> Sample:

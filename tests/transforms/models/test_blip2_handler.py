@@ -23,16 +23,17 @@ from tests.transforms.models.model_batches import (
 )
 from tests.transforms.models.tiny_models import PROMPT
 from transforms.core import recipe
-from transforms.cross_modality.digit import Digit
+from transforms.cross_modality.digit import DIGIT, DigitSettings
 from transforms.models.blip2 import Blip2Handler, LoadedBlip2, digit_probability
 from transforms.models.pictures import pixels_of
+from transforms.models.score import ScoreByModel
 from transforms.models.weights import load_processor
 
 OTHER_PROMPT = "is there a number? Answer:"
 
 
-def settings_for(folder: Path, **changes: Any) -> recipe.Digit:
-    return recipe.Digit(**{"model": str(folder), "batch_size": 4, "prompts": [PROMPT], **changes})
+def settings_for(folder: Path, **changes: Any) -> DigitSettings:
+    return DigitSettings(**{"model": str(folder), "batch_size": 4, "prompts": [PROMPT], **changes})
 
 
 @pytest.fixture
@@ -186,5 +187,5 @@ def test_the_transform_scores_whole_batches(digit_folder: Path, handler: Blip2Ha
     expected = scores(handler.run_inference(batch, model)[0])
     models = recipe.CrossModalitySettings(flipped_clip=EVERYTHING, digit=settings_for(digit_folder))
     with TestPipeline("FnApiRunner") as p:
-        scored = p | beam.Create([batch]) | Digit(models)
+        scored = p | beam.Create([batch]) | ScoreByModel(DIGIT, models)
         assert_that(scored | beam.Map(scores), equal_to([expected]))

@@ -24,13 +24,14 @@ from tests.transforms.models.model_batches import (
 )
 from transforms.core import recipe
 from transforms.core.records import Sample
-from transforms.cross_modality.image_text_matching import ImageTextMatching
+from transforms.cross_modality.image_text_matching import IMAGE_TEXT_MATCHING, ImageTextMatchingSettings
 from transforms.models.blip import BlipHandler, LoadedBlip, bucket, match_probability
 from transforms.models.pictures import pixels_of
+from transforms.models.score import ScoreByModel
 
 
-def settings_for(folder: Path, **changes: Any) -> recipe.ImageTextMatching:
-    return recipe.ImageTextMatching(**{"model": str(folder), "min": 0.5, "batch_size": 4, **changes})
+def settings_for(folder: Path, **changes: Any) -> ImageTextMatchingSettings:
+    return ImageTextMatchingSettings(**{"model": str(folder), "min": 0.5, "batch_size": 4, **changes})
 
 
 @pytest.fixture
@@ -147,5 +148,5 @@ def test_the_transform_scores_whole_batches(itm_folder: Path, handler: BlipHandl
     expected = scores(handler.run_inference(batch, model)[0])
     models = recipe.CrossModalitySettings(flipped_clip=EVERYTHING, image_text_matching=settings_for(itm_folder))
     with TestPipeline("FnApiRunner") as p:
-        scored = p | beam.Create([batch]) | ImageTextMatching(models)
+        scored = p | beam.Create([batch]) | ScoreByModel(IMAGE_TEXT_MATCHING, models)
         assert_that(scored | beam.Map(scores), equal_to([expected]))

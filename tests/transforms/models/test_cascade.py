@@ -7,8 +7,11 @@ import pytest
 from transforms.core import recipe
 from transforms.core.records import Annotation
 from transforms.cross_modality import flipped_clip, image_text_matching
-from transforms.cross_modality.digit import has_digits
+from transforms.cross_modality.digit import DigitSettings, has_digits
+from transforms.cross_modality.flipped_clip import DigitRescueSettings, FlippedClipSettings
+from transforms.cross_modality.image_text_matching import ImageTextMatchingSettings
 from transforms.models.cascade import asked, match_floor, prompt_floor, unscored, wanted
+from transforms.models.settings import ClipPromptsSettings
 
 
 def annotation(**scores: Any) -> Annotation:
@@ -35,11 +38,11 @@ def test_wanted(cosine, probability, min_cosine, min_probability, expected):
     assert wanted(sample, min_cosine, min_probability) is expected
 
 
-CLIP = recipe.FlippedClip(model="m", min=0.19)
-RESCUE = recipe.FlippedClip(
-    model="m", min=0.19, digit_rescue=recipe.DigitRescue(min_cosine=0.1, min_digit_probability=0.5)
+CLIP = FlippedClipSettings(model="m", min=0.19)
+RESCUE = FlippedClipSettings(
+    model="m", min=0.19, digit_rescue=DigitRescueSettings(min_cosine=0.1, min_digit_probability=0.5)
 )
-ITM = recipe.ImageTextMatching(model="m", min=0.3)
+ITM = ImageTextMatchingSettings(model="m", min=0.3)
 
 
 @pytest.mark.parametrize(
@@ -55,19 +58,19 @@ ITM = recipe.ImageTextMatching(model="m", min=0.3)
         (RESCUE, 0.19, None, True),
     ],
 )
-def test_flipped_clip_keeps(settings: recipe.FlippedClip, cosine: float, digit: float | None, expected: bool):
+def test_flipped_clip_keeps(settings: FlippedClipSettings, cosine: float, digit: float | None, expected: bool):
     sample = annotation(flipped_clip_cosine=cosine, digit_probability=digit)
-    assert flipped_clip.keeps(sample, settings, min_cosine=0.19) is expected
+    assert flipped_clip.keeps(sample, settings) is expected
 
 
 def test_flipped_clip_raises_for_an_unscored_sample():
     with pytest.raises(ValueError, match="has no flipped_clip_cosine"):
-        flipped_clip.keeps(annotation(), CLIP, 0.19)
+        flipped_clip.keeps(annotation(), CLIP)
 
 
 @pytest.mark.parametrize(("probability", "expected"), [(0.3, True), (0.2999, False), (None, True)])
 def test_image_text_matching_keeps(probability: float | None, expected: bool):
-    assert image_text_matching.keeps(annotation(match_probability=probability), ITM, 0.3) is expected
+    assert image_text_matching.keeps(annotation(match_probability=probability), ITM) is expected
 
 
 @pytest.mark.parametrize(("probability", "expected"), [(0.5, True), (0.4999, False), (None, False)])
@@ -91,19 +94,19 @@ def stage(**sections) -> recipe.CrossModalitySettings:
     ],
 )
 def test_unscored(scores: dict[str, float], expected: list[str]):
-    assert unscored(annotation(**scores), stage(digit=recipe.Digit(model="m"))) == expected
+    assert unscored(annotation(**scores), stage(digit=DigitSettings(model="m"))) == expected
 
 
 def test_unscored_without_floors_lists_every_score():
-    clip = recipe.FlippedClip(model="m", keep_fraction=0.3)
-    itm = recipe.ImageTextMatching(model="m", keep_fraction=0.3)
-    settings = stage(flipped_clip=clip, image_text_matching=itm, digit=recipe.Digit(model="m"))
+    clip = FlippedClipSettings(model="m", keep_fraction=0.3)
+    itm = ImageTextMatchingSettings(model="m", keep_fraction=0.3)
+    settings = stage(flipped_clip=clip, image_text_matching=itm, digit=DigitSettings(model="m"))
     assert match_floor(settings) is None
     assert unscored(annotation(flipped_clip_cosine=-1.0, match_probability=0.0), settings) == ["digit_probability"]
     assert unscored(annotation(flipped_clip_cosine=-1.0), settings) == ["match_probability"]
 
 
-PROMPTED = recipe.Digit(model="m", clip_prompts=recipe.ClipPrompts(min_probability=0.4))
+PROMPTED = DigitSettings(model="m", clip_prompts=ClipPromptsSettings(min_probability=0.4))
 
 
 @pytest.mark.parametrize(
@@ -125,5 +128,5 @@ def test_clip_prompts_select_the_samples_for_the_digit_question(
 
 def test_without_prompts_all_samples_that_pass_get_the_digit_question():
     scored = annotation(flipped_clip_cosine=0.3, match_probability=0.9)
-    assert prompt_floor(recipe.Digit(model="m")) is None
-    assert unscored(scored, stage(digit=recipe.Digit(model="m"))) == ["digit_probability"]
+    assert prompt_floor(DigitSettings(model="m")) is None
+    assert unscored(scored, stage(digit=DigitSettings(model="m"))) == ["digit_probability"]

@@ -24,7 +24,8 @@ from tests.transforms.models.model_batches import (
 )
 from transforms.core import recipe
 from transforms.core.records import Sample, SampleBatch
-from transforms.cross_modality.flipped_clip import FlippedClip
+from transforms.cross_modality.digit import DigitSettings
+from transforms.cross_modality.flipped_clip import FLIPPED_CLIP, FlippedClipSettings
 from transforms.cross_modality.join_wanted import JoinWanted
 from transforms.models.clip import (
     ClipHandler,
@@ -36,11 +37,15 @@ from transforms.models.clip import (
     shortened,
 )
 from transforms.models.pictures import pixels_of
+from transforms.models.score import ScoreByModel
+from transforms.models.settings import ClipPromptsSettings
 from transforms.models.weights import ClipSource
 
 
-def settings_for(folder: Path, **changes: Any) -> recipe.FlippedClip:
-    return recipe.FlippedClip(**{"model": str(folder), "min": 0.0, "batch_size": 4, "score_unflipped": True, **changes})
+def settings_for(folder: Path, **changes: Any) -> FlippedClipSettings:
+    return FlippedClipSettings(
+        **{"model": str(folder), "min": 0.0, "batch_size": 4, "score_unflipped": True, **changes}
+    )
 
 
 @pytest.fixture
@@ -179,7 +184,7 @@ def test_cuda_without_a_gpu_raises(clip_folder: Path):
 
 
 def test_an_architecture_without_weights_raises():
-    settings = recipe.FlippedClip(model="ViT-B-32", min=0.2)
+    settings = FlippedClipSettings(model="ViT-B-32", min=0.2)
     with pytest.raises(ValueError, match="needs `weights`"):
         ClipHandler(settings, "cpu").load_on(torch.device("cpu"))
 
@@ -194,11 +199,13 @@ def test_the_transform_scores_whole_batches(clip_folder: Path, handler: ClipHand
 
     with TestPipeline("FnApiRunner") as p:
         models = recipe.CrossModalitySettings(flipped_clip=settings_for(clip_folder))
-        scored = p | beam.Create(batches) | FlippedClip(models) | beam.Map(check)
+        scored = p | beam.Create(batches) | ScoreByModel(FLIPPED_CLIP, models) | beam.Map(check)
         assert_that(scored, equal_to(expected))
 
 
-PROMPTS = recipe.ClipPrompts(positive=["digits", "a number"], negative=["a field", "a face", "no"], min_probability=0.5)
+PROMPTS = ClipPromptsSettings(
+    positive=["digits", "a number"], negative=["a field", "a face", "no"], min_probability=0.5
+)
 
 
 @pytest.mark.parametrize("unflipped", [False, True])
@@ -293,8 +300,8 @@ def test_beam_does_not_pickle_batches_to_measure_their_size(clip_folder: Path):
     models = recipe.CrossModalitySettings(flipped_clip=settings_for(clip_folder))
     batches = TestPipeline() | beam.Create([make_batch([make_sample(0)])])
     for found in (
-        batches | FlippedClip(models),
-        batches | JoinWanted(models.model_copy(update={"digit": recipe.Digit(model="m")})),
+        batches | ScoreByModel(FLIPPED_CLIP, models),
+        batches | JoinWanted(models.model_copy(update={"digit": DigitSettings(model="m")})),
     ):
         assert found.element_type is SampleBatch
     coder, batch = beam.coders.registry.get_coder(SampleBatch), make_batch([make_sample(0), make_sample(1)])

@@ -10,7 +10,9 @@ import torch
 
 from benchmarks import random_models
 from tests.transforms.models.model_batches import make_batch, make_sample, scores
-from transforms.core import recipe
+from transforms.cross_modality.digit import DigitSettings
+from transforms.cross_modality.flipped_clip import FlippedClipSettings
+from transforms.cross_modality.image_text_matching import ImageTextMatchingSettings
 from transforms.models.blip import BlipHandler
 from transforms.models.blip2 import Blip2Handler
 from transforms.models.clip import ClipHandler
@@ -38,25 +40,25 @@ def _all_threads(_one_thread: None) -> None:
 )
 def test_clip(tmp_path: Path, architecture: str, precision: str):
     random_models.save_open_clip(tmp_path / "clip", open_clip.get_model_config(architecture))
-    settings = recipe.FlippedClip(model=str(tmp_path / "clip"), min=0.0, batch_size=4)
+    settings = FlippedClipSettings(model=str(tmp_path / "clip"), min=0.0, batch_size=4)
     assert_bits_stay(ClipHandler(settings, "cpu", precision))
 
 
 def test_siglip(tmp_path: Path):
     random_models.save_siglip(tmp_path / "siglip")
-    settings = recipe.FlippedClip(model=str(tmp_path / "siglip"), min=-1.0, batch_size=4)
+    settings = FlippedClipSettings(model=str(tmp_path / "siglip"), min=-1.0, batch_size=4)
     assert_bits_stay(ClipHandler(settings, "cpu", "bf16"))
 
 
 @pytest.mark.parametrize("vision", [{}, random_models.LARGE_VISION], ids=["base", "large"])
 def test_blip_itm(tmp_path: Path, vision: dict):
     random_models.save_itm(tmp_path / "itm", ["a", "red", "square", "number", "picture", "of"], **vision)
-    settings = recipe.ImageTextMatching(model=str(tmp_path / "itm"), min=0.0, batch_size=2)
+    settings = ImageTextMatchingSettings(model=str(tmp_path / "itm"), min=0.0, batch_size=2)
     assert_bits_stay(BlipHandler(settings, "cpu", None, "bf16"))
 
 
 @pytest.mark.large
 def test_blip2_opt_2_7b(tmp_path: Path):
     random_models.save_digit(tmp_path / "digit", random_models.word_tokenizer())
-    settings = recipe.Digit(model=str(tmp_path / "digit"), prompts=[random_models.PROMPT], batch_size=2)
+    settings = DigitSettings(model=str(tmp_path / "digit"), prompts=[random_models.PROMPT], batch_size=2)
     assert_bits_stay(Blip2Handler(settings, "cpu", None, None, "bf16"))

@@ -21,22 +21,23 @@ from tests.transforms.models.tiny_models import PROMPT
 from transforms.core import recipe
 from transforms.core.recipe import CROSS_MODALITY
 from transforms.core.records import Sample, Shard
-from transforms.cross_modality.digit import Digit
-from transforms.cross_modality.flipped_clip import FlippedClip
-from transforms.cross_modality.image_text_matching import ImageTextMatching
+from transforms.cross_modality.digit import DIGIT, DigitSettings
+from transforms.cross_modality.flipped_clip import FLIPPED_CLIP, FlippedClipSettings
+from transforms.cross_modality.image_text_matching import IMAGE_TEXT_MATCHING, ImageTextMatchingSettings
 from transforms.cross_modality.join_wanted import JoinWanted
 from transforms.models.blip import LoadedBlip
 from transforms.models.clip import ClipHandler, LoadedClip
 from transforms.models.handler import prepared_or_error
 from transforms.models.prepare import load_prepare
+from transforms.models.score import ScoreByModel
 
 
 @pytest.fixture
 def models(clip_folder: Path, itm_folder: Path, digit_folder: Path) -> recipe.CrossModalitySettings:
     return recipe.CrossModalitySettings(
-        flipped_clip=recipe.FlippedClip(model=str(clip_folder), min=-1.0, batch_size=4),
-        image_text_matching=recipe.ImageTextMatching(model=str(itm_folder), min=0.0, batch_size=4),
-        digit=recipe.Digit(model=str(digit_folder), prompts=[PROMPT], batch_size=4),
+        flipped_clip=FlippedClipSettings(model=str(clip_folder), min=-1.0, batch_size=4),
+        image_text_matching=ImageTextMatchingSettings(model=str(itm_folder), min=0.0, batch_size=4),
+        digit=DigitSettings(model=str(digit_folder), prompts=[PROMPT], batch_size=4),
     )
 
 
@@ -46,12 +47,12 @@ def stage_2(models: recipe.CrossModalitySettings, shards: list[Shard], output: P
         read = p | beam.Create(shards) | ReadShards(FakeWork(), BOUNDS, 4, load_prepare=lambda: load_prepare(models))
         done = (
             read[ReadShards.BATCHES]
-            | FlippedClip(models)
+            | "FlippedClip" >> ScoreByModel(FLIPPED_CLIP, models)
             | JoinWanted(models)
-            | ImageTextMatching(models)
-            | Digit(models)
+            | "ImageTextMatching" >> ScoreByModel(IMAGE_TEXT_MATCHING, models)
+            | "Digit" >> ScoreByModel(DIGIT, models)
             | beam.ParDo(
-                WriteShardTable(layout, FakeWork(CROSS_MODALITY), Layout.cross_modality, tables.CROSS_MODALITY)
+                WriteShardTable(layout, FakeWork(CROSS_MODALITY), Layout.cross_modality, tables.cross_modality_schema())
             )
         )
         assert_that(done, equal_to(shards))
@@ -61,7 +62,7 @@ def stage_2(models: recipe.CrossModalitySettings, shards: list[Shard], output: P
 def test_a_transient_memory_shortage_does_not_halve_the_shape(
     clip_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handler = ClipHandler(recipe.FlippedClip(model=str(clip_folder), min=0.0, batch_size=4), "cpu")
+    handler = ClipHandler(FlippedClipSettings(model=str(clip_folder), min=0.0, batch_size=4), "cpu")
     batch, model = make_batch([make_sample(i) for i in range(3)]), handler.load_model()
     (expected,) = handler.run_inference(batch, model)
     score, calls = LoadedClip.score, []
@@ -121,7 +122,9 @@ def test_the_shard_is_scored_again_at_half_the_shape(
         assert [tables.read_halvings(layout.cross_modality(shard.name)) for shard in shards] == [halvings] * 2
 
 
-def test_the_run_fails_where_not_even_one_row_fits(models: recipe.CrossModalitySettings, monkeypatch: pytest.MonkeyPatch):
+def test_the_run_fails_where_not_even_one_row_fits(
+    models: recipe.CrossModalitySettings, monkeypatch: pytest.MonkeyPatch
+):
     handler = ClipHandler(models.flipped_clip.model_copy(update={"batch_size": 1}), "cpu")
     model = handler.load_model()
     refuse(monkeypatch, LoadedClip, 0)

@@ -18,6 +18,9 @@ from tests.transforms.models.model_batches import make_batch, make_sample, score
 from tests.transforms.models.tiny_models import PROMPT
 from transforms.core import recipe
 from transforms.core.records import Sample, SampleBatch
+from transforms.cross_modality.digit import DigitSettings
+from transforms.cross_modality.flipped_clip import FlippedClipSettings
+from transforms.cross_modality.image_text_matching import ImageTextMatchingSettings
 from transforms.models.blip import BlipHandler
 from transforms.models.blip2 import Blip2Handler
 from transforms.models.clip import ClipHandler, ClipPreparation
@@ -76,9 +79,9 @@ def plain_picture(mode: str, content: bytes) -> Image.Image:
 @pytest.fixture(scope="module")
 def settings(clip_folder: Path, itm_folder: Path, digit_folder: Path) -> recipe.CrossModalitySettings:
     return recipe.CrossModalitySettings(
-        flipped_clip=recipe.FlippedClip(model=str(clip_folder), min=-1.0, batch_size=8, score_unflipped=True),
-        image_text_matching=recipe.ImageTextMatching(model=str(itm_folder), min=0.0, batch_size=8),
-        digit=recipe.Digit(model=str(digit_folder), prompts=[PROMPT], batch_size=8),
+        flipped_clip=FlippedClipSettings(model=str(clip_folder), min=-1.0, batch_size=8, score_unflipped=True),
+        image_text_matching=ImageTextMatchingSettings(model=str(itm_folder), min=0.0, batch_size=8),
+        digit=DigitSettings(model=str(digit_folder), prompts=[PROMPT], batch_size=8),
     )
 
 

@@ -14,7 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.util import assert_that, equal_to
 
 from tests.transforms.models.model_batches import make_batch, make_sample, scores
-from transforms.core import recipe
+from transforms.cross_modality.flipped_clip import FlippedClipSettings
 from transforms.models.clip import ClipHandler, LoadedClip
 
 ROOT = Path(__file__).parents[3]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 class Counting(ClipHandler):
     """Creates a file for each load."""
 
-    def __init__(self, settings: recipe.FlippedClip, loads: Path, shared: bool) -> None:
+    def __init__(self, settings: FlippedClipSettings, loads: Path, shared: bool) -> None:
         super().__init__(settings, "cpu")
         self._loads, self._shared = loads, shared
 
@@ -36,7 +36,7 @@ class Counting(ClipHandler):
 
 
 def test_processes_share_one_copy_on_a_gpu_and_have_their_own_on_a_cpu(clip_folder: Path):
-    settings = recipe.FlippedClip(model=str(clip_folder), min=0.0)
+    settings = FlippedClipSettings(model=str(clip_folder), min=0.0)
     assert ClipHandler(settings, "cuda").share_model_across_processes()
     assert not ClipHandler(settings, "cpu").share_model_across_processes()
 
@@ -44,7 +44,7 @@ def test_processes_share_one_copy_on_a_gpu_and_have_their_own_on_a_cpu(clip_fold
 @pytest.mark.parametrize(("shared", "loads"), [(True, 1), pytest.param(False, 2, marks=pytest.mark.slow)])
 def test_two_processes(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool, loads: int):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    settings = recipe.FlippedClip(model=str(clip_folder), min=0.0, batch_size=4, score_unflipped=True)
+    settings = FlippedClipSettings(model=str(clip_folder), min=0.0, batch_size=4, score_unflipped=True)
     batches = [make_batch([make_sample(2 * i), make_sample(2 * i + 1)]) for i in range(6)]
     plain = ClipHandler(settings, "cpu")
     expected: list[dict[str, Any]] = [scores(plain.run_inference(b, plain.load_model())[0]) for b in batches]
@@ -56,7 +56,7 @@ def test_two_processes(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_without_samples_to_score_no_model_is_loaded(clip_folder: Path, tmp_path: Path):
-    settings = recipe.FlippedClip(model=str(clip_folder), min=0.0)
+    settings = FlippedClipSettings(model=str(clip_folder), min=0.0)
     with beam.Pipeline("FnApiRunner") as p:
         scored = p | beam.Create([0]) | beam.FlatMap(lambda _: []) | RunInference(Counting(settings, tmp_path, False))
         assert_that(scored, equal_to([]))
@@ -64,6 +64,6 @@ def test_without_samples_to_score_no_model_is_loaded(clip_folder: Path, tmp_path
 
 
 def test_a_model_that_cannot_be_loaded_fails_the_run_and_makes_no_dead_letter():
-    handler = ClipHandler(recipe.FlippedClip(model="ViT-B-32", min=0.0), "cpu")
+    handler = ClipHandler(FlippedClipSettings(model="ViT-B-32", min=0.0), "cpu")
     with pytest.raises(ValueError, match="needs `weights`"):
         handler.run_inference(make_batch([make_sample(0)]), handler.load_model())

@@ -9,6 +9,9 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from transforms.core import recipe
+from transforms.cross_modality.digit import DigitSettings
+from transforms.cross_modality.flipped_clip import FlippedClipSettings
+from transforms.cross_modality.image_text_matching import ImageTextMatchingSettings
 from transforms.models import weights
 
 
@@ -18,7 +21,7 @@ def test_a_missing_bundled_model_raises():
 
 
 def test_identity_has_the_hash_of_the_weights(itm_folder: Path):
-    settings = recipe.ImageTextMatching(model=str(itm_folder), revision="abc", min=0.5)
+    settings = ImageTextMatchingSettings(model=str(itm_folder), revision="abc", min=0.5)
     digest = hashlib.sha256((itm_folder / "model.safetensors").read_bytes()).hexdigest()
     assert weights.model_identity(settings) == {
         "name": str(itm_folder),
@@ -36,10 +39,10 @@ def test_identity_resolves_a_hub_model_through_the_hub_cache(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    cached = weights.model_identity(recipe.ImageTextMatching(model="someone/itm", min=0.5))
+    cached = weights.model_identity(ImageTextMatchingSettings(model="someone/itm", min=0.5))
     assert cached["revision"] == commit
     assert set(cached["sha256"]) == {"model.safetensors"}
-    absent = weights.model_identity(recipe.Digit(model="someone/other", revision="v1"))
+    absent = weights.model_identity(DigitSettings(model="someone/other", revision="v1"))
     assert absent == {"name": "someone/other", "revision": "v1", "sha256": {}}
 
 
@@ -48,7 +51,7 @@ def test_identity_resolves_a_hub_model_through_the_hub_cache(
     [("ViT-L-14", "openai", True), ("ViT-L/14", "openai", True), ("ViT-B-32", "laion2b_s34b_b79k", False)],
 )
 def test_quick_gelu_follows_the_tag(architecture: str, tag: str, quick: bool):
-    settings = recipe.FlippedClip(model=architecture, weights=tag, min=0.2)
+    settings = FlippedClipSettings(model=architecture, weights=tag, min=0.2)
     assert weights.clip_source(settings) == (architecture, tag, quick)
     assert not open_clip.get_model_config(architecture.replace("/", "-")).get("quick_gelu", False)
 
@@ -58,16 +61,16 @@ def test_quick_gelu_must_be_given_for_a_weight_file(tmp_path: Path):
     file.write_bytes(b"")
     given: dict = {"model": "ViT-L-14", "weights": str(file), "min": 0.2}
     with pytest.raises(ValueError, match="set `quick_gelu: true`"):
-        weights.clip_source(recipe.FlippedClip(**given))
+        weights.clip_source(FlippedClipSettings(**given))
     for quick in (True, False):
-        assert weights.clip_source(recipe.FlippedClip(**given, quick_gelu=quick)).quick_gelu is quick
+        assert weights.clip_source(FlippedClipSettings(**given, quick_gelu=quick)).quick_gelu is quick
     never = given | {"model": "ViT-B-16-SigLIP"}  # none of its tags needs it
-    assert not weights.clip_source(recipe.FlippedClip(**never)).quick_gelu
+    assert not weights.clip_source(FlippedClipSettings(**never)).quick_gelu
 
 
 def test_an_unknown_open_clip_tag_raises():
     with pytest.raises(ValueError, match="neither a file nor a known tag; tags of ViT-L-14: openai"):
-        weights.clip_source(recipe.FlippedClip(model="ViT-L-14", weights="opnai", min=0.2))
+        weights.clip_source(FlippedClipSettings(model="ViT-L-14", weights="opnai", min=0.2))
 
 
 @pytest.mark.parametrize("fetch", [True, False])
@@ -91,8 +94,8 @@ def test_a_branch_is_pinned_to_its_commit_and_weights_are_fetched_on_request(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     given = recipe.CrossModalitySettings(
-        flipped_clip=recipe.FlippedClip(model=str(clip_folder), min=0.2),
-        image_text_matching=recipe.ImageTextMatching(model="someone/itm", min=0.5),
+        flipped_clip=FlippedClipSettings(model=str(clip_folder), min=0.2),
+        image_text_matching=ImageTextMatchingSettings(model="someone/itm", min=0.5),
     )
     first = weights.pinned(given, fetch)
     assert first.image_text_matching and first.image_text_matching.revision == commit
@@ -119,6 +122,6 @@ def test_an_open_clip_model_on_a_hub_is_loaded_at_its_revision(clip_folder: Path
         return str(clip_folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    settings = recipe.FlippedClip(model="hf-hub:someone/clip", revision="0123abcd", min=0.2)
+    settings = FlippedClipSettings(model="hf-hub:someone/clip", revision="0123abcd", min=0.2)
     assert weights.clip_source(settings) == (f"local-dir:{clip_folder}", None, False)
     assert asked == [("someone/clip", "0123abcd")]

@@ -7,10 +7,12 @@ import pytest
 from apache_beam.testing.util import assert_that, equal_to
 
 from tests.helpers import whole_sample
-from transforms.core import recipe
+from transforms.annotate import Annotate
 from transforms.core.records import SampleBatch, Shard
 from transforms.single_modality.captions import (
-    CaptionLength,
+    CAPTION_LENGTH,
+    CaptionFrequencySettings,
+    CaptionLengthSettings,
     caption_key,
     caption_length,
     keeps_frequency,
@@ -40,11 +42,11 @@ def test_length(caption: str, words: int, characters: int) -> None:
     ("words", "characters", "kept"), [(3, 6, True), (2, 6, False), (3, 5, False), (0, 0, False), (999, 999, True)]
 )
 def test_length_thresholds(words: int, characters: int, kept: bool) -> None:
-    assert keeps_length(words, characters, recipe.CaptionLength()) is kept
+    assert keeps_length(words, characters, CaptionLengthSettings()) is kept
 
 
 def test_a_length_of_zero_may_be_allowed() -> None:
-    assert keeps_length(0, 0, recipe.CaptionLength(min_words=0, min_characters=0))
+    assert keeps_length(0, 0, CaptionLengthSettings(min_words=0, min_characters=0))
 
 
 def test_the_length_is_written_on_every_sample() -> None:
@@ -52,7 +54,13 @@ def test_the_length_is_written_on_every_sample() -> None:
     samples = tuple(whole_sample(key=text, caption=text, word_count=None, character_count=None) for text in captions)
     batch = SampleBatch(Shard("s", "p", "f"), 4, False, samples)
     with beam.Pipeline("FnApiRunner") as p:
-        counted = p | beam.Create([batch]) | CaptionLength() | beam.FlatMap(iter) | beam.Map(lambda s: s.annotation)
+        counted = (
+            p
+            | beam.Create([batch])
+            | Annotate(CAPTION_LENGTH, CaptionLengthSettings())
+            | beam.FlatMap(iter)
+            | beam.Map(lambda s: s.annotation)
+        )
         assert_that(
             counted | beam.Map(lambda a: (a.caption, a.word_count, a.character_count)),
             equal_to([("", 0, 0), ("a dog", 2, 5), ("a dog runs", 3, 10)]),
@@ -99,10 +107,10 @@ def test_a_key_is_32_hex_digits_of_anything() -> None:
     ],
 )  # fmt: skip
 def test_frequency_thresholds(images: int, pool: int, kept: bool) -> None:
-    assert keeps_frequency(images, pool, recipe.CaptionFrequency()) is kept
+    assert keeps_frequency(images, pool, CaptionFrequencySettings()) is kept
 
 
 def test_a_share_of_zero_leaves_the_count() -> None:
-    settings = recipe.CaptionFrequency(min_images=1, max_pool_share=0.0)
+    settings = CaptionFrequencySettings(min_images=1, max_pool_share=0.0)
     assert keeps_frequency(1, 10**9, settings)
     assert not keeps_frequency(2, 10**9, settings)

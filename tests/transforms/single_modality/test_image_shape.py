@@ -11,11 +11,16 @@ import pytest
 from apache_beam.testing.util import assert_that, equal_to
 
 from tests.helpers import annotation, jpeg, picture
-from transforms.core import recipe
 from transforms.core.records import Sample, SampleBatch, Shard
-from transforms.single_modality.image_shape import keeps_aspect_ratio, keeps_min_side, original_size_px
+from transforms.single_modality.image_shape import (
+    AspectRatioSettings,
+    MinSideSettings,
+    keeps_aspect_ratio,
+    keeps_min_side,
+    original_size_px,
+)
 from transforms.single_modality.images import ImageFeatures
-from transforms.single_modality.near_duplicate import perceptual_hash
+from transforms.single_modality.perceptual_hash import perceptual_hash
 
 STORED = (300, 200)
 
@@ -64,19 +69,19 @@ def test_a_shrunk_picture_rounded_to_whole_pixels_is_believed() -> None:
      (99, 297, True), (99, 298, False)],
 )  # fmt: skip
 def test_aspect_ratio(width: int, height: int, kept: bool) -> None:
-    assert keeps_aspect_ratio(width, height, recipe.AspectRatio()) is kept
+    assert keeps_aspect_ratio(width, height, AspectRatioSettings()) is kept
 
 
 def test_only_squares_pass_a_ratio_of_one() -> None:
-    assert keeps_aspect_ratio(7, 7, recipe.AspectRatio(max_ratio=1.0))
-    assert not keeps_aspect_ratio(7, 8, recipe.AspectRatio(max_ratio=1.0))
+    assert keeps_aspect_ratio(7, 7, AspectRatioSettings(max_ratio=1.0))
+    assert not keeps_aspect_ratio(7, 8, AspectRatioSettings(max_ratio=1.0))
 
 
 @pytest.mark.parametrize(
     ("width", "height", "kept"), [(200, 200, True), (199, 200, False), (200, 199, False), (5000, 199, False)]
 )
 def test_min_side(width: int, height: int, kept: bool) -> None:
-    assert keeps_min_side(width, height, recipe.MinSide()) is kept
+    assert keeps_min_side(width, height, MinSideSettings()) is kept
 
 
 def features(sample: Sample) -> tuple[Any, ...]:

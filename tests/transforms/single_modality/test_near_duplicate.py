@@ -13,15 +13,15 @@ from apache_beam.testing.util import assert_that
 from PIL import Image
 
 from tests.helpers import encode, picture, uid
-from transforms.single_modality.near_duplicate import (
+from transforms.single_modality.hash_neighbours import (
     NearDuplicates,
     Ranked,
     bands,
     best_of_hashes,
     better_neighbours,
-    keeps,
-    perceptual_hash,
 )
+from transforms.single_modality.near_duplicate import keeps
+from transforms.single_modality.perceptual_hash import perceptual_hash
 
 Rank = tuple[bool, int, str]
 """The order among duplicates, best first."""

@@ -14,8 +14,9 @@ import pytest
 from apache_beam.testing.util import assert_that, equal_to
 
 from tests.helpers import uid
-from transforms.core import recipe
 from transforms.core.records import DeadLetter
+from transforms.single_modality.captions import CaptionFrequencySettings
+from transforms.single_modality.near_duplicate import NearDuplicateSettings
 from transforms.single_modality.pool_wide import CaptionFrequency, NearDuplicate, PoolRows, UniqueUids
 
 BUCKETS = 3
@@ -80,7 +81,7 @@ def run(rows: list[Row], transform: Callable[[beam.Pipeline], beam.PTransform], 
         assert_that(found | "Decided" >> beam.Map(decided), equal_to([decided(r) for r in expected]))
 
 
-def frequency(settings: recipe.CaptionFrequency, pool_samples: int) -> Callable[[beam.Pipeline], beam.PTransform]:
+def frequency(settings: CaptionFrequencySettings, pool_samples: int) -> Callable[[beam.Pipeline], beam.PTransform]:
     return lambda p: CaptionFrequency(settings, p | "Pool samples" >> beam.Create([pool_samples]), BUCKETS)
 
 
@@ -136,7 +137,7 @@ def test_captions_are_counted_with_distinct_images() -> None:
     expected = [
         r._replace(image_count=counts[r.caption], fails=fails[r.caption]) for r in rows
     ]
-    run(rows, frequency(recipe.CaptionFrequency(min_images=3), 14), expected)
+    run(rows, frequency(CaptionFrequencySettings(min_images=3), 14), expected)
 
 
 @pytest.mark.parametrize(("images", "pool", "fails"), [(10, 100, False), (11, 100, True), (12, 12_000_000, False),
@@ -144,19 +145,19 @@ def test_captions_are_counted_with_distinct_images() -> None:
 def test_both_sides_of_the_bound(images: int, pool: int, fails: bool) -> None:
     rows = [row(n, "c", f"{n:016x}") for n in range(images)]
     expected = [r._replace(image_count=images, fails=fails) for r in rows]
-    run(rows, frequency(recipe.CaptionFrequency(), pool), expected)
+    run(rows, frequency(CaptionFrequencySettings(), pool), expected)
 
 
 def test_what_failed_before_still_fails() -> None:
     failed = row(1, fails=True)
-    run([failed], frequency(recipe.CaptionFrequency(), 1), [failed._replace(image_count=1)])
+    run([failed], frequency(CaptionFrequencySettings(), 1), [failed._replace(image_count=1)])
 
 
 def test_images_are_counted_once_per_caption_whatever_the_order() -> None:
     rng = random.Random(0)
     rows = [row(n, f"c{rng.randrange(8)}", f"{rng.randrange(6):016x}") for n in range(400)]
     counts = collections.Counter(caption for caption, _ in {(r.caption, r.hash) for r in rows})
-    settings = recipe.CaptionFrequency(min_images=10)
+    settings = CaptionFrequencySettings(min_images=10)
     for order in (rows, rows[::-1]):
         run(order, frequency(settings, 1), [r._replace(image_count=counts[r.caption]) for r in rows])
 
@@ -165,7 +166,7 @@ def test_images_are_counted_once_per_caption_whatever_the_order() -> None:
 
 
 def near(max_hamming: int = 3) -> Callable[[beam.Pipeline], beam.PTransform]:
-    return lambda _: NearDuplicate(recipe.NearDuplicate(max_hamming=max_hamming), BUCKETS)
+    return lambda _: NearDuplicate(NearDuplicateSettings(max_hamming=max_hamming), BUCKETS)
 
 
 def marked(rows: list[Row], duplicates: dict[int, int]) -> list[Row]:
@@ -209,7 +210,7 @@ def test_nothing_that_passes_the_others_gives_way_to_what_fails_one() -> None:
         assert any(r.duplicate_of is None and not r.fails for r in found)
 
     with beam.Pipeline("FnApiRunner") as p:
-        found = p | beam.Create(parts(rows)) | NearDuplicate(recipe.NearDuplicate(), BUCKETS)
+        found = p | beam.Create(parts(rows)) | NearDuplicate(NearDuplicateSettings(), BUCKETS)
         assert_that(found | beam.FlatMap(rows_of), check)
 
 
@@ -220,8 +221,8 @@ def test_a_rule_that_the_pool_decides_counts_for_the_rank() -> None:
     class Both(beam.PTransform):
         def expand(self, rows_: beam.PCollection) -> beam.PCollection:
             pool = rows_.pipeline | "Pool samples" >> beam.Create([4])
-            counted = rows_ | CaptionFrequency(recipe.CaptionFrequency(min_images=2), pool, BUCKETS)
-            return counted | NearDuplicate(recipe.NearDuplicate(max_hamming=0), BUCKETS)
+            counted = rows_ | CaptionFrequency(CaptionFrequencySettings(min_images=2), pool, BUCKETS)
+            return counted | NearDuplicate(NearDuplicateSettings(max_hamming=0), BUCKETS)
 
     def summary(found: list[Row]) -> None:
         verdicts: dict[str, Any] = {r.uid: r.duplicate_of for r in found}

@@ -6,7 +6,6 @@ import nltk.data
 import pytest
 from nltk.tag.perceptron import PerceptronTagger
 
-from transforms.core import recipe
 from transforms.single_modality import pos_pattern
 from transforms.single_modality.pos_pattern import keeps, tag_caption, words_of
 
@@ -58,9 +57,9 @@ def test_only_of_drops_what_lies_in_it_entirely():
 
 
 def test_default_tags_are_penn_tags():
-    assert recipe.PENN_TAGS.issuperset(recipe.COMMON_NOUNS)
-    assert recipe.PENN_TAGS.issuperset(recipe.NAMES_NUMBERS_SYMBOLS)
-    assert not set(recipe.COMMON_NOUNS) & set(recipe.NAMES_NUMBERS_SYMBOLS)
+    assert pos_pattern.PENN_TAGS.issuperset(pos_pattern.COMMON_NOUNS)
+    assert pos_pattern.PENN_TAGS.issuperset(pos_pattern.NAMES_NUMBERS_SYMBOLS)
+    assert not set(pos_pattern.COMMON_NOUNS) & set(pos_pattern.NAMES_NUMBERS_SYMBOLS)
 
 
 # words_of
@@ -131,7 +130,7 @@ def test_the_bundle_is_small_and_says_penn_tags_only(tagger):
     files = list(pos_pattern.BUNDLED.glob("*.json"))
     assert len(files) == 3
     assert sum(file.stat().st_size for file in files) <= 3_000_000
-    assert recipe.PENN_TAGS.issuperset(tagger.classes)
+    assert pos_pattern.PENN_TAGS.issuperset(tagger.classes)
 
 
 # load_tagger
