@@ -35,6 +35,9 @@ setup(
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["pairsift*", "pipeline*", "transforms*", "recipes", "templates"]),
     package_data={
+        "pairsift": ["py.typed"],
+        "pipeline": ["py.typed"],
+        "transforms": ["py.typed"],
         "recipes": ["*.yaml"],
         "pipeline.estimate": ["figures.yaml"],
         "templates": ["*.json", "*.yaml"],

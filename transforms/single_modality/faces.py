@@ -2,8 +2,8 @@
 
 Source: arXiv 2309.15954 drops images whose facial area is a large share of the image. The summary we have gives neither
 detector nor threshold. Ours: the union of the face boxes over the image area, at most 0.4. Boxes come from the pool's
-metadata (DataComp's `face_bboxes`, found by SCRFD) if it has them, else from YuNet if its model file is given, else from
-a Haar cascade of the OpenCV wheel, chosen by measurement (docs/faces.md).
+metadata (DataComp's `face_bboxes`, found by SCRFD) if it has them, else from YuNet if its model file is given, else
+from a Haar cascade of the OpenCV wheel, chosen by measurement (docs/faces.md).
 
 A box is [x0, y0, x1, y1] with 0 <= x0 <= x1 <= 1 as shares of the width, y as shares of the height.
 """
