@@ -1,5 +1,8 @@
-"""The listing of a pool: its shards as a run found them. Graphs read it when they run, so that they hold no shard and
-are of one size, however many there are; and all stages see one pool, whatever is added to it meanwhile."""
+"""The pool listing: the shards that a run found when it started.
+
+Graphs read the listing at run time. Their size therefore does not depend on the number of shards, and all stages see
+the same pool even if shards are added during the run.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,18 @@ from transforms.storage import files
 
 
 def write_listing(layout: Layout, shards: Sequence[Shard]) -> None:
-    """Write down the shards that the pool has now."""
-    # As ASCII: a tar's name may hold bytes that are no UTF-8, which Python has as lone surrogates.
+    """Write `shards` to the listing file."""
+    # JSON in ASCII, because a tar's name may contain invalid UTF-8, which Python represents as lone surrogates.
     files.write_bytes(layout.shards, json.dumps([list(shard) for shard in shards], indent=2).encode("ascii"))
 
 
 def read_listing(layout: Layout) -> tuple[Shard, ...]:
-    """The shards as they were written down. Raises OSError or ValueError where they were not."""
+    """Return the listed shards. Raises OSError or ValueError if there is no valid listing."""
     return tuple(Shard(*shard) for shard in json.loads(files.read_bytes(layout.shards)))
 
 
 class ListShards(beam.PTransform):
-    """PCollection of one element, whatever it is -> PCollection[Shard], spread over the workers."""
+    """PCollection of one element of any type -> PCollection[Shard], distributed over the workers."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
