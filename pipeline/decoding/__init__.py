@@ -1,1 +1,1 @@
-"""Decoding untrusted image bytes, within bounds and in a watched child process."""
+"""Decodes untrusted image bytes within bounds, in watched threads or in child processes."""

@@ -1,4 +1,4 @@
-"""Another process that answers over its standard input and output, and that may crash or hang."""
+"""A child process that answers requests over its standard input and output, and that may crash or hang."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ _MAX_LINE_BYTES = 2000
 
 
 class CannotStart(RuntimeError):
-    """There is no such program, or it is another one."""
+    """The program does not exist, or does not answer as expected."""
 
 
 class ChildProcess:
-    """The other end. Reading and writing block; `Limit` ends them by ending the process. Raises OSError where it cannot
-    be started."""
+    """A running child process. Reads and writes block; `TimeLimit` ends them by killing the process.
+
+    Raises OSError if the process cannot be started.
+    """
 
     def __init__(self, command: Sequence[str]) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `kill`)
@@ -34,32 +36,32 @@ class ChildProcess:
 
     @classmethod
     def started(cls, command: Sequence[str], ready: bytes, limit_s: float) -> ChildProcess:
-        """A process that has said `ready`. Raises CannotStart, with the reason."""
+        """Start a process and wait up to `limit_s` seconds for it to send `ready`. Raises CannotStart."""
         try:
             process = cls(command)
         except OSError as error:
             raise CannotStart(f"cannot be started ({error.strerror})") from error
         try:
-            with Limit(process, limit_s):
+            with TimeLimit(process, limit_s):
                 if process.read(len(ready)) != ready:
-                    raise EOFError("unknown answer")
+                    raise EOFError("unexpected answer")
         except EOFError as error:
             process.kill()
-            raise CannotStart(f"does not start as it should ({error})") from error
+            raise CannotStart(f"does not start correctly ({error})") from error
         return process
 
-    def is_there(self) -> bool:
-        """Whether the process has not ended."""
+    def is_running(self) -> bool:
+        """Return whether the process is still running."""
         return self._popen.poll() is None
 
     def write(self, content: bytes) -> None:
-        """Raises BrokenPipeError where the process is gone."""
+        """Send bytes to the process. Raises BrokenPipeError if it has ended."""
         assert self._popen.stdin is not None
         self._popen.stdin.write(content)
         self._popen.stdin.flush()
 
     def read(self, size_bytes: int) -> bytes:
-        """So many bytes. Raises EOFError, with the last line that the process wrote, where it is gone."""
+        """Read exactly `size_bytes` bytes. If the process ends first, raises EOFError with its last line on stderr."""
         assert self._popen.stdout is not None
         content = self._popen.stdout.read(size_bytes)
         if len(content) < size_bytes:
@@ -67,16 +69,16 @@ class ChildProcess:
         return content
 
     def kill(self) -> None:
-        """End the process, if it has not ended."""
+        """Kill the process if it is still running, and close its streams."""
         self._popen.kill()
         self._popen.wait()
         for stream in (self._popen.stdin, self._popen.stdout, self._errors):
             assert stream is not None
-            with contextlib.suppress(BrokenPipeError):  # what was not written yet
+            with contextlib.suppress(BrokenPipeError):  # unwritten data in the buffer
                 stream.close()
 
-    def expire(self) -> None:
-        """End the process while another thread waits for it."""
+    def interrupt(self) -> None:
+        """Kill the process while another thread is reading from it or writing to it."""
         self._popen.kill()
 
     def _last_line(self) -> str:
@@ -86,22 +88,22 @@ class ChildProcess:
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-class Limit:
-    """Ends the process once the time spent within adds up to `limit_s`."""
+class TimeLimit:
+    """Kills the process once the time spent inside this context, over all entries, exceeds `limit_s` seconds."""
 
     def __init__(self, process: ChildProcess, limit_s: float) -> None:
-        self._process, self._left_s, self.passed = process, limit_s, False
+        self._process, self._remaining_s, self.exceeded = process, limit_s, False
 
     def __enter__(self) -> None:
-        self._since_s = time.monotonic()
-        self._timer = threading.Timer(max(0.0, self._left_s), self._pass)
+        self._entered_s = time.monotonic()
+        self._timer = threading.Timer(max(0.0, self._remaining_s), self._expire)
         self._timer.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._timer.cancel()
         self._timer.join()
-        self._left_s -= time.monotonic() - self._since_s
+        self._remaining_s -= time.monotonic() - self._entered_s
 
-    def _pass(self) -> None:
-        self.passed = True
-        self._process.expire()
+    def _expire(self) -> None:
+        self.exceeded = True
+        self._process.interrupt()

@@ -1,11 +1,10 @@
-"""Decodes pictures in a process of its own: `guarded_decoder.py` starts it and talks to it over its standard input and
-output.
+"""Decodes images in a separate process, which `guarded_decoder.py` starts and controls over standard input and output.
 
     request   REQUEST: max_pixels, draft_side_px (0: none), size in bytes; then the file
     answer    PICTURE (height, width, stored width, stored height; then RGB bytes), or FAULT (sizes in bytes of reason
               and message, 0, 0; then both as UTF-8)
 
-READY comes once, when all is imported.
+The process sends READY once, after its imports.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ READY, PICTURE, FAULT = b"R", b"P", b"F"
 CRASHED = "crashed_decoder"
 MAX_TEXT_BYTES = 2000
 
-# Several times what the largest picture takes that the recipe can allow (178 megapixels, four channels).
+# Several times what the largest image that a recipe can allow needs (178 megapixels, four channels).
 _MAX_ADDRESS_SPACE_BYTES = 8 * 2**30
 
 
 def main() -> None:
-    """Answer requests until the other end closes."""
+    """Answer requests until the parent closes standard input."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the libraries print is no answer
+    os.dup2(2, 1)  # keeps output of libraries out of the answers
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_ADDRESS_SPACE_BYTES, _MAX_ADDRESS_SPACE_BYTES))
     _send(answers, READY)
     while header := requests.read(REQUEST.size):
@@ -41,7 +40,7 @@ def main() -> None:
         except UndecodableImage as error:
             _send_fault(answers, error.reason, str(error))
         except MemoryError:
-            _send_fault(answers, CRASHED, f"takes more than {_MAX_ADDRESS_SPACE_BYTES >> 30} GiB")
+            _send_fault(answers, CRASHED, f"decoding takes more than {_MAX_ADDRESS_SPACE_BYTES >> 30} GiB of memory")
         else:
             _send(answers, PICTURE, (*pixels.shape[:2], width, height), pixels.tobytes())
 

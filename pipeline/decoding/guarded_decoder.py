@@ -1,4 +1,4 @@
-"""Decoding in another process, which costs a file that crashes or hangs its decoder, and no other."""
+"""Decodes images in a child process, so that an image that crashes or hangs the decoder affects no other image."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.decoding.child_process import CannotStart, ChildProcess, Limit
+from pipeline.decoding.child_process import CannotStart, ChildProcess, TimeLimit
 from pipeline.decoding.decoder_child import ANSWER, CRASHED, FAULT, MAX_TEXT_BYTES, PICTURE, READY, REQUEST
 from pipeline.decoding.images import UndecodableImage
 
 TIMEOUT = "decoder_timeout"
-# Isolated, because a `types.py` in the user's folder is not Python's; and from where this package is, installed or not.
+# Isolated (-I), because a `types.py` in the working folder would shadow the standard one. The package's parent folder
+# is added explicitly, so that this also works when the package is not installed.
 _MAIN = "import sys; sys.path.insert(0, sys.argv[1]); from pipeline.decoding.decoder_child import main; main()"
 COMMAND: Sequence[str] = (sys.executable, "-I", "-c", _MAIN, str(Path(__file__).parents[2]))
 _START_LIMIT_S = 120.0
 
 
 class NoDecoder(RuntimeError):
-    """The process cannot be started: no picture's fault."""
+    """The child process cannot be started. The image is not at fault."""
 
 
 class GuardedDecoder:
-    """`images.decode` in a process that has `limit_s` seconds a file, and 8 GiB. One file at a time, whichever thread
-    asks. The process starts with the first file, and again after it was lost. Leaving the context ends it."""
+    """Runs `images.decode` in a child process, with `limit_s` seconds per file and 8 GiB of memory.
+
+    Calls from several threads are serialized. The process starts with the first file, and again after it has crashed or
+    been killed. Leaving the context ends it.
+    """
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s, self._lock = limit_s, threading.Lock()
@@ -42,29 +46,31 @@ class GuardedDecoder:
     def decode(
         self, content: bytes, max_pixels: int, draft_side_px: int | None = None
     ) -> tuple[np.ndarray, tuple[int, int]]:
-        """As `images.decode`, to the byte; UndecodableImage has two reasons more, `crashed_decoder` and
-        `decoder_timeout`. Raises NoDecoder."""
+        """Return exactly what `images.decode` returns.
+
+        Raises UndecodableImage, with the additional reasons `crashed_decoder` and `decoder_timeout`, and NoDecoder.
+        """
         with self._lock:
             process = self._started()
-            limit = Limit(process, self._limit_s)
+            limit = TimeLimit(process, self._limit_s)
             try:
                 with limit:
                     process.write(REQUEST.pack(max_pixels, draft_side_px or 0, len(content)) + content)
                     return _answer(process, max_pixels)
             except (OSError, EOFError) as error:
                 self._stop()
-                if limit.passed:
-                    raise UndecodableImage(TIMEOUT, f"took more than {self._limit_s:g} s") from error
-                raise UndecodableImage(CRASHED, f"the decoder broke off ({error})") from error
+                if limit.exceeded:
+                    raise UndecodableImage(TIMEOUT, f"decoding took more than {self._limit_s:g} s") from error
+                raise UndecodableImage(CRASHED, f"the decoder crashed ({error})") from error
 
     def _started(self) -> ChildProcess:
-        if self._process is not None and self._process.is_there():
+        if self._process is not None and self._process.is_running():
             return self._process
         self._stop()
         try:
             self._process = ChildProcess.started(COMMAND, ANSWER.pack(READY, 0, 0, 0, 0), _START_LIMIT_S)
         except CannotStart as error:
-            raise NoDecoder(f"{COMMAND[0]}: its decoder {error}") from error
+            raise NoDecoder(f"{COMMAND[0]}: the decoder process {error}") from error
         return self._process
 
     def _stop(self) -> None:
@@ -82,4 +88,4 @@ def _answer(process: ChildProcess, max_pixels: int) -> tuple[np.ndarray, tuple[i
     if tag == FAULT and max(sizes) <= MAX_TEXT_BYTES:
         reason, message = (process.read(size).decode("utf-8", "replace") for size in sizes[:2])
         raise UndecodableImage(reason, message)
-    raise EOFError(f"unknown answer {tag!r}")
+    raise EOFError(f"unexpected answer {tag!r}")

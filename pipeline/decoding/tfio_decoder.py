@@ -1,8 +1,8 @@
-"""Formats that Pillow cannot read, decoded by tensorflow-io in a process of its own.
+"""Decodes formats that Pillow cannot read, with tensorflow-io in a child process.
 
-tensorflow-io needs TensorFlow 2.16, whose protobuf is not Beam's, so it has an environment of its own
-(constraints-tfio.txt, `make tfio`). It also brings the process down on some damaged files, so whatever happens there
-costs the file at hand and no other.
+tensorflow-io needs TensorFlow 2.16, whose protobuf version conflicts with Beam's. It therefore runs in a separate
+environment (constraints-tfio.txt, `make tfio`). The separate process also means that a damaged file that crashes
+tensorflow-io affects no other file.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from collections.abc import Generator
 import numpy as np
 
 from pipeline.decoding import tfio_child
-from pipeline.decoding.child_process import CannotStart, ChildProcess, Limit
+from pipeline.decoding.child_process import CannotStart, ChildProcess, TimeLimit
 from pipeline.decoding.images import UndecodableImage
 from pipeline.decoding.tfio_child import ANSWER, END, FAULT, PICTURE, READY, REQUEST
 
-_START_LIMIT_S = 120.0  # TensorFlow's import takes 6 s from a warm disk
+_START_LIMIT_S = 120.0  # importing TensorFlow takes 6 s with warm disk caches
 _MAX_TEXT_BYTES = 2000
 
 HOW_TO_INSTALL = (
-    "build the environment that can (`make tfio`, or a virtual environment with `pip install -r constraints-tfio.txt`) "
-    "and name its python: --tfio-python .tfio/bin/python"
+    "install tensorflow-io (`make tfio`, or `pip install -r constraints-tfio.txt` in a virtual environment) and give "
+    "the Python of that environment: --tfio-python .tfio/bin/python"
 )
 
 
 class NoTfio(RuntimeError):
-    """There is no environment to decode a file in, or it does not work. The message says what to install."""
+    """The tensorflow-io environment is missing or does not work. The message says what to install."""
 
 
 class TfioDecoder:
-    """Decodes DICOM, multi-page TIFF, EXR and JPEG 2000 in a process of the interpreter `python` (None: there is none).
+    """Decodes DICOM, multi-page TIFF, EXR and JPEG 2000 in a child process of the interpreter `python`.
 
-    The process starts with the first such file, and again after it was lost. It has `limit_s` seconds a file, not
-    counting the time in which its pictures are looked at, and 8 GiB. Leaving the context ends it.
+    If `python` is None, `pictures` raises NoTfio. The process starts with the first file, and again after it has
+    crashed or been killed. It has 8 GiB of memory and `limit_s` seconds per file, not counting the time that the
+    consumer spends between pictures. Leaving the context ends it.
     """
 
     def __init__(self, python: str | None, max_pixels: int, limit_s: float = 60.0) -> None:
@@ -49,13 +50,13 @@ class TfioDecoder:
     def pictures(
         self, name: str, kind: bytes, pages: int, content: bytes
     ) -> Generator[np.ndarray | UndecodableImage, None, None]:
-        """The pictures of a file, RGB uint8 (height, width, 3), and what is wrong with those that have none.
+        """Yield the pictures of a file, RGB uint8 (height, width, 3), or an error for each that cannot be decoded.
 
-        `kind` is one of `tfio_child`'s; `pages` is how many pages a TIFF has. Raises NoTfio.
+        `kind` is a format constant of `tfio_child`; `pages` is the number of pages of a TIFF. Raises NoTfio.
         """
         process = self._started(name, kind)
-        limit = Limit(process, self._limit_s)
-        whole = False
+        limit = TimeLimit(process, self._limit_s)
+        complete = False
         try:
             with limit:
                 process.write(REQUEST.pack(kind, pages, self._max_pixels, len(content)) + content)
@@ -63,18 +64,18 @@ class TfioDecoder:
                 with limit:
                     answer = self._received(process)
                 if answer is None:
-                    whole = not limit.passed
+                    complete = not limit.exceeded
                     return
                 yield answer
         except (OSError, EOFError) as error:
-            said = f"took more than {self._limit_s:g} s" if limit.passed else f"broke off ({error})"
-            yield UndecodableImage("undecodable_image", f"tensorflow-io {said}")
+            failure = f"took more than {self._limit_s:g} s" if limit.exceeded else f"crashed ({error})"
+            yield UndecodableImage("undecodable_image", f"tensorflow-io {failure}")
         finally:
-            if not whole:
+            if not complete:
                 self._stop()
 
     def _received(self, process: ChildProcess) -> np.ndarray | UndecodableImage | None:
-        """The next answer; None after the last."""
+        """Return the next picture or error; None after the last one."""
         tag, first, second = ANSWER.unpack(process.read(ANSWER.size))
         if tag == PICTURE and first * second <= self._max_pixels:
             return np.frombuffer(process.read(first * second * 3), np.uint8).reshape(first, second, 3)
@@ -82,20 +83,20 @@ class TfioDecoder:
             return UndecodableImage("undecodable_image", process.read(first).decode("utf-8", "replace"))
         if tag == END:
             return None
-        raise EOFError(f"unknown answer {tag!r}")
+        raise EOFError(f"unexpected answer {tag!r}")
 
     def _started(self, name: str, kind: bytes) -> ChildProcess:
-        if self._process is not None and self._process.is_there():
+        if self._process is not None and self._process.is_running():
             return self._process
         self._stop()
         if self._python is None:
-            raise NoTfio(f"{name}: is {_NAMES[kind]}, which Pillow cannot read: {HOW_TO_INSTALL}")
-        command = [self._python, "-I", tfio_child.__file__]  # -I: what this process imports from is not its business
+            raise NoTfio(f"{name}: is {_NAMES[kind]}, which Pillow cannot read; {HOW_TO_INSTALL}")
+        command = [self._python, "-I", tfio_child.__file__]  # -I: ignores this process's PYTHONPATH
         try:
             self._process = ChildProcess.started(command, ANSWER.pack(READY, 0, 0), _START_LIMIT_S)
         except CannotStart as error:
             raise NoTfio(
-                f"--tfio-python: {self._python}: is no Python with tensorflow-io: it {error}; {HOW_TO_INSTALL}"
+                f"--tfio-python: {self._python}: is not a Python with tensorflow-io: it {error}; {HOW_TO_INSTALL}"
             ) from error
         return self._process
 
@@ -107,7 +108,7 @@ class TfioDecoder:
 
 _NAMES = {
     tfio_child.DICOM: "a DICOM file",
-    tfio_child.TIFF: "a TIFF of several pages",
+    tfio_child.TIFF: "a multi-page TIFF",
     tfio_child.EXR: "an EXR file",
     tfio_child.JPEG_2000: "a JPEG 2000 file",
 }

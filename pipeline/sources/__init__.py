@@ -1,1 +1,1 @@
-"""What reads a pool."""
+"""Readers of the pool: shard listing, tar and webdataset parsing, decoded batches, and tables of annotations."""

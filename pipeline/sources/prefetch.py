@@ -1,4 +1,4 @@
-"""Threads that make what the consumer asks for next: ahead of it, or in turns with it."""
+"""Ordered parallel map with prefetching, either alongside the consumer or alternating with it."""
 
 from __future__ import annotations
 
@@ -14,51 +14,53 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int
+def map_prefetched(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int, prefetch: int
 ) -> Generator[Result, None, None]:
-    """`function` of each item, in the items' order; at most `ahead` of them are begun before they are asked for.
+    """Yield `function(item)` for each item, in order, starting at most `prefetch` calls before they are requested.
 
-    The items themselves are asked for by a thread too, one after the other: they may come over a network. An error of
-    `function`, or of the items, is raised where its result was due. Closing the iterator drops what was not begun.
+    One background thread iterates over `items`, because reading them may wait for the network. An error raised by
+    `function` or by `items` is raised in place of the result. Closing the generator cancels calls that have not
+    started.
     """
-    begun: SimpleQueue[Future[Result] | None] = SimpleQueue()
-    free, closed = threading.Semaphore(1 + ahead), threading.Event()  # one is always asked for
+    started: SimpleQueue[Future[Result] | None] = SimpleQueue()
+    slots, closed = threading.Semaphore(1 + prefetch), threading.Event()  # one result is always requested
 
     def feed(pool: ThreadPoolExecutor) -> None:
         remaining = iter(items)
         try:
-            while free.acquire() and not closed.is_set():
+            while slots.acquire() and not closed.is_set():
                 try:
                     item = next(remaining)
                 except StopIteration:
                     return
-                begun.put(pool.submit(function, item))
+                started.put(pool.submit(function, item))
         finally:
-            begun.put(None)
+            started.put(None)
 
     with ThreadPoolExecutor(1) as feeder, ThreadPoolExecutor(threads) as pool:
-        fed = feeder.submit(feed, pool)
+        feeding = feeder.submit(feed, pool)
         try:
-            while (future := begun.get()) is not None:
+            while (future := started.get()) is not None:
                 yield future.result()
-                free.release()
-            fed.result()
+                slots.release()
+            feeding.result()
         finally:
             closed.set()
-            free.release()
+            slots.release()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def in_turns(
+def map_alternating(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int, count: int
 ) -> Generator[Result, None, None]:
-    """`function` of each item, in the items' order, `count` at a time. While the consumer is busy only items are asked
-    for, one thread's work that mostly waits.
+    """Yield `function(item)` for each item, in order, computing `count` results at a time.
 
-    For a consumer that keeps all cores busy by itself: each of its steps ends with its slowest thread, so threads
-    beside it cost it more than they save (measured on 2 cores: stage 2 took 7 to 13 % longer with `in_order`).
+    `function` never runs while the consumer works. Only the next items are prefetched then, by one thread that mostly
+    waits. Use this for a consumer that keeps all cores busy: concurrent threads delay the slowest thread of each of its
+    steps and cost more than they save (measured on 2 cores: stage 2 took 7 to 13 % longer with `map_prefetched`).
     """
-    with contextlib.closing(in_order(lambda item: item, items, 1, count)) as given, ThreadPoolExecutor(threads) as pool:
-        while turn := list(itertools.islice(given, count)):
-            yield from list(pool.map(function, turn))
+    prefetched = map_prefetched(lambda item: item, items, 1, count)
+    with contextlib.closing(prefetched) as remaining, ThreadPoolExecutor(threads) as pool:
+        while group := list(itertools.islice(remaining, count)):
+            yield from list(pool.map(function, group))

@@ -1,4 +1,4 @@
-"""From shards to batches of decoded samples: the head of each per-shard stage."""
+"""Turns shards into batches of decoded samples. This is the first step of each per-shard stage."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import apache_beam as beam
 
 from pipeline.decoding.images import UndecodableImage
-from pipeline.decoding.watched_decoder import Decode, decoder_of
-from pipeline.sources.prefetch import in_order, in_turns
+from pipeline.decoding.watched_decoder import Decode, decoder_for
+from pipeline.sources.prefetch import map_alternating, map_prefetched
 from pipeline.sources.webdataset import Reading, check_unchanged, read_samples
 from transforms.core.metrics import (
     DECODE_BATCH_MS,
@@ -28,7 +28,7 @@ from transforms.core.metrics import (
 from transforms.core.recipe import PoolSettings
 from transforms.core.records import Annotation, Attempt, DeadLetter, Sample, SampleBatch, Shard, dead_letter
 
-# Of a process; the cores that it may use, and no more pictures at full size at once than memory bears.
+# Per process: the cores it may use, capped because each thread may hold a full-size picture in memory.
 DECODE_THREADS = min(8, len(os.sched_getaffinity(0)))
 
 
@@ -36,31 +36,33 @@ _Wanted = dict[str, Annotation] | None
 
 
 class Work(Protocol):
-    """What a stage has to do on a shard. Decided on the worker, when the shard's turn comes, from the tables that
-    exist then: not when the graph is built."""
+    """The work a stage has to do on a shard.
+
+    The worker determines it from the existing tables when it reaches the shard, not when the graph is built.
+    """
 
     stage: str
 
     def is_complete(self, shard: Shard) -> bool:
-        """Whether the shard's table is whole and holds all that the stage wants."""
+        """Return whether the shard's table is complete and contains everything the stage computes."""
 
     def wanted(self, shard: Shard) -> _Wanted:
-        """The samples to read by key, as far as they are known; None for all of the shard."""
+        """Return the samples to read, by key, with their existing annotations; None means all samples of the shard."""
 
     def in_progress(self, shard: Shard) -> str:
-        """The path of the mark that lies there while the shard is worked on."""
+        """Return the path of the marker file that exists while the shard is being processed."""
 
 
 Prepare = Callable[[Sample], Sample]
-"""Makes of a decoded sample what the stage's models look at."""
+"""Converts a decoded sample into the input of the stage's models."""
 
 
 class ReadShards(beam.PTransform):
-    """PCollection[Shard] -> batches of its samples (main output) and the shards that need no work (`FINISHED`).
+    """PCollection[Shard] -> batches of samples (main output) and the shards that need no work (`FINISHED`).
 
-    Threads decode batches, and prepare them where `load_prepare` is given: while the fused stage is busy with the
-    batch before, or with `in_turns` only when it is done with that. `load_prepare` is called once per worker, and only
-    where a shard needs work.
+    Threads decode the samples and, if `load_prepare` is given, prepare them. By default they work on the next batch
+    while the fused stage processes the current one; with `in_turns` they start only after it is done. `load_prepare`
+    is called at most once per worker, when the first shard needs work.
     """
 
     BATCHES, FINISHED = "batches", "finished"
@@ -90,11 +92,11 @@ class _ReadShard(beam.DoFn):
         batch_size: int,
         draft_side_px: int | None,
         load_prepare: Callable[[], Prepare] | None,
-        turns: bool,
+        alternate: bool,
     ) -> None:
         self._work, self._bounds = work, bounds
         self._batch_size, self._draft_side_px = batch_size, draft_side_px
-        self._load_prepare, self._threaded = load_prepare, in_turns if turns else in_order
+        self._load_prepare, self._map = load_prepare, map_alternating if alternate else map_prefetched
         self._prepare: Prepare | None = None
 
     def process(self, shard: Shard) -> Iterator[SampleBatch | beam.pvalue.TaggedOutput]:
@@ -105,21 +107,22 @@ class _ReadShard(beam.DoFn):
             return
         if self._load_prepare and self._prepare is None:
             self._prepare = self._load_prepare()
-        with decoder_of(self._work.in_progress(shard), self._bounds.max_decode_seconds) as decode:
-            yield from self._tries(shard, decode)
+        with decoder_for(self._work.in_progress(shard), self._bounds.max_decode_seconds) as decode:
+            yield from self._read(shard, decode)
 
-    def _tries(self, shard: Shard, decode: Decode) -> Iterator[SampleBatch]:
+    def _read(self, shard: Shard, decode: Decode) -> Iterator[SampleBatch]:
+        """Yield the batches of a shard. Starts over with smaller batches if a model runs out of GPU memory."""
         wanted, attempt = self._work.wanted(shard), Attempt()
         decoding = _Decoding(decode)
         while True:
             if wanted is None or wanted:
                 counter(TARS_OPENED).inc()
             reading = Reading()
-            due = reading.keys if wanted is None else list(wanted)
+            expected = reading.keys if wanted is None else list(wanted)
             with contextlib.closing(self._decoded_samples(shard, wanted, decoding, reading)) as samples:
-                for batch in _batches(shard, samples, self._batch_size, attempt, due):
+                for batch in _batches(shard, samples, self._batch_size, attempt, expected):
                     decoding.report()
-                    yield batch  # the stage's models look at it before the next line runs
+                    yield batch  # the stage's models process it before the next line runs
                     if attempt.out_of_memory:
                         break
             counter(TAR_BYTES_READ).inc(reading.size_bytes)
@@ -131,7 +134,7 @@ class _ReadShard(beam.DoFn):
         self, shard: Shard, wanted: _Wanted, decode: Decode, reading: Reading
     ) -> Generator[Sample | DeadLetter, None, None]:
         decoded = functools.partial(self._decoded, decode)
-        return self._threaded(decoded, self._samples(shard, wanted, reading), DECODE_THREADS, self._batch_size)
+        return self._map(decoded, self._samples(shard, wanted, reading), DECODE_THREADS, self._batch_size)
 
     def _samples(self, shard: Shard, wanted: _Wanted, reading: Reading) -> Iterator[Sample | DeadLetter]:
         if wanted is None:
@@ -139,7 +142,7 @@ class _ReadShard(beam.DoFn):
             check_unchanged(shard)
             return
         missing = dict(wanted)
-        # What is already known to be broken was told by the stage that knows all of the shard.
+        # Ignore broken samples that are not wanted: stage 1, which reads the complete shard, has reported them.
         for found in read_samples(shard, self._bounds, self._work.stage, reading) if wanted else ():
             key = found.key if isinstance(found, DeadLetter) else found.annotation.key
             annotation = missing.pop(key, None)
@@ -150,7 +153,7 @@ class _ReadShard(beam.DoFn):
         if wanted:
             check_unchanged(shard)
         for annotation in missing.values():
-            message = "stage 1 saw this sample, the tar no longer holds it whole"
+            message = "stage 1 read this sample, but it is now missing from the tar or incomplete"
             yield dead_letter(annotation, self._work.stage, "vanished", message)
 
     def _decoded(self, decode: Decode, sample: Sample | DeadLetter) -> Sample | DeadLetter:
@@ -168,8 +171,10 @@ class _ReadShard(beam.DoFn):
 
 
 class _Decoding:
-    """A decoder that notes what threads spend on it, until that is reported on the thread that runs the stage: Beam
-    knows of no other's metrics."""
+    """A decoder that counts pictures and decoding time across threads.
+
+    `report` adds them to the metrics. It must run on the stage's own thread, because Beam ignores metrics of others.
+    """
 
     def __init__(self, decode: Decode) -> None:
         self._decode, self._lock = decode, threading.Lock()
@@ -185,7 +190,7 @@ class _Decoding:
                 self._pictures, self._seconds = self._pictures + 1, self._seconds + seconds
 
     def report(self) -> None:
-        """Count what was decoded since the last time."""
+        """Add the pictures and the time since the last call to the metrics."""
         with self._lock:
             pictures, seconds, self._pictures, self._seconds = self._pictures, self._seconds, 0, 0.0
         if pictures:
@@ -194,19 +199,22 @@ class _Decoding:
 
 
 def _batches(
-    shard: Shard, samples: Iterable[Sample | DeadLetter], batch_size: int, attempt: Attempt, due: Iterable[str]
+    shard: Shard, samples: Iterable[Sample | DeadLetter], batch_size: int, attempt: Attempt, expected: Iterable[str]
 ) -> Iterator[SampleBatch]:
-    """Batches of `batch_size` samples in tar order; the last one may be smaller, or empty. `due` is complete when the
-    samples are through."""
+    """Yield batches of `batch_size` samples in tar order. The last one may be smaller, or empty.
+
+    `expected` holds the keys of the samples that the stage has to account for. It is read after the last sample, when
+    it is complete.
+    """
     index = 0
-    whole: list[Sample] = []
+    good: list[Sample] = []
     letters: list[DeadLetter] = []
     for sample in samples:
         if isinstance(sample, DeadLetter):
             letters.append(sample)
             continue
-        if len(whole) == batch_size:
-            yield SampleBatch(shard, index, False, tuple(whole), tuple(letters), attempt)
-            index, whole, letters = index + 1, [], []
-        whole.append(sample)
-    yield SampleBatch(shard, index, True, tuple(whole), tuple(letters), attempt, tuple(due))
+        if len(good) == batch_size:
+            yield SampleBatch(shard, index, False, tuple(good), tuple(letters), attempt)
+            index, good, letters = index + 1, [], []
+        good.append(sample)
+    yield SampleBatch(shard, index, True, tuple(good), tuple(letters), attempt, tuple(expected))

@@ -1,5 +1,7 @@
-"""Tars as a stream of members, never extracted to disk. Nothing in a tar is trusted: what a header says is believed as
-far as the recipe's bounds and the bytes that are there allow."""
+"""Reads tars as a stream of members, without extracting them to disk.
+
+Tars are untrusted input: header values are checked against the recipe's bounds and against the bytes that follow.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,9 @@ _EXTENDED_HEADERS = (
 
 
 class BrokenTar(Exception):
-    """A tar that breaks off, has damaged headers, or goes beyond a bound; `reason` is the dead letter's code.
+    """A tar that is truncated, has damaged headers or exceeds a bound; `reason` is the dead letter's code.
 
-    Deliberately no tarfile.HeaderError: tarfile takes those, past the first header, for the end of the tar.
+    Deliberately not a tarfile.HeaderError, which tarfile treats as the end of the tar after the first header.
     """
 
     def __init__(self, message: str, reason: str = "broken_tar") -> None:
@@ -34,13 +36,15 @@ class BrokenTar(Exception):
 
 
 class _BeyondBound(tarfile.TarError):
-    """More than the recipe allows."""
+    """The tar exceeds a bound of the recipe."""
 
 
 class TarMember(NamedTuple):
-    """What a tar holds under a name, no folder; `is_file` is false of links, devices and sparse files. `read` gives its
-    first so many bytes (-1: all), once, and before the next member is asked for. They begin at byte `offset` of the
-    tar."""
+    """A member of a tar, other than a folder.
+
+    `is_file` is false for links, devices and sparse files. `read(n)` returns the first n bytes of the content (-1: all
+    of it); call it at most once, before requesting the next member. The content starts at byte `offset` of the tar.
+    """
 
     name: str
     offset: int
@@ -50,9 +54,9 @@ class TarMember(NamedTuple):
 
 
 def tar_members(file: BinaryIO | SteadyReader, bounds: PoolSettings) -> Iterator[TarMember]:
-    """What a tar holds, in its order, as a stream.
+    """Yield the members of a tar in order.
 
-    Raises BrokenTar, which names the offset; so does `TarMember.read`.
+    Raises BrokenTar, whose message names the offset; so does `TarMember.read`.
     """
     offset, bounded = 0, cast(BinaryIO, _BoundedFile(file, bounds.max_tar_bytes))
     try:
@@ -75,10 +79,13 @@ def tar_members(file: BinaryIO | SteadyReader, bounds: PoolSettings) -> Iterator
 
 
 def _check_nothing_follows(stream: Any) -> None:
-    """Two tars joined end to end, say: whoever stops at the end mark loses the second without a word."""
+    """Raise tarfile.ReadError if data follows the end marker, for example a second, concatenated tar.
+
+    A reader that stops at the end marker would silently lose that data.
+    """
     while content := stream.read(_CHUNK_BYTES):
         if content.strip(b"\0"):
-            raise tarfile.ReadError("the tar ends here, but the file goes on")
+            raise tarfile.ReadError("the tar ends here, but more data follows")
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit_bytes: int) -> bytes:
@@ -92,17 +99,17 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit_bytes: int) ->
 
 def _broken_at(offset: int, error: Exception) -> BrokenTar:
     reason = "tar_too_large" if isinstance(error, _BeyondBound) else "broken_tar"
-    return BrokenTar(f"at byte {offset}: {error}; what follows was not read", reason)
+    return BrokenTar(f"at byte {offset}: {error}; the rest of the tar was not read", reason)
 
 
 def _text(name: str) -> str:
-    """A member's name with what is no UTF-8 escaped, because tables hold only text."""
+    """Return a member's name with invalid UTF-8 escaped, because tables only hold text."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class _BoundedFile:
-    """What tarfile reads from. Past the end of a file it would go on asking, block by block, for as long as a header
-    says that there is more: for years, where that says 8 EiB."""
+    """Bounds the reads of tarfile, which reads block by block past the end of the file, for as long as a header claims
+    that more data follows: for years if it claims 8 EiB."""
 
     def __init__(self, file: BinaryIO | SteadyReader, max_bytes: int) -> None:
         self._file, self._max_bytes = file, max_bytes
@@ -120,8 +127,10 @@ class _BoundedFile:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Headers whose damage is told, instead of silently ending the archive, and which are read in bounded time and
-    memory. Of an extended header only the name and the size count."""
+    """Parses headers in bounded time and memory, and raises on a damaged header, where tarfile silently ends the tar.
+
+    Only the name and the size of an extended header are used.
+    """
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictTarInfo:
@@ -133,7 +142,7 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise _broken_at(tarfile_.offset, error) from error
 
     def _proc_member(self, tarfile_: Any) -> Any:
-        # What tarfile calls for each header. It reads an extended one whole, and follows it by recursion.
+        # tarfile calls this for each header. It reads an extended header completely, then the next header recursively.
         tarfile_.extended = getattr(tarfile_, "extended", 0) + 1 if self.type in _EXTENDED_HEADERS else 0
         if tarfile_.extended > _MAX_EXTENDED_HEADERS:
             raise tarfile.HeaderError(f"more than {_MAX_EXTENDED_HEADERS} extended headers in a row")
@@ -142,8 +151,7 @@ class _StrictTarInfo(tarfile.TarInfo):
         return super()._proc_member(tarfile_)  # type: ignore[misc]
 
     def _proc_pax(self, tarfile_: Any) -> Any:
-        # tarfile's own searches the header with patterns that take quadratic time (CVE-2024-6232), and keeps global
-        # headers for good. Those say nothing of interest here.
+        # tarfile's own parser takes quadratic time (CVE-2024-6232) and keeps global headers, which are not needed here.
         records = _pax_records(tarfile_.fileobj.read(self._block(self.size))[: self.size])  # type: ignore[attr-defined]
         try:
             following: Any = self.fromtarfile(tarfile_)
@@ -167,13 +175,13 @@ class _StrictTarInfo(tarfile.TarInfo):
         return following
 
     def _proc_sparse(self, tarfile_: Any) -> Any:
-        # The map of its holes is passed over; tarfile's own keeps it, whatever its length.
-        _, goes_on, _ = self._sparse_structs  # type: ignore[attr-defined]
-        while goes_on:
+        # Skip the map of holes. tarfile's own parser keeps it in memory, however long it is.
+        _, has_more, _ = self._sparse_structs  # type: ignore[attr-defined]
+        while has_more:
             block = tarfile_.fileobj.read(tarfile.BLOCKSIZE)
             if len(block) < tarfile.BLOCKSIZE:
-                raise tarfile.HeaderError("the map of a sparse file breaks off")
-            goes_on = block[504] != 0
+                raise tarfile.HeaderError("the map of a sparse file is truncated")
+            has_more = block[504] != 0
         self.sparse: Any = []
         self.offset_data = tarfile_.fileobj.tell()
         tarfile_.offset = self.offset_data + self._block(self.size)  # type: ignore[attr-defined]
@@ -181,7 +189,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def _pax_records(content: bytes) -> dict[bytes, bytes]:
-    """The records of an extended header, each `b"%d %s=%s\\n" % (length of all of it, keyword, value)`."""
+    """Parse an extended header. Each record is `b"%d %s=%s\\n" % (length of the record, keyword, value)`."""
     records: dict[bytes, bytes] = {}
     start = 0
     while start < len(content):

@@ -1,6 +1,6 @@
-"""Webdataset tars, as img2dataset and DataComp write them: `key.{jpg,jpeg,png,webp}`, `key.txt`, `key.json`.
+"""Reads webdataset tars as img2dataset and DataComp write them: `key.{jpg,jpeg,png,webp}`, `key.txt`, `key.json`.
 
-Members are streamed, never extracted to disk; nothing in a tar is trusted.
+Members are streamed, not extracted to disk. Tars are untrusted input.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _OTHER_PICTURES = ("avif", "bmp", "gif", "heic", "jxl", "tif", "tiff")
 
 _GLOB = re.compile(r"[*?[]")
 _JSON_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"?|([\[{])|([\]}])', re.DOTALL)
-_MAX_SHARD_NAME = 160  # characters; a disk allows 255 for the files that are named after it
+_MAX_SHARD_NAME = 160  # characters; file systems allow 255 for the file names derived from it
 _FIELDS = {"txt": "caption", "json": "metadata"} | dict.fromkeys(IMAGE_EXTENSIONS, "image")
 
 
 class NoShards(UsageError):
-    """A pool path under which no tar was found."""
+    """No tar was found under the pool path."""
 
 
 def list_shards(pool: str) -> list[Shard]:
-    """The tars under the folder `pool` (or those a `*.tar` pattern names), sorted by name.
+    """Return the tars under the folder `pool`, or those that match the pattern `pool` (`*.tar`), sorted by name.
 
-    A shard is named by its escaped path relative to the pool, so that no name can leave an output folder.
+    A shard is named after its path relative to the pool, escaped so that output paths stay inside the output folder.
     Raises NoShards.
     """
     if pool.endswith(".tar"):
@@ -49,9 +49,9 @@ def list_shards(pool: str) -> list[Shard]:
     try:
         found = files.matching(pattern)
     except OSError as error:
-        raise NoShards(f"{pool}: cannot be listed ({error}); name a folder of tars that this user may list") from error
+        raise NoShards(f"{pool}: cannot be listed ({error}); check the path and your permissions") from error
     if not found:
-        raise NoShards(f"{pool}: no *.tar in it; give a folder of webdataset tars, or a pattern that ends in .tar")
+        raise NoShards(f"{pool}: contains no *.tar; give a folder of webdataset tars, or a pattern that ends in .tar")
     return sorted(
         Shard(
             name=_escaped(_relative(metadata.path, folder).removesuffix(".tar")),
@@ -63,14 +63,14 @@ def list_shards(pool: str) -> list[Shard]:
 
 
 def check_unchanged(shard: Shard) -> None:
-    """Raise files.ReadFailed where the tar is no longer the one that was listed: what was read of it may be of both."""
+    """Raise files.ReadFailed if the tar has changed since it was listed, because the samples may mix both versions."""
     now = None
     with contextlib.suppress(OSError):
         now = files.status(shard.path)
     if now is None or _fingerprint(now) != shard.fingerprint:
         raise files.ReadFailed(
-            f"{shard.path}: was changed or deleted after this run had listed it; give the same command again when it "
-            "is whole: it goes on where it stopped"
+            f"{shard.path}: changed or was deleted after this run listed it; once the file is complete, repeat the "
+            "same command to resume"
         )
 
 
@@ -83,7 +83,10 @@ def _escaped(name: str) -> str:
 
 
 def _shortened(name: str, max_characters: int) -> str:
-    """A name beyond the bound as its beginning and its hash; longer than the bound, so that it is no other's name."""
+    """Return `name`, or its beginning and its hash if it is longer than `max_characters`.
+
+    A shortened name has `max_characters` + 1 characters, so that it differs from every name that was not shortened.
+    """
     if len(name) <= max_characters:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:32]
@@ -99,9 +102,9 @@ def _relative(path: str, folder: str) -> str:
 
 @dataclasses.dataclass
 class Members:
-    """What a tar holds under one key, each file's own bytes, and the first thing wrong with it (reason, message).
+    """The files of a tar with one key, as bytes, and the first fault found in them (reason, message).
 
-    `offsets` says by extension, in small letters, at which byte of the tar a file's own bytes begin.
+    `offsets` maps each lower-case extension to the byte of the tar at which the file's content begins.
     """
 
     key: str
@@ -112,24 +115,27 @@ class Members:
     offsets: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
-    def is_whole(self) -> bool:
-        """Whether nothing that a sample is made of can still come."""
+    def is_complete(self) -> bool:
+        """Whether all files of the sample have been read without a fault."""
         return self.fault is None and None not in (self.image, self.caption, self.metadata)
 
 
 @dataclasses.dataclass
 class Reading:
-    """What there was to read in a tar: the key of each sample, counted on its own from the members' names, and, once
-    the reading is over, the bytes."""
+    """A record of one pass over a tar.
+
+    `keys` is the key of each sample, derived from member names independently of the parsed samples. `size_bytes` is the
+    number of bytes read, set at the end of the pass.
+    """
 
     keys: list[str] = dataclasses.field(default_factory=list)
     size_bytes: int = 0
 
 
 def read_members(path: str, bounds: PoolSettings, reading: Reading | None = None) -> Iterator[Members]:
-    """The files of the tar at `path` by consecutive key, in tar order, unjudged: also of samples that are not whole.
+    """Yield the files of the tar at `path`, grouped by consecutive key in tar order, including incomplete samples.
 
-    `reading` is filled in on the way. Raises BrokenTar after what was whole, and files.ReadFailed.
+    Fills in `reading`. Raises files.ReadFailed, and BrokenTar after the last complete sample.
     """
     reading = reading or Reading()
     with SteadyReader(path) as file:
@@ -151,17 +157,17 @@ def _noting_keys(members: Iterable[TarMember], keys: list[str], bounds: PoolSett
 def read_samples(
     shard: Shard, bounds: PoolSettings, stage: str, reading: Reading | None = None
 ) -> Iterator[Sample | DeadLetter]:
-    """The samples of a shard in tar order, pixels not yet decoded; a dead letter for each that is not whole.
+    """Yield the samples of a shard in tar order, with undecoded images, and a dead letter for each invalid sample.
 
-    Where the tar itself breaks, what came before is yielded and the rest is one dead letter that names the offset. A
-    filesystem that fails raises files.ReadFailed: it may pass, and a finished table without the samples would hide it
-    for good. `reading` is filled in as `read_members` does.
+    If the tar is damaged, one dead letter with the offset stands for everything after the damage. A filesystem error
+    raises files.ReadFailed instead: it may be temporary, and a finished table without the samples would hide it
+    permanently. Fills in `reading` as `read_members` does.
     """
     seen: set[str] = set()
     try:
         for members in read_members(shard.path, bounds, reading):
             if members.key in seen:
-                # Its uid, where the pool has none, would be the earlier sample's.
+                # A uid derived from the key would be that of the earlier sample.
                 message = "an earlier sample of this tar has the same key"
                 yield DeadLetter(shard.name, members.key, "", stage, "duplicate_key", message)
                 continue
@@ -189,25 +195,25 @@ def _sample(shard: Shard, members: Members, bounds: PoolSettings, stage: str) ->
 
 
 def _metadata(members: Members, bounds: PoolSettings) -> tuple[dict[str, Any], tuple[str, str] | None]:
-    """The json object of a sample, and what is wrong with it (None: nothing)."""
+    """Return the JSON object of a sample and its fault (reason, message), or None if it has no fault."""
     if members.metadata is None:
         return {}, None
     try:
         text = members.metadata.decode(json.detect_encoding(members.metadata), "surrogatepass")
-        # Before it is parsed: at which depth the parser gives up depends on how deep its caller is.
+        # Checked before parsing, because the parser's own depth limit depends on the depth of the call stack.
         if _nests_deeper(text, bounds.max_json_depth):
-            message = f"lists and objects within one another; the recipe allows {bounds.max_json_depth} levels"
+            message = f"lists and objects are nested too deeply; the recipe allows {bounds.max_json_depth} levels"
             return {}, ("json_too_deep", message)
         metadata = json.loads(text)
     except ValueError as error:
         return {}, ("undecodable_json", str(error))
     if not isinstance(metadata, dict):
-        return {}, ("undecodable_json", f"got {type(metadata).__name__}, not an object")
+        return {}, ("undecodable_json", f"expected a JSON object, got {type(metadata).__name__}")
     return metadata, None
 
 
 def _nests_deeper(text: str, max_depth: int) -> bool:
-    """Whether the lists and objects of a JSON text nest deeper than that."""
+    """Return whether lists and objects of a JSON text are nested deeper than `max_depth`."""
     if text.count("[") + text.count("{") <= max_depth:
         return False
     depth = 0
@@ -219,7 +225,7 @@ def _nests_deeper(text: str, max_depth: int) -> bool:
 
 
 def _grouped(members: Iterable[TarMember], bounds: PoolSettings) -> Iterator[Members]:
-    """Consecutive members with one key. A tar that breaks yields what was whole, then raises."""
+    """Group consecutive members with the same key. On a damaged tar, yields the last complete group, then raises."""
     group: Members | None = None
     try:
         for member in members:
@@ -232,13 +238,13 @@ def _grouped(members: Iterable[TarMember], bounds: PoolSettings) -> Iterator[Mem
                 group = None
             group = group or Members(key)
             if key != name:
-                message = f"{len(name)} characters; the recipe allows {bounds.max_key_characters}"
+                message = f"the key has {len(name)} characters; the recipe allows {bounds.max_key_characters}"
                 group.fault = group.fault or ("key_too_long", message)
             if extension in _FIELDS:
                 _take(member, extension, group, bounds)
     except BrokenTar:
-        # A sample that the break may have cost a member goes into the tar's dead letter, and no other.
-        if group is not None and group.is_whole:
+        # A sample that may have lost a member is covered by the tar's dead letter and gets none of its own.
+        if group is not None and group.is_complete:
             yield group
         raise
     if group is not None:
@@ -246,20 +252,23 @@ def _grouped(members: Iterable[TarMember], bounds: PoolSettings) -> Iterator[Mem
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The key and the extension of a member; no extension where the file is hidden, as webdataset has it."""
+    """Return the key and the lower-case extension of a member. As in webdataset, a hidden file has no extension."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower() if stem else ""
 
 
 def _belongs_to_a_sample(extension: str) -> bool:
-    """Whether a member that is not read shows that a sample was meant, which then gets its dead letter: a picture of
-    another format (k.gif), or a key with a dot (k.v2.jpg), which webdataset cuts at the first."""
+    """Return whether a member that is not read still indicates a sample, so that the sample gets a dead letter.
+
+    This is the case for an image in another format (k.gif), and for a key with a dot (k.v2.jpg), because webdataset
+    ends the key at the first dot.
+    """
     return extension.rpartition(".")[2] in (*_FIELDS, *_OTHER_PICTURES)
 
 
 def _take(member: TarMember, extension: str, group: Members, bounds: PoolSettings) -> None:
-    """Read one member into its group, or note what is wrong with it."""
+    """Read one member into its group, or record its fault."""
     field = _FIELDS[extension]
     limit_bytes = {
         "image": bounds.max_image_bytes, "caption": bounds.max_caption_bytes, "metadata": bounds.max_json_bytes

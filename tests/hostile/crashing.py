@@ -35,7 +35,7 @@ def main() -> None:
         case []:
             decoder_child.main()
         case [mark]:
-            with watched_decoder.decoder_of(mark, 1.0) as decode_watched:
+            with watched_decoder.decoder_for(mark, 1.0) as decode_watched:
                 try:
                     decode_watched(HANG, 1, None)
                 except images.UndecodableImage as error:

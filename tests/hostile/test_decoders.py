@@ -18,7 +18,7 @@ import yaml
 from pipeline.decoding import guarded_decoder, watched_decoder
 from pipeline.decoding.guarded_decoder import GuardedDecoder, NoDecoder
 from pipeline.decoding.images import UndecodableImage, decode
-from pipeline.decoding.watched_decoder import WatchedDecoder, decoder_of
+from pipeline.decoding.watched_decoder import WatchedDecoder, decoder_for
 from tests.helpers import encode, jpeg, picture, settings, tar_bytes
 from tests.hostile import crashing
 
@@ -94,7 +94,7 @@ def test_the_mark_is_there_while_a_shard_is_in_hand(tmp_path: Path) -> None:
     mark = tmp_path / "marks" / "a.mark"
     for error in (None, OSError("the disk is full")):  # an error that Python can tell is no crash
         try:
-            with decoder_of(str(mark), 60.0) as decode:
+            with decoder_for(str(mark), 60.0) as decode:
                 assert mark.exists()
                 assert isinstance(decode.__self__, WatchedDecoder)  # type: ignore[attr-defined]
                 if error:
@@ -103,7 +103,7 @@ def test_the_mark_is_there_while_a_shard_is_in_hand(tmp_path: Path) -> None:
             pass
         assert not mark.exists()
     mark.touch()
-    with decoder_of(str(mark), 60.0) as decode:
+    with decoder_for(str(mark), 60.0) as decode:
         assert isinstance(decode.__self__, GuardedDecoder)  # type: ignore[attr-defined]
         assert mark.exists()
     assert not mark.exists()

@@ -124,8 +124,8 @@ def run_arguments(**changes: str) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input": "nowhere"}, "nowhere: no *.tar in it"),
-        ({"input": "pool/b*.tar"}, "no *.tar in it"),
+        ({"input": "nowhere"}, "nowhere: contains no *.tar"),
+        ({"input": "pool/b*.tar"}, "contains no *.tar"),
         ({"recipe": "nowhere.yaml"}, "cannot be read as YAML"),
         ({"recipe": "pool"}, "cannot be read as YAML"),
         ({"output": "pool"}, "pool: is not empty and holds no run of pairsift"),

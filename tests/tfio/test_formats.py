@@ -176,7 +176,7 @@ def test_exr_beyond_what_can_be_shown(tmp_path: Path, decoder: TfioDecoder) -> N
     shown = np.array([[0, 0, 255, 255, 255, 0, 0]], np.uint8)
     found = read(tmp_path, decoder, exr({"Y": light}), exr({"Z": light}))
     assert_pictures(found[:1], shown)
-    assert found[1:] == ["its channels are Z; R, G and B, or Y, are read"]
+    assert found[1:] == ["the channels are Z; supported: R, G and B, or Y"]
 
 
 # JPEG 2000 --------------------------------------------------------------------------------------------------------
@@ -206,8 +206,8 @@ def test_jpeg_2000_that_would_come_out_wrong(tmp_path: Path, decoder: TfioDecode
     depth = sound.index(b"\xff\x4f\xff\x51") + 42
     mixed = sound[:depth] + b"\3" + sound[depth + 1 :]
     found = read(tmp_path, decoder, sycc, mixed)
-    assert found == ["its colours are sYCC, which is not converted",
-                     "its components are not all of 8 to 16 bits, unsigned and of one depth"]  # fmt: skip
+    assert found == ["the colour space is sYCC, which is not supported",
+                     "unsupported components; supported: unsigned, 8 to 16 bits, all of one depth"]  # fmt: skip
 
 
 # What is damaged --------------------------------------------------------------------------------------------------

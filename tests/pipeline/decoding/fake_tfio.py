@@ -1,4 +1,4 @@
-"""Stands in for tensorflow-io's process: what a "file" says is what it does."""
+"""A stand-in for the child process of tensorflow-io: the words of a "file" are commands that it follows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-ANSWER = struct.Struct(">cII")  # as in tfio_child, which is not there to import
+ANSWER = struct.Struct(">cII")  # as in tfio_child, which this program cannot import
 
 START = """#!/bin/sh
 echo start >> {log}
@@ -18,7 +18,7 @@ exec {python} {program}
 
 
 def install(folder: Path) -> tuple[str, Path]:
-    """An executable that passes for the environment's python, and a file that gets a line each time it starts."""
+    """Create an executable that stands in for the environment's Python, and a log with one line per start."""
     program, log = folder / "python-of-tfio", folder / "starts.txt"
     program.write_text(START.format(log=log, python=sys.executable, program=__file__))
     program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Decoding: RGB from whatever an allowed format holds, and one clear reason for everything else."""
+"""Tests of image decoding: RGB pixels from every allowed format, and a reason code for every failure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def refused(content: bytes, max_pixels: int = ENOUGH) -> UndecodableImage:
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """A PNG whose header says more than its data holds."""
+    """Return a PNG whose header claims more pixels than its data has."""
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -39,7 +39,7 @@ def png_claiming(width: int, height: int) -> bytes:
     ("PNG", "LA"), ("PNG", "1"), ("PNG", "I;16"), ("WEBP", "RGB"), ("WEBP", "RGBA"),
 ])  # fmt: skip
 @pytest.mark.parametrize("draft", [None, 32])
-def test_every_kind_of_picture_becomes_rgb(format_: str, mode: str, draft: int | None) -> None:
+def test_every_format_and_mode_is_converted_to_rgb(format_: str, mode: str, draft: int | None) -> None:
     image = Image.fromarray(np.full((64, 96), 7, np.uint16)) if mode == "I;16" else picture().convert(mode)
     pixels, size = decode(encode(image, format_), ENOUGH, draft)
     assert size == (96, 64)
@@ -54,7 +54,7 @@ def test_lossless_pixels_are_kept() -> None:
         assert np.array_equal(decode(encode(image, format_, **options), ENOUGH)[0], np.asarray(image))
 
 
-def test_a_16_bit_grey_picture_keeps_its_shades() -> None:
+def test_16_bit_grey_image_keeps_its_shades() -> None:
     ramp = np.linspace(0, 65535, 96 * 64).reshape(64, 96).astype(np.uint16)
     pixels, _ = decode(encode(Image.fromarray(ramp), "PNG"), ENOUGH)
     assert np.abs(pixels[..., 0].astype(int) - (ramp >> 8)).max() <= 1
@@ -68,19 +68,19 @@ def test_alpha_is_dropped_and_not_blended() -> None:
 
 def test_exif_rotation_is_ignored() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees
     pixels, size = decode(encode(picture(), "JPEG", exif=exif), ENOUGH)
     assert size == (96, 64)
     assert pixels.shape == (64, 96, 3)
 
 
-def test_of_a_moving_picture_the_first_frame_counts() -> None:
+def test_first_frame_of_an_animation_is_decoded() -> None:
     frames = [picture(seed=seed) for seed in (1, 2, 3)]
     content = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
     assert np.array_equal(decode(content, ENOUGH)[0], np.asarray(frames[0]))
 
 
-def test_a_jpeg_with_a_second_picture_inside_is_a_jpeg() -> None:
+def test_jpeg_with_a_second_picture_is_a_jpeg() -> None:
     content = encode(picture(), "MPO", save_all=True, append_images=[picture(seed=1)])
     assert decode(content, ENOUGH)[1] == (96, 64)
 
@@ -90,7 +90,7 @@ def test_a_jpeg_with_a_second_picture_inside_is_a_jpeg() -> None:
     [
         ((2000, 1600), 320, 320, True),
         ((2000, 700), 320, 320, True),
-        ((2000, 330), 320, 320, False),  # half of it would be too short
+        ((2000, 330), 320, 320, False),  # half of 330 px would be too short
         ((300, 200), 320, 200, False),
         ((640, 640), 320, 320, True),
         ((639, 639), 320, 320, False),
@@ -99,7 +99,7 @@ def test_a_jpeg_with_a_second_picture_inside_is_a_jpeg() -> None:
 def test_draft_size(size: tuple[int, int], draft: int, at_least: int, smaller: bool) -> None:
     content = jpeg(*size)
     pixels, stored = decode(content, 10**8, draft)
-    assert stored == size  # the rules judge the stored size, not the draft's
+    assert stored == size  # the rules use the stored size, not that of the draft
     assert min(pixels.shape[:2]) >= at_least
     assert (pixels.shape[1], pixels.shape[0]) != size if smaller else (pixels.shape[1], pixels.shape[0]) == size
     full = Image.fromarray(decode(content, 10**8)[0]).resize((32, 32), Image.Resampling.BOX)
@@ -107,30 +107,30 @@ def test_draft_size(size: tuple[int, int], draft: int, at_least: int, smaller: b
     assert np.abs(np.asarray(full).astype(int) - np.asarray(small)).mean() < 3
 
 
-def test_only_jpeg_is_drafted() -> None:
+def test_only_jpeg_uses_drafts() -> None:
     for format_ in ("PNG", "WEBP"):
         assert decode(encode(picture(800, 800), format_), ENOUGH, 100)[0].shape == (800, 800, 3)
 
 
-def test_the_bound_on_pixels() -> None:
+def test_pixel_limit() -> None:
     content = jpeg(96, 64)
     assert decode(content, 96 * 64)[1] == (96, 64)
     error = refused(content, 96 * 64 - 1)
     assert error.reason == "image_too_large"
     assert "96x64" in str(error)
     assert str(96 * 64 - 1) in str(error)
-    # The draft would be small enough, but what counts is what the file holds.
+    # The limit applies to the stored size, although the draft would be small enough.
     with pytest.raises(UndecodableImage, match="800x800"):
         decode(jpeg(800, 800), 500_000, 100)
 
 
 @pytest.mark.parametrize("size", [(0, 0), (0, 9), (9, 0)])
-def test_no_pixels(size: tuple[int, int]) -> None:
+def test_empty_image(size: tuple[int, int]) -> None:
     assert refused(png_claiming(*size)).reason == "undecodable_image"
 
 
 def test_scans_of_a_jpeg_are_bounded() -> None:
-    """A few bytes a scan, and each goes over the whole picture: 20 MiB of them take two hours."""
+    """Each scan takes a few bytes and processes the complete image: 20 MiB of scans take two hours to decode."""
     content = encode(picture(400, 400), "JPEG", progressive=True)
     scan = content[content.rindex(b"\xff\xda") : -2]
     pixels = 400 * 400
@@ -143,7 +143,7 @@ def test_scans_of_a_jpeg_are_bounded() -> None:
 
 
 @pytest.mark.parametrize("size", [(20_000, 20_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
-def test_a_decompression_bomb_is_refused_before_it_goes_off(size: tuple[int, int]) -> None:
+def test_decompression_bomb_is_refused_before_decoding(size: tuple[int, int]) -> None:
     error = refused(png_claiming(*size))
     assert error.reason in ("image_too_large", "undecodable_image")
     assert len(str(error)) < 300
@@ -157,18 +157,18 @@ def test_other_formats_are_refused(format_: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00", b"\xff\xd8", b"\xff\xd8\xff\xe0", b"<html>", b"RIFF\0\0\0\0WEBP"])
-def test_no_picture_at_all(content: bytes) -> None:
+def test_bytes_that_are_not_an_image(content: bytes) -> None:
     assert refused(content).reason == "undecodable_image"
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
-def test_truncated_files_are_refused_and_not_filled_up(format_: str) -> None:
+def test_truncated_files_are_refused_and_not_padded(format_: str) -> None:
     content = encode(picture(200, 200), format_)
     for share in (0.05, 0.3, 0.6, 0.9):
         assert refused(content[: int(len(content) * share)]).reason == "undecodable_image"
 
 
-def test_damage_never_escapes_as_another_exception() -> None:
+def test_damaged_files_raise_no_other_exception() -> None:
     rng = random.Random(0)
     for format_ in ("JPEG", "PNG", "WEBP"):
         content = encode(picture(40, 40), format_)
@@ -183,7 +183,7 @@ def test_damage_never_escapes_as_another_exception() -> None:
             assert pixels.shape == (size[1], size[0], 3)
 
 
-def test_memory_that_runs_out_is_no_fault_of_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_error_is_not_blamed_on_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
@@ -192,7 +192,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_picture(monkeypatch: pytest.Mon
         decode(b"", 1)
 
 
-def test_messages_are_the_same_every_time() -> None:
+def test_messages_are_reproducible() -> None:
     cases = [b"", b"nothing", encode(picture(), "GIF"), jpeg()[:900], encode(picture(), "PNG")[:900],
              encode(picture(), "WEBP")[:300], png_claiming(60_000, 60_000), png_claiming(10, 10)]  # fmt: skip
     for content in cases:
@@ -202,17 +202,17 @@ def test_messages_are_the_same_every_time() -> None:
         assert not re.search(r"0x[0-9a-f]{6,}|BytesIO", message)
 
 
-def test_decoding_gives_no_warnings() -> None:
+def test_decoding_emits_no_warnings() -> None:
     palette = picture().convert("P")
     palette.info["transparency"] = bytes(range(256))
     with warnings.catch_warnings(record=True) as given:
-        silence_pillow()  # as on import; pytest has its own filters since
+        silence_pillow()  # again, because pytest has replaced the filters set on import
         decode(encode(palette, "PNG"), ENOUGH)
         refused(png_claiming(10_000, 10_000), 10**9)
     assert not given
 
 
-def test_the_bytes_are_not_changed() -> None:
+def test_input_bytes_are_not_modified() -> None:
     content = bytearray(jpeg())
     before = bytes(content)
     decode(bytes(content), ENOUGH)

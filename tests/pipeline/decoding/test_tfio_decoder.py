@@ -1,4 +1,4 @@
-"""A decoder that crashes, hangs or lies costs the file at hand, and no other."""
+"""Tests of the tensorflow-io decoder with a fake child process that crashes, hangs or sends wrong answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def started(tmp_path: Path) -> Iterator[tuple[TfioDecoder, Path]]:
 
 
 def decoded(decoder: TfioDecoder, *words: str) -> list[int | str]:
-    """The brightness of each picture, and the message of each that is none."""
+    """Return the brightness of each picture, or the message of each that failed."""
     found = decoder.pictures("x.dcm", tfio_child.DICOM, 1, file(*words))
     return [str(one) if isinstance(one, UndecodableImage) else int(one[0, 0, 0]) for one in found]
 
@@ -39,7 +39,7 @@ def starts(log: Path) -> int:
 
 def test_one_process_decodes_file_after_file(started: tuple[TfioDecoder, Path]) -> None:
     decoder, log = started
-    assert starts(log) == 0  # not before it is needed
+    assert starts(log) == 0  # starts on first use
     assert [decoded(decoder, "1"), decoded(decoder), decoded(decoder, "2", "3")] == [[1], [], [2, 3]]
     assert starts(log) == 1
     (pixels,) = decoder.pictures("x.dcm", tfio_child.DICOM, 1, file("7"))
@@ -49,7 +49,7 @@ def test_one_process_decodes_file_after_file(started: tuple[TfioDecoder, Path]) 
     assert [int(page[0, 0, 0]) for page in pages if isinstance(page, np.ndarray)] == [0, 1, 2]
 
 
-def test_a_picture_that_is_refused_costs_no_other_of_its_file(started: tuple[TfioDecoder, Path]) -> None:
+def test_refused_picture_affects_no_other_picture_of_its_file(started: tuple[TfioDecoder, Path]) -> None:
     decoder, log = started
     assert decoded(decoder, "1", "refuse", "2") == [1, "no good", 2]
     assert starts(log) == 1
@@ -57,20 +57,20 @@ def test_a_picture_that_is_refused_costs_no_other_of_its_file(started: tuple[Tfi
 
 @pytest.mark.parametrize(
     ("word", "message"),
-    [("crash", "broke off (exit status -11)"), ("hang", "took more than 1.5 s"), ("huge", "unknown answer")],
+    [("crash", "crashed (exit status -11)"), ("hang", "took more than 1.5 s"), ("huge", "unexpected answer")],
 )
-def test_a_process_that_is_lost_costs_the_file_at_hand(
+def test_failed_process_affects_only_the_current_file(
     started: tuple[TfioDecoder, Path], word: str, message: str
 ) -> None:
     decoder, log = started
-    before, said = decoded(decoder, "1", word, "2")
-    assert before == 1
-    assert message in str(said)
+    first, failure = decoded(decoder, "1", word, "2")
+    assert first == 1
+    assert message in str(failure)
     assert decoded(decoder, "3") == [3]
     assert starts(log) == 2
 
 
-def test_the_limit_is_for_all_of_a_file_and_for_each_file_anew(started: tuple[TfioDecoder, Path]) -> None:
+def test_time_limit_applies_to_a_complete_file_and_restarts_with_each_file(started: tuple[TfioDecoder, Path]) -> None:
     decoder, log = started
     assert decoded(decoder, "slow", "1", "slow", "2")[-1] == "tensorflow-io took more than 1.5 s"
     decoder._limit_s = 30
@@ -78,7 +78,7 @@ def test_the_limit_is_for_all_of_a_file_and_for_each_file_anew(started: tuple[Tf
     assert starts(log) == 2
 
 
-def test_the_time_in_which_pictures_are_looked_at_is_not_the_decoders(started: tuple[TfioDecoder, Path]) -> None:
+def test_time_of_the_consumer_does_not_count_towards_the_limit(started: tuple[TfioDecoder, Path]) -> None:
     decoder, log = started
     found = decoder.pictures("x.dcm", tfio_child.DICOM, 1, file("1", "2"))
     next(found)
@@ -87,7 +87,7 @@ def test_the_time_in_which_pictures_are_looked_at_is_not_the_decoders(started: t
     assert starts(log) == 1
 
 
-def test_what_is_left_of_a_file_is_no_answer_to_the_next(started: tuple[TfioDecoder, Path]) -> None:
+def test_unread_pictures_are_not_returned_for_the_next_file(started: tuple[TfioDecoder, Path]) -> None:
     decoder, _ = started
     found = decoder.pictures("x.dcm", tfio_child.DICOM, 1, file("1", "2"))
     next(found)
@@ -100,17 +100,18 @@ def test_no_process_is_left_behind(tmp_path: Path) -> None:
     with TfioDecoder(python, max_pixels=100) as decoder:
         decoded(decoder, "1")
         process = decoder._process
-        assert process is not None and process.is_there()
-    assert not process.is_there()
+        assert process is not None and process.is_running()
+    assert not process.is_running()
 
 
-def test_without_an_environment_the_file_its_format_and_what_to_install_are_named() -> None:
+def test_message_without_an_environment() -> None:
+    """The message names the file, its format and what to install."""
     with pytest.raises(NoTfio, match=r"^x\.dcm: is a DICOM file.*constraints-tfio\.txt.*--tfio-python"):
         decoded(TfioDecoder(None, max_pixels=100), "1")
 
 
 @pytest.mark.parametrize("python", ["/bin/true", "/bin/cat", sys.executable])
-def test_an_environment_that_is_none_is_named(python: str) -> None:
-    message = rf"^--tfio-python: {python}: is no Python with tensorflow-io: .*constraints-tfio\.txt"
+def test_message_for_a_program_that_is_not_such_a_python(python: str) -> None:
+    message = rf"^--tfio-python: {python}: is not a Python with tensorflow-io: .*constraints-tfio\.txt"
     with pytest.raises(NoTfio, match=message):
         decoded(TfioDecoder(python, max_pixels=100), "1")

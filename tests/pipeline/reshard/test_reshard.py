@@ -488,7 +488,7 @@ def wrong_use(place: Path, message: str, *more: str, **changes: Any) -> None:
 
 def test_wrong_use(place: Path) -> None:
     wrong_use(place, "out2: holds no finished run", out="out2")
-    wrong_use(place, "nowhere: no *.tar in it", pool="nowhere")
+    wrong_use(place, "nowhere: contains no *.tar", pool="nowhere")
     wrong_use(place, "lies in the pool", output="pool/tars")
     wrong_use(place, "lies in the pool", output="pool")
     wrong_use(place, "lies in the pool", pool="pool/**.tar", output="pool/tars")

@@ -1,4 +1,4 @@
-"""What stage 3 works on: the columns of what stages 1 and 2 keep."""
+"""Tests of the input of stage 3: the columns of the samples that stages 1 and 2 keep."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def test_columns():
     assert [u.decode() for u in found.uids] == [uid(7), uid(3)]
     assert found.shards.tolist() == [b"00001"] * 2
     assert found.cosines.tolist() == [0.25, float(np.float32(0.19))]
-    assert found.digits.tolist() == [-1.0, 0.5]  # never asked; asked
+    assert found.digits.tolist() == [-1.0, 0.5]  # not scored; scored
     assert found.embeddings.dtype == np.float16
     assert found.embeddings.tolist() == np.array([[0.6, -0.8]] * 2, np.float16).tolist()
 
 
-def test_a_score_that_is_not_a_number_is_named():
+def test_nan_score_is_an_error_that_names_the_sample():
     with pytest.raises(ValueError, match=rf"sample {uid(2)} of 00001: flipped_clip_cosine is not a number"):
         candidates_of([scored(1), scored(2, flipped_clip_cosine=float("nan"))])
 

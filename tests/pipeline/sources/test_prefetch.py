@@ -1,4 +1,4 @@
-"""Working ahead: results in order, begun before they are asked for, and no more of them than allowed."""
+"""Tests of prefetching: the order of results, the number of calls started early, and errors."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.sources.prefetch import in_order, in_turns
+from pipeline.sources.prefetch import map_alternating, map_prefetched
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 20])
-@pytest.mark.parametrize("ahead", [0, 1, 5, 50])
-def test_results_come_in_order(count: int, ahead: int) -> None:
+@pytest.mark.parametrize("prefetch", [0, 1, 5, 50])
+def test_results_are_in_order(count: int, prefetch: int) -> None:
     def square(n: int) -> int:
         time.sleep(0.001 * (n % 3))
         return n * n
 
-    assert list(in_order(square, range(count), threads=4, ahead=ahead)) == [n * n for n in range(count)]
+    assert list(map_prefetched(square, range(count), threads=4, prefetch=prefetch)) == [n * n for n in range(count)]
 
 
-def test_what_comes_next_is_made_while_the_consumer_is_busy() -> None:
-    made = threading.Event()
+def test_next_result_is_computed_while_the_consumer_is_busy() -> None:
+    computed = threading.Event()
 
-    def note(n: int) -> int:
+    def record(n: int) -> int:
         if n == 1:
-            made.set()
+            computed.set()
         return n
 
-    results = in_order(note, range(3), threads=1, ahead=1)
+    results = map_prefetched(record, range(3), threads=1, prefetch=1)
     assert next(results) == 0
-    assert made.wait(10)
+    assert computed.wait(10)
     assert list(results) == [1, 2]
 
 
-def test_no_more_is_taken_than_allowed() -> None:
+def test_prefetching_stops_at_the_limit() -> None:
     taken = []
 
     def items() -> Iterator[int]:
@@ -43,68 +43,68 @@ def test_no_more_is_taken_than_allowed() -> None:
             taken.append(n)
             yield n
 
-    results = in_order(str, items(), threads=2, ahead=4)
+    results = map_prefetched(str, items(), threads=2, prefetch=4)
     assert next(results) == "0"
     until = time.monotonic() + 10
     while len(taken) < 5 and time.monotonic() < until:
         time.sleep(0.001)
-    time.sleep(0.05)  # a sixth would have come by now
+    time.sleep(0.05)  # time enough to take a sixth
     assert len(taken) == 5
     results.close()
     assert len(taken) == 5
 
 
-def test_an_error_of_the_items_comes_after_what_was_there_before_it() -> None:
+def test_error_of_the_items_follows_the_results_before_it() -> None:
     def items() -> Iterator[int]:
         yield 1
         raise OSError("the network is gone")
 
-    results = in_order(str, items(), threads=2, ahead=4)
+    results = map_prefetched(str, items(), threads=2, prefetch=4)
     assert next(results) == "1"
     with pytest.raises(OSError, match="the network is gone"):
         next(results)
 
 
-def test_the_next_item_is_asked_for_while_the_consumer_is_busy() -> None:
-    asked = threading.Event()
+def test_next_item_is_requested_while_the_consumer_is_busy() -> None:
+    requested = threading.Event()
 
     def items() -> Iterator[int]:
         yield 0
-        asked.set()
+        requested.set()
         yield 1
 
-    results = in_order(str, items(), threads=1, ahead=1)
+    results = map_prefetched(str, items(), threads=1, prefetch=1)
     assert next(results) == "0"
-    assert asked.wait(10)
+    assert requested.wait(10)
     assert list(results) == ["1"]
 
 
-def test_an_error_comes_where_its_result_was_due() -> None:
-    results = in_order(lambda n: 1 // n, [1, 0, 1], threads=2, ahead=2)
+def test_error_is_raised_in_place_of_its_result() -> None:
+    results = map_prefetched(lambda n: 1 // n, [1, 0, 1], threads=2, prefetch=2)
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
         next(results)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 20])
-@pytest.mark.parametrize("turn", [1, 4, 50])
-def test_results_in_turns_come_in_order(count: int, turn: int) -> None:
-    assert list(in_turns(str, range(count), threads=4, count=turn)) == [str(n) for n in range(count)]
+@pytest.mark.parametrize("group", [1, 4, 50])
+def test_alternating_results_are_in_order(count: int, group: int) -> None:
+    assert list(map_alternating(str, range(count), threads=4, count=group)) == [str(n) for n in range(count)]
 
 
-def test_in_turns_nothing_is_made_while_the_consumer_is_busy() -> None:
-    made: list[int] = []
-    results = in_turns(made.append, range(12), threads=3, count=5)
-    for given, _ in enumerate(results):
+def test_alternating_computes_nothing_while_the_consumer_is_busy() -> None:
+    computed: list[int] = []
+    results = map_alternating(computed.append, range(12), threads=3, count=5)
+    for received, _ in enumerate(results):
         time.sleep(0.005)  # busy
-        assert sorted(made) == list(range(min(12, 5 * (given // 5 + 1))))
+        assert sorted(computed) == list(range(min(12, 5 * (received // 5 + 1))))
 
 
-def test_an_error_in_turns_reaches_the_consumer_and_ends_the_threads() -> None:
+def test_alternating_error_reaches_the_consumer_and_ends_the_threads() -> None:
     def fail(n: int) -> int:
         raise OSError(f"the disk is gone at {n}")
 
     before = threading.active_count()
     with pytest.raises(OSError, match="gone at 0"):
-        list(in_turns(fail, range(9), threads=2, count=3))
+        list(map_alternating(fail, range(9), threads=2, count=3))
     assert threading.active_count() == before

@@ -1,4 +1,4 @@
-"""From shards to batches: every sample once, in tar order, and the last batch says that it is the last."""
+"""Tests of reading shards as batches: every sample once, in tar order, with the last batch marked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transforms.storage import files
 
 @dataclasses.dataclass
 class FakeWork:
-    """Work as a test says it."""
+    """A `Work` whose answers the test sets."""
 
     stage: str = "a_stage"
     finished: frozenset[str] = frozenset()
@@ -36,7 +36,7 @@ class FakeWork:
         return self.wants
 
     def in_progress(self, shard: Shard) -> str:
-        return f"{shard.path}.mark"
+        return f"{shard.path}.marker"
 
     def table(
         self, shard: Shard, rows: list[dict[str, Any]], letters: list[DeadLetter], halvings: Mapping[str, int]
@@ -47,7 +47,7 @@ class FakeWork:
 def read(
     work: FakeWork, shards: list[Shard], batch_size: int = 2, draft: int | None = None, bounds: PoolSettings = BOUNDS
 ) -> tuple[list[SampleBatch], list[Shard]]:
-    """The batches and the finished shards, by running the DoFn that the transform wraps."""
+    """Run the DoFn that the transform wraps; return its batches and the finished shards."""
     transform = ReadShards(work, bounds, batch_size, draft)
     batches, finished = [], []
     for shard in shards:
@@ -71,7 +71,7 @@ def samples(*keys: str) -> Members:
 @pytest.mark.parametrize(
     ("count", "sizes"), [(0, [0]), (1, [1]), (2, [2]), (3, [2, 1]), (4, [2, 2]), (5, [2, 2, 1]), (6, [2, 2, 2])]
 )
-def test_batches_are_full_but_for_the_last(tmp_path: Path, count: int, sizes: list[int]) -> None:
+def test_all_batches_but_the_last_are_full(tmp_path: Path, count: int, sizes: list[int]) -> None:
     keys = [f"k{9 - n}" for n in range(count)]
     shards = write_pool(tmp_path, {"a.tar": samples(*keys)})
     batches, finished = read(FakeWork(), shards)
@@ -91,7 +91,7 @@ def test_a_batch_belongs_to_one_shard(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_samples_come_decoded(tmp_path: Path) -> None:
+def test_samples_are_decoded(tmp_path: Path) -> None:
     big = encode(picture(900, 700), "JPEG")
     shards = write_pool(tmp_path, {"a.tar": [("k.jpg", big), ("k.txt", b"c"), ("k.json", b'{"a": 1}')]})
     for draft, shape in ((None, (700, 900, 3)), (320, (350, 450, 3))):
@@ -108,7 +108,7 @@ def broken(key: str) -> Members:
     return [(f"{key}.jpg", b"\xff\xd8 no picture"), (f"{key}.txt", b"c")]
 
 
-def test_what_broke_travels_along_and_takes_no_place(tmp_path: Path) -> None:
+def test_dead_letters_travel_in_batches_and_do_not_count_towards_their_size(tmp_path: Path) -> None:
     members = [*broken("x0"), *samples("k0"), *broken("x1"), ("x2.txt", b"c"), *samples("k1", "k2"), *broken("x3")]
     batches, _ = read(FakeWork(), write_pool(tmp_path, {"a.tar": members}))
     assert [names(batch) for batch in batches] == [["k0", "k1"], ["k2"]]
@@ -119,7 +119,7 @@ def test_what_broke_travels_along_and_takes_no_place(tmp_path: Path) -> None:
     assert all(letter.stage == "a_stage" and len(letter.uid) == 32 for letter in letters)
 
 
-def test_a_shard_of_which_nothing_is_left_still_ends(tmp_path: Path) -> None:
+def test_shard_without_valid_samples_still_has_a_last_batch(tmp_path: Path) -> None:
     write_pool(tmp_path, {"a.tar": broken("x0"), "b.tar": []})
     (tmp_path / "c.tar").write_bytes(b"not a tar")
     batches, _ = read(FakeWork(), list_shards(str(tmp_path)))
@@ -128,13 +128,13 @@ def test_a_shard_of_which_nothing_is_left_still_ends(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_pictures_beyond_the_bound(tmp_path: Path) -> None:
+def test_image_above_the_pixel_limit(tmp_path: Path) -> None:
     shards = write_pool(tmp_path, {"a.tar": samples("k")})
     ((batch,), _) = read(FakeWork(), shards, bounds=PoolSettings(max_image_pixels=96 * 64 - 1))
     assert [letter.reason for letter in batch.dead_letters] == ["image_too_large"]
 
 
-def test_a_finished_shard_is_told_and_not_opened(tmp_path: Path) -> None:
+def test_finished_shard_is_reported_and_not_opened(tmp_path: Path) -> None:
     gone = Shard("gone", str(tmp_path / "gone.tar"), "f")
     (here,) = write_pool(tmp_path, {"here.tar": samples("k")})
     batches, finished = read(FakeWork(finished=frozenset({"gone"})), [gone, here])
@@ -142,26 +142,26 @@ def test_a_finished_shard_is_told_and_not_opened(tmp_path: Path) -> None:
     assert [batch.shard for batch in batches] == [here]
 
 
-def test_only_what_is_wanted_is_read_and_keeps_what_is_known(tmp_path: Path) -> None:
+def test_only_wanted_samples_are_read_and_keep_their_annotations(tmp_path: Path) -> None:
     shards = write_pool(tmp_path, {"a.tar": [*samples("k0"), *broken("k1"), *samples("k2", "k3")]})
-    wants = {key: annotation(uid=uid(n), shard="a", key=key, caption="as stage 1 saw it", language="de")
+    wants = {key: annotation(uid=uid(n), shard="a", key=key, caption="as stage 1 read it", language="de")
              for n, key in enumerate(("k3", "k0"))}  # fmt: skip
     ((batch,), _) = read(FakeWork(wants=wants), shards)
     assert names(batch) == ["k0", "k3"]  # in tar order
-    assert batch.dead_letters == ()  # k1 was told by the stage that looked at all
+    assert batch.dead_letters == ()  # stage 1 has reported k1
     for sample in batch:
         assert sample.annotation == wants[sample.annotation.key].with_columns(width_px=96, height_px=64)
         assert sample.pixels is not None
 
 
-def test_where_nothing_is_wanted_the_tar_is_not_opened(tmp_path: Path) -> None:
+def test_tar_is_not_opened_if_no_sample_is_wanted(tmp_path: Path) -> None:
     gone = Shard("gone", str(tmp_path / "gone.tar"), "f")
     ((batch,), finished) = read(FakeWork(wants={}), [gone])
     assert finished == []
     assert (batch.shard, batch.index, batch.last, len(batch), batch.dead_letters) == (gone, 0, True, 0, ())
 
 
-def test_what_has_vanished_or_broken_since_is_a_dead_letter(tmp_path: Path) -> None:
+def test_wanted_sample_that_is_missing_or_damaged_is_a_dead_letter(tmp_path: Path) -> None:
     members = [*samples("k0"), *broken("k1"), ("k2.jpg", b"x"), *samples("k4")]
     (shard,) = write_pool(tmp_path, {"a.tar": members})
     wants = {f"k{n}": annotation(uid=uid(n), shard="a", key=f"k{n}") for n in range(5)}
@@ -176,14 +176,14 @@ def test_what_has_vanished_or_broken_since_is_a_dead_letter(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("waits")
-def test_a_tar_that_is_gone_fails_the_run_and_no_sample(tmp_path: Path) -> None:
+def test_missing_tar_fails_the_run_without_dead_letters(tmp_path: Path) -> None:
     gone = Shard("gone", str(tmp_path / "gone.tar"), "f")
     wants = {f"k{n}": annotation(uid=uid(n), shard="gone", key=f"k{n}") for n in range(3)}
     with pytest.raises(OSError, match=r"gone\.tar"):
         read(FakeWork(wants=wants), [gone])
 
 
-def test_a_key_that_comes_again_is_read_once(tmp_path: Path) -> None:
+def test_repeated_key_is_read_once(tmp_path: Path) -> None:
     (shard,) = write_pool(tmp_path, {"a.tar": samples("k0", "k1", "k0")})
     ((batch,), _) = read(FakeWork(wants={"k0": annotation(uid=uid(1), shard="a", key="k0")}), [shard])
     assert names(batch) == ["k0"]
@@ -192,14 +192,14 @@ def test_a_key_that_comes_again_is_read_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wants", [None, {f"k{n}": annotation(uid=uid(n), shard="a", key=f"k{n}") for n in range(3)}])
 @pytest.mark.parametrize("change", [lambda tar: tar.unlink(), lambda tar: os.utime(tar, (0, 0))])
-def test_a_tar_that_is_changed_while_it_is_read_fails_the_run(
+def test_tar_that_changes_during_reading_fails_the_run(
     tmp_path: Path, wants: dict[str, Annotation] | None, change: Callable[[Path], None]
 ) -> None:
     (shard,) = write_pool(tmp_path, {"a.tar": samples("k0", "k1", "k2")})
     batches = ReadShards(FakeWork(wants=wants), BOUNDS, 1)._read.process(shard)
     assert next(batches).last is False
     change(tmp_path / "a.tar")
-    with pytest.raises(files.ReadFailed, match=r"a\.tar: was changed or deleted .* give the same command again"):
+    with pytest.raises(files.ReadFailed, match=r"a\.tar: changed or was deleted .* repeat the same command to resume"):
         list(batches)
 
 

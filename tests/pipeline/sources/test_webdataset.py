@@ -1,4 +1,4 @@
-"""Reading tars: what is whole comes out as it is, what is not becomes a dead letter, and nothing else happens."""
+"""Tests of reading webdataset tars: complete samples are unchanged, and every other sample becomes a dead letter."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def sha_uid(shard: str, key: str) -> str:
     return hashlib.sha256(f"{shard}/{key}".encode()).hexdigest()[:32]
 
 
-# Whole samples ----------------------------------------------------------------------------------------------------
+# Complete samples -------------------------------------------------------------------------------------------------
 
 
-def test_a_whole_sample(tmp_path: Path) -> None:
+def test_complete_sample(tmp_path: Path) -> None:
     metadata = {"uid": "AB" * 16, "original_width": 7}
     (sample,) = read(tmp_path, sample_members("a/k0", "ein Haus\n", seed=3, metadata=metadata))
     assert isinstance(sample, Sample)
@@ -66,7 +66,7 @@ def test_a_whole_sample(tmp_path: Path) -> None:
     assert (found.uid, found.shard, found.key, found.caption) == ("ab" * 16, "00000", "a/k0", "ein Haus\n")
 
 
-def test_samples_come_in_tar_order_and_not_sorted(tmp_path: Path) -> None:
+def test_samples_are_in_tar_order_and_not_sorted(tmp_path: Path) -> None:
     names = ["b", "a", "d", "c"]
     assert keys(read(tmp_path, [m for name in names for m in sample_members(name)])) == names
 
@@ -94,14 +94,14 @@ def test_json_may_be_absent(tmp_path: Path) -> None:
     [{}, {"uid": None}, {"uid": 5}, {"uid": "ab"}, {"uid": "g" * 32}, {"uid": "a" * 33}, {"uid": "a" * 32 + "\n"},
      {"uid": "١" * 32}, {"uid": ["a" * 32]}],
 )  # fmt: skip
-def test_uid_is_made_of_shard_and_key_where_the_pool_has_none(tmp_path: Path, metadata: dict[str, Any]) -> None:
+def test_uid_is_derived_from_shard_and_key_if_the_pool_has_none(tmp_path: Path, metadata: dict[str, Any]) -> None:
     (sample,) = read(tmp_path, sample_members("sub/k", metadata=metadata))
     assert isinstance(sample, Sample)
     assert sample.annotation.uid == sha_uid("00000", "sub/k")
 
 
 @pytest.mark.parametrize("names", [["photo.v2.jpg", "photo.v2.txt", "photo.v2.json"], ["photo.gif"], ["photo.seg.png"]])
-def test_a_sample_of_which_nothing_is_known_is_a_dead_letter(tmp_path: Path, names: list[str]) -> None:
+def test_sample_without_a_readable_member_is_a_dead_letter(tmp_path: Path, names: list[str]) -> None:
     assert keys(read(tmp_path, [(name, b"x") for name in names])) == ["!missing_image:photo"]
 
 
@@ -116,14 +116,14 @@ def test_other_files_and_folders_belong_to_no_sample(tmp_path: Path) -> None:
     assert keys(found) == ["k", "l"]
 
 
-def test_captions_are_kept_as_they_are(tmp_path: Path) -> None:
+def test_captions_are_unchanged(tmp_path: Path) -> None:
     caption = "\ufeff a\x00b \u2028\U0001f600 e\u0301 \u202e"
     (sample,) = read(tmp_path, [("k.jpg", b"x"), ("k.txt", caption.encode())])
     assert isinstance(sample, Sample)
     assert sample.annotation.caption == caption
 
 
-# Samples that are not whole ---------------------------------------------------------------------------------------
+# Incomplete or invalid samples ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_captions_are_kept_as_they_are(tmp_path: Path) -> None:
         ([("k.jpg", b"x"), ("k.txt", b"c"), ("k.TXT", b"d")], "duplicate_member", "k.TXT"),
     ],
 )  # fmt: skip
-def test_a_sample_that_is_not_whole(tmp_path: Path, members: Members, reason: str, named: str) -> None:
+def test_invalid_sample(tmp_path: Path, members: Members, reason: str, named: str) -> None:
     found = read(tmp_path, [*sample_members("before"), *members, *sample_members("zafter")])
     assert keys(found) == ["before", f"!{reason}:k", "zafter"]
     letter = found[1]
@@ -155,19 +155,19 @@ def test_a_sample_that_is_not_whole(tmp_path: Path, members: Members, reason: st
     assert named in letter.message
 
 
-def test_a_dead_letter_bears_the_uid_of_the_pool_where_it_is_known(tmp_path: Path) -> None:
+def test_dead_letter_has_the_uid_of_the_pool_if_known(tmp_path: Path) -> None:
     _, text, data = sample_members("k", metadata={"uid": "cd" * 16})
     assert one_letter(read(tmp_path, [text, data])).uid == "cd" * 16
 
 
-def test_a_key_that_comes_again_is_judged_once(tmp_path: Path) -> None:
+def test_repeated_key_is_read_once(tmp_path: Path) -> None:
     found = read(tmp_path, [*sample_members("k", seed=1), *sample_members("l"), *sample_members("k", seed=2)])
     assert keys(found) == ["k", "l", "!duplicate_key:k"]
     assert isinstance(found[0], Sample)
     assert found[0].image_bytes == jpeg(seed=1)
 
 
-def test_interleaved_samples_are_never_put_together(tmp_path: Path) -> None:
+def test_interleaved_samples_are_not_joined(tmp_path: Path) -> None:
     (a_image, a_text, _), (b_image, b_text, _) = sample_members("a"), sample_members("b")
     found = read(tmp_path, [a_image, b_image, a_text, b_text])
     assert keys(found) == ["!missing_caption:a", "!missing_caption:b", "!duplicate_key:a", "!duplicate_key:b"]
@@ -181,7 +181,7 @@ def test_interleaved_samples_are_never_put_together(tmp_path: Path) -> None:
         ("max_json_bytes", "json", "metadata_too_large"),
     ],
 )
-def test_members_beyond_the_bound(tmp_path: Path, bound: str, extension: str, reason: str) -> None:
+def test_members_above_the_size_limits(tmp_path: Path, bound: str, extension: str, reason: str) -> None:
     content = {"jpg": b"x" * 40, "txt": b"c" * 40, "json": b'{"a": "' + b"b" * 31 + b'"}'}
     members = [(f"k.{name}", data) for name, data in content.items()]
     assert len(content[extension]) == 40
@@ -197,7 +197,7 @@ def test_an_oversize_member_is_not_read_into_memory(tmp_path: Path) -> None:
     path = tmp_path / "00000.tar"
     info = tarfile.TarInfo("k.jpg")
     info.size = big
-    with path.open("wb") as file:  # sparse: the disk holds little of it
+    with path.open("wb") as file:  # a sparse file, which takes little disk space
         file.write(info.tobuf())
         file.seek(BLOCK + big)
         file.write(tar_bytes(sample_members("l")))
@@ -224,7 +224,7 @@ def test_links_and_devices_are_not_followed(tmp_path: Path, type_: bytes) -> Non
 
 
 @pytest.mark.parametrize("key", ["/abs/k", "../../k", "a/../../k", "./k", "C:\\k", "a/./b", "k\n", "\x1b[31mk"])
-def test_names_are_only_names(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_not_used_as_paths(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
     monkeypatch.chdir(inside)
@@ -236,10 +236,10 @@ def test_names_are_only_names(tmp_path: Path, key: str, monkeypatch: pytest.Monk
     assert [p.name for p in (tmp_path / "pool").iterdir()] == ["00000.tar"]
 
 
-def test_names_that_are_no_utf8_can_be_written_down(tmp_path: Path) -> None:
+def test_names_with_invalid_utf8_can_be_encoded(tmp_path: Path) -> None:
     raw = tar_bytes([("kXX.jpg", b"x"), ("kXX.txt", b"c")])
     broken = b""
-    for start in range(0, len(raw), BLOCK):  # put bytes that are no UTF-8 into the headers
+    for start in range(0, len(raw), BLOCK):  # put invalid UTF-8 into the headers
         block = raw[start : start + BLOCK]
         if block[257:262] == b"ustar":
             block = block.replace(b"kXX", b"k\xff\xfe")
@@ -248,19 +248,19 @@ def test_names_that_are_no_utf8_can_be_written_down(tmp_path: Path) -> None:
         broken += block
     (sample,) = read_bytes(tmp_path, broken)
     assert isinstance(sample, Sample)
-    sample.annotation.key.encode("utf-8")  # a table could not hold it otherwise
+    sample.annotation.key.encode("utf-8")  # tables only hold valid text
     assert sample.annotation.key.startswith("k")
 
 
 @pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_and_foreign_names(tmp_path: Path, format_: int) -> None:
+def test_long_and_non_ascii_names(tmp_path: Path, format_: int) -> None:
     key = "folder/" * 12 + "schön" * 6
     if format_ != tarfile.USTAR_FORMAT:
         key += "x" * 200
     assert keys(read_bytes(tmp_path, tar_bytes(sample_members(key), format_))) == [key]
 
 
-# Broken tars ------------------------------------------------------------------------------------------------------
+# Damaged tars -----------------------------------------------------------------------------------------------------
 
 
 def offsets(content: bytes) -> list[tuple[str, int, int, int]]:
@@ -271,22 +271,22 @@ def offsets(content: bytes) -> list[tuple[str, int, int, int]]:
         ]
 
 
-def test_a_truncated_tar_gives_what_was_whole_and_one_dead_letter(tmp_path: Path) -> None:
+def test_truncated_tar_yields_complete_samples_and_one_dead_letter(tmp_path: Path) -> None:
     names = ["a", "b", "c"]
     content = tar_bytes([m for name in names for m in sample_members(name)])
-    places = offsets(content)
+    members = offsets(content)
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         ends = {m.name.split(".")[0]: m.offset_data + m.size for m in tar.getmembers()}
-    end = places[-1][3]
+    end = members[-1][3]
     cuts = {0, 1, 100, BLOCK - 1, BLOCK, BLOCK + 1, end - 1, end}
-    for _, header, data, after in places:
+    for _, header, data, after in members:
         cuts |= {header, header + 1, header + 300, data, data + 1, after - 1, after - BLOCK, (data + after) // 2, after}
     for cut in sorted(cut for cut in cuts if cut <= end):
         found = read_bytes(tmp_path, content[:cut])
-        # Whole is a sample whose last byte is there, also where the padding behind it is not.
-        whole = [name for name in names if cut >= ends[name]]
+        # A sample is complete if its last byte is there. Padding after it may be missing.
+        complete = [name for name in names if cut >= ends[name]]
         *samples, letter = found
-        assert keys(samples) == whole, cut
+        assert keys(samples) == complete, cut
         assert isinstance(letter, DeadLetter), cut
         assert (letter.shard, letter.key, letter.uid, letter.reason) == ("00000", "", "", "broken_tar"), cut
         named = int(letter.message.split("at byte ")[1].split(":")[0])
@@ -295,14 +295,14 @@ def test_a_truncated_tar_gives_what_was_whole_and_one_dead_letter(tmp_path: Path
         assert "not read" in letter.message
 
 
-def test_a_sample_before_the_break_is_judged(tmp_path: Path) -> None:
+def test_sample_before_the_damage_is_read(tmp_path: Path) -> None:
     content = tar_bytes([*sample_members("a"), *sample_members("b"), *sample_members("c")])
     b_header = next(header for name, header, _, _ in offsets(content) if name == "b.jpg")
     found = read_bytes(tmp_path, content[: b_header + 700])
     assert keys(found) == ["a", "!broken_tar:"]
 
 
-def test_one_block_of_zeros_ends_a_tar(tmp_path: Path) -> None:
+def test_one_zero_block_ends_a_tar(tmp_path: Path) -> None:
     content = tar_bytes(sample_members("a"))
     end = offsets(content)[-1][3]
     for zeros in (BLOCK, 2 * BLOCK):
@@ -428,7 +428,7 @@ def test_extended_headers_are_bounded(tmp_path: Path, type_: bytes) -> None:
 
 
 def before_the_end(content: bytes) -> bytes:
-    """A tar without its end mark."""
+    """Return a tar without its end marker."""
     return content[: offsets(content)[-1][3]]
 
 
@@ -437,29 +437,29 @@ A, Z = (tar_bytes(sample_members(key)) for key in "az")
 
 @pytest.mark.parametrize("name", ["k.bin", "k.jpg"])
 @pytest.mark.parametrize("size_bytes", [10**6, 2**40, 2**62])
-def test_a_member_that_claims_more_than_there_is_ends_the_tar_at_once(
+def test_member_that_claims_more_bytes_than_the_file_has_ends_the_tar_at_once(
     tmp_path: Path, name: str, size_bytes: int
 ) -> None:
     info = tarfile.TarInfo(name)
-    info.size = size_bytes  # tarfile would look for its end block by block, for years
+    info.size = size_bytes  # tarfile would search for the end block by block, for years
     found = read_bytes(tmp_path, before_the_end(A) + info.tobuf(tarfile.GNU_FORMAT) + b"x" * 999)
     assert keys(found) == ["a", "!broken_tar:"]
 
 
-def test_an_extended_header_of_digits_is_refused_at_once(tmp_path: Path) -> None:
+def test_extended_header_of_digits_is_refused_at_once(tmp_path: Path) -> None:
     digits = extended_headers(tarfile.XHDTYPE, b"1" * 2**20, 1)  # CVE-2024-6232: quadratic in tarfile
     assert keys(read_bytes(tmp_path, before_the_end(A) + digits + Z)) == ["a", "!broken_tar:"]
 
 
-def test_two_tars_joined_end_to_end_do_not_lose_the_second_silently(tmp_path: Path) -> None:
+def test_second_of_two_concatenated_tars_is_not_lost_silently(tmp_path: Path) -> None:
     found = read_bytes(tmp_path, A + Z)
     assert keys(found) == ["a", "!broken_tar:"]
     assert isinstance(found[-1], DeadLetter)
-    assert "the tar ends here, but the file goes on" in found[-1].message
+    assert "the tar ends here, but more data follows" in found[-1].message
 
 
 @pytest.mark.parametrize("version", ["gnu", "gnu with a long map", "0.0", "0.1", "1.0"])
-def test_a_sparse_member_costs_its_sample_and_no_other(tmp_path: Path, version: str) -> None:
+def test_sparse_member_affects_only_its_own_sample(tmp_path: Path, version: str) -> None:
     pax = {
         "0.0": pax_record("GNU.sparse.size", "9") + pax_record("GNU.sparse.offset", "0"),
         "0.1": pax_record("GNU.sparse.map", "0,9"),
@@ -480,7 +480,7 @@ def test_a_sparse_member_costs_its_sample_and_no_other(tmp_path: Path, version: 
     assert keys(found) == ["a", "!unsupported_member:k", "z"]
 
 
-def test_an_extended_header_gives_name_and_size(tmp_path: Path) -> None:
+def test_extended_header_sets_name_and_size(tmp_path: Path) -> None:
     image, text, _ = sample_members("long/k")
     content = b"".join(
         extended_headers(tarfile.XHDTYPE, pax_record("path", name) + pax_record("size", str(len(data))), 1)
@@ -492,25 +492,25 @@ def test_an_extended_header_gives_name_and_size(tmp_path: Path) -> None:
     assert sample.annotation.key == "long/k" and sample.image_bytes == image[1]
 
 
-def test_a_global_header_says_nothing_of_a_sample(tmp_path: Path) -> None:
+def test_global_header_does_not_change_samples(tmp_path: Path) -> None:
     header = extended_headers(tarfile.XGLTYPE, pax_record("path", "x.jpg") + pax_record("size", "7"), 1)
     assert keys(read_bytes(tmp_path, header + A)) == ["a"]
 
 
 @pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_key_beyond_the_bound_is_shortened(tmp_path: Path, format_: int) -> None:
+def test_long_key_is_shortened(tmp_path: Path, format_: int) -> None:
     long, other = "k" * 5000, "k" * 4999
     members = [*sample_members(long)[:2], *sample_members(other)[:2], *sample_members("l")]
     found = read_bytes(tmp_path, tar_bytes(members, format_))
     assert [item.reason if isinstance(item, DeadLetter) else "" for item in found] == ["key_too_long"] * 2 + [""]
     shown = [item.key for item in found[:2] if isinstance(item, DeadLetter)]
-    assert len(set(shown)) == 2  # two keys stay two
+    assert len(set(shown)) == 2  # distinct keys stay distinct
     assert all(BOUNDS.max_key_characters < len(key) <= BOUNDS.max_key_characters + 1 for key in shown)
-    whole = "k" * BOUNDS.max_key_characters
-    assert keys(read_bytes(tmp_path, tar_bytes(sample_members(whole), format_))) == [whole]
+    longest = "k" * BOUNDS.max_key_characters
+    assert keys(read_bytes(tmp_path, tar_bytes(sample_members(longest), format_))) == [longest]
 
 
-def test_bounds_of_a_tar(tmp_path: Path) -> None:
+def test_tar_limits(tmp_path: Path) -> None:
     content = tar_bytes([*sample_members("a"), *sample_members("b")])
     for bounds, expected in (
         (PoolSettings(max_tar_members=6, max_tar_bytes=len(content)), ["a", "b"]),
@@ -522,7 +522,7 @@ def test_bounds_of_a_tar(tmp_path: Path) -> None:
         assert found == expected if expected else found[-1] == "!tar_too_large:"
 
 
-def test_the_depth_of_json(tmp_path: Path) -> None:
+def test_json_depth_limit(tmp_path: Path) -> None:
     def outcome(content: str, max_depth: int) -> str:
         members = [("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", content.encode())]
         return keys(read(tmp_path, members, PoolSettings(max_json_depth=max_depth)))[0]
@@ -534,7 +534,7 @@ def test_the_depth_of_json(tmp_path: Path) -> None:
         assert outcome(flat, 3) in ("k", "!undecodable_json:k")
 
 
-def test_the_verdict_on_json_does_not_hang_on_the_stack(tmp_path: Path) -> None:
+def test_json_depth_limit_does_not_depend_on_the_call_stack(tmp_path: Path) -> None:
     members = [("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", b'{"a":' + b"[" * 400 + b"]" * 400 + b"}")]
 
     def at_depth(frames: int) -> list[str]:
@@ -543,8 +543,8 @@ def test_the_verdict_on_json_does_not_hang_on_the_stack(tmp_path: Path) -> None:
     assert at_depth(0) == at_depth(300) == ["k"]
 
 
-def test_damage_never_escapes_as_an_exception(tmp_path: Path) -> None:
-    """Random damage: no exception, no sample twice, and whatever is called whole has its own bytes."""
+def test_random_damage_raises_no_exception(tmp_path: Path) -> None:
+    """No sample is returned twice, and every key is valid text."""
     members = [m for index in range(4) for m in sample_members(f"k{index}", f"caption {index}", seed=index)]
     rng = random.Random(0)
     for format_ in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
@@ -558,7 +558,7 @@ def test_damage_never_escapes_as_an_exception(tmp_path: Path) -> None:
                     place = start + rng.randrange(BLOCK)
                     damaged[place] = rng.choice([0, 0x80, 0xFF, ord("7"), rng.randrange(256)])
                     block = damaged[start : start + BLOCK]
-                    if rng.random() < 0.7:  # with a checksum that fits, so that the damage is believed
+                    if rng.random() < 0.7:  # with a valid checksum, so that the damage is not detected by it
                         checksum = sum(block[:148]) + sum(block[156:]) + 8 * 32
                         damaged[start + 148 : start + 156] = b"%06o\0 " % checksum
                 found = read_bytes(tmp_path, bytes(damaged))
@@ -583,7 +583,7 @@ def test_messages_are_bounded(tmp_path: Path) -> None:
 # Listing ----------------------------------------------------------------------------------------------------------
 
 
-def test_shards_are_sorted_named_by_their_place_and_escaped(tmp_path: Path) -> None:
+def test_shards_are_sorted_and_named_after_their_escaped_path(tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     names = ["00001.tar", "00000.tar", "sub/00000.tar", "sub/deep er/ü%.tar", "a..b.tar"]
     write_pool(pool, {name: [] for name in names})
@@ -611,7 +611,7 @@ def test_no_shard_is_named_like_a_folder(tmp_path: Path, name: str) -> None:
             assert resolved.name == path.rsplit("/", 1)[1] != ""
 
 
-def test_a_long_path_of_a_tar_makes_no_file_name_that_is_too_long(tmp_path: Path) -> None:
+def test_long_tar_path_gives_a_valid_file_name(tmp_path: Path) -> None:
     names = [f"{'x' * 100}/{'y' * 100}/{'z' * n}.tar" for n in (100, 101)] + ["\u4e2d" * 80 + ".tar"]
     shards = write_pool(tmp_path / "pool", {name: [] for name in names})
     layout = Layout(str(tmp_path / "out"))
@@ -621,7 +621,9 @@ def test_a_long_path_of_a_tar_makes_no_file_name_that_is_too_long(tmp_path: Path
             files.write_bytes(path, b"x")
 
 
-def test_names_do_not_depend_on_how_the_pool_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_names_do_not_depend_on_how_the_pool_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ["00000.tar", "sub/00001.tar"]
     write_pool(tmp_path / "pool", {name: [] for name in names})
     (tmp_path / "beside").mkdir()
@@ -647,7 +649,7 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert [s.name for s in list_shards(f"{start}/[xy]/a*.tar")] == ["x%2Fa2", "y%2Fa3"]
 
 
-def test_a_folder_whose_name_is_no_pattern(tmp_path: Path) -> None:
+def test_folder_name_with_pattern_characters(tmp_path: Path) -> None:
     write_pool(tmp_path / "pool", {"a.tar": []})
     for name in ("po[o]l", "p*l", "p?ol"):
         odd = tmp_path / name
@@ -661,7 +663,7 @@ def test_a_backslash_is_part_of_a_name(tmp_path: Path) -> None:
     assert sorted(shard.name for shard in list_shards(str(tmp_path))) == ["a%2Fb", "a%5Cb"]
 
 
-def test_a_file_name_that_is_no_utf8(tmp_path: Path) -> None:
+def test_file_name_with_invalid_utf8(tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     pool.mkdir()
     path = os.fsencode(pool) + b"/k\xff.tar"
@@ -682,7 +684,7 @@ def test_no_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: str) -> 
     assert pool in str(caught.value)
 
 
-def test_the_fingerprint_tells_whether_a_shard_changed(tmp_path: Path) -> None:
+def test_fingerprint_changes_with_the_shard(tmp_path: Path) -> None:
     (before,) = write_pool(tmp_path, {"a.tar": sample_members("a")})
     assert list_shards(str(tmp_path)) == [before]
     status = os.stat(before.path)
@@ -693,6 +695,6 @@ def test_the_fingerprint_tells_whether_a_shard_changed(tmp_path: Path) -> None:
     assert longer.fingerprint not in (before.fingerprint, touched.fingerprint)
 
 
-def test_a_shard_survives_json(tmp_path: Path) -> None:
+def test_shard_survives_json(tmp_path: Path) -> None:
     (shard,) = write_pool(tmp_path, {"a/b c.tar": []})
     assert Shard(*json.loads(json.dumps(shard))) == shard
