@@ -134,7 +134,8 @@ def show(plan: Plan, title: str, with_formulas: bool, console: Console) -> None:
         _print(console, "\n~ extrapolated, not measured")
     _print(console, "  [numbers] sources, listed below")
     if with_formulas:
-        _print(console, "\nFormulas (÷ divides; units are converted; functions: pipeline/estimate/formulas.py)", style="bold")
+        _print(console, "\nFormulas", style="bold")
+        _print(console, "  ÷ divides; units are converted; functions are in pipeline/estimate/formulas.py")
         for name, figure in plan.figures.items():
             if figure.uses:
                 _entry(console, "", name, figure, f"= {figure.source}")
