@@ -20,10 +20,10 @@ STEP_NAMES = Path(__file__).with_name("step_names.txt")
 T4 = GpuWorker("nvidia-tesla-t4", "n1-standard-16")
 MODELS = [
     "Read kept/Read and decode/ParDo(_ReadShard)",
-    "Flipped CLIP/Score flipped CLIP/BeamML_RunInference",
+    "Flipped CLIP/Score/BeamML_RunInference",
     "Join wanted/Join",
-    "Image-text matching/Score image-text matching/BeamML_RunInference",
-    "Digit/Ask for digits/BeamML_RunInference",
+    "Image-text matching/Score/BeamML_RunInference",
+    "Digit/Score/BeamML_RunInference",
     "Write scores",
 ]
 ONE_PROCESS, MANY_PROCESSES = "no_use_multiple_sdk_containers", "use_multiple_sdk_containers"
