@@ -103,7 +103,7 @@ def test_what_is_not_there(store: CloudStorage, bucket: str) -> None:
     files.delete_folder(path)
     with pytest.raises(NoShards, match=r"gs://no-such: cannot be listed \(.*The specified bucket does not exist"):
         list_shards("gs://no-such")
-    with pytest.raises(NoShards, match=rf"{path}: no \*\.tar in it"):
+    with pytest.raises(NoShards, match=rf"{path}: contains no \*\.tar"):
         list_shards(path)
 
 

@@ -119,14 +119,14 @@ def test_the_identity_is_the_contents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (tiff(picture(), picture()), "a TIFF of several pages"), (jp2(), "a JPEG 2000 file"),
+        (tiff(picture(), picture()), "a multi-page TIFF"), (jp2(), "a JPEG 2000 file"),
         (jp2()[jp2().index(b"\xff\x4f\xff\x51") :], "a JPEG 2000 file"), (dicom(), "a DICOM file"),
         (b"\x76\x2f\x31\x01", "an EXR file"),
     ],
 )  # fmt: skip
 def test_what_pillow_cannot_read_is_an_error_without_the_environment(tmp_path: Path, content: bytes, kind: str) -> None:
     write(tmp_path, a_jpg=jpeg(), b_x=content)
-    with pytest.raises(NoTfio, match=rf"b\.x: is {kind}, which Pillow cannot read: .*constraints-tfio\.txt"):
+    with pytest.raises(NoTfio, match=rf"b\.x: is {kind}, which Pillow cannot read; .*constraints-tfio\.txt"):
         read(tmp_path)
 
 
