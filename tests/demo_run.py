@@ -1,4 +1,4 @@
-"""The demo, run once for all tests that look at what it leaves."""
+"""The demo, run once for all tests of its outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMPARED = (
 
 
 def run_demo(output: Path, *beam_options: str) -> dict:
-    """Run the demo into `output`; its funnel."""
+    """Run the demo with the output folder `output` and return its funnel."""
     progress = Progress(Console(stderr=True))
     outcome = run(load_recipe(str(RECIPE)), str(POOL), str(output), list(STAGES), list(beam_options), progress)
     assert outcome.funnel is not None
@@ -31,8 +31,7 @@ def run_demo(output: Path, *beam_options: str) -> dict:
 
 
 def demo_output(folders: pytest.TempPathFactory) -> Path:
-    """The output folder of a demo that has run, to be copied rather than changed: every process of these tests has the
-    same."""
+    """Return the output folder of a finished demo. All test processes share it, so tests must not change it."""
     shared = folders.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent

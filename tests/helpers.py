@@ -1,4 +1,4 @@
-"""What the tests build on: small pictures and tars on disk, records with sane defaults."""
+"""Helpers of the tests: small pictures and tars, and records with default values."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ BOUNDS = PoolSettings()
 
 
 def picture(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:
-    """A smooth, colourful picture that differs from seed to seed, as photographs do."""
+    """Return a smooth, colourful picture, a different one for each seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encode(image: Image.Image, format_: str = "JPEG", **options: Any) -> bytes:
-    """The picture's file."""
+    """Return the picture as the bytes of a file."""
     out = io.BytesIO()
     image.save(out, format_, **options)
     return out.getvalue()
 
 
 def jpeg(width: int = 96, height: int = 64, seed: int = 0) -> bytes:
-    """A small JPEG file."""
+    """Return a small JPEG file."""
     return encode(picture(width, height, seed), "JPEG", quality=90)
 
 
@@ -49,13 +49,13 @@ Members = list[tuple[str, bytes]]
 def sample_members(
     key: str, caption: str = "a dog on a red bench", seed: int = 0, metadata: Mapping[str, Any] | None = None
 ) -> Members:
-    """The three files of one whole sample."""
+    """Return the three files of a complete sample."""
     content = json.dumps({} if metadata is None else dict(metadata)).encode()
     return [(f"{key}.jpg", jpeg(seed=seed)), (f"{key}.txt", caption.encode()), (f"{key}.json", content)]
 
 
 def tar_bytes(members: Iterable[tuple[str, bytes] | tarfile.TarInfo], format_: int = tarfile.USTAR_FORMAT) -> bytes:
-    """A tar of files, or of ready-made headers without content, padded to whole records of 10,240 bytes."""
+    """Return a tar of files, or of given headers without content, padded to records of 10,240 bytes."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=format_) as tar:
         for member in members:
@@ -69,14 +69,14 @@ def tar_bytes(members: Iterable[tuple[str, bytes] | tarfile.TarInfo], format_: i
 
 
 def member(name: str, type_: bytes, linkname: str = "") -> tarfile.TarInfo:
-    """The header of something that is no regular file."""
+    """Return the header of a member that is not a regular file."""
     info = tarfile.TarInfo(name)
     info.type, info.linkname = type_, linkname
     return info
 
 
 def write_pool(folder: Path, shards: Mapping[str, Iterable[tuple[str, bytes]]]) -> list[Shard]:
-    """Tars under `folder` by their relative path; the shards as the product lists them."""
+    """Write tars under `folder`, given by their relative path, and return the listed shards."""
     for name, members in shards.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +85,8 @@ def write_pool(folder: Path, shards: Mapping[str, Iterable[tuple[str, bytes]]]) 
 
 
 def annotation(**columns: Any) -> Annotation:
-    """An annotation that passes every rule of the demo recipe, changed as said."""
-    whole = Annotation(
+    """Return an annotation that passes every rule of the demo recipe, with the given columns changed."""
+    passing = Annotation(
         uid="0" * 32,
         shard="00000",
         key="k0",
@@ -109,49 +109,49 @@ def annotation(**columns: Any) -> Annotation:
         match_probability=0.9,
         digit_probability=0.1,
     )
-    return whole.with_columns(**columns)
+    return passing.with_columns(**columns)
 
 
 def whole_sample(seed: int = 0, **columns: Any) -> Sample:
-    """A decoded sample."""
+    """Return a decoded sample."""
     content = jpeg(seed=seed)
     return Sample(annotation(**columns), {}, content, np.asarray(picture(seed=seed)))
 
 
-def least_apart(places: Iterable[tuple[Any, int]]) -> float:
-    """The smallest difference between two places of one thing; infinite where nothing has two."""
-    of: dict[Any, list[int]] = defaultdict(list)
-    for thing, place in places:
-        of[thing].append(place)
-    pairs = (pair for found in of.values() for pair in itertools.pairwise(sorted(found)))
+def least_apart(positions: Iterable[tuple[Any, int]]) -> float:
+    """Return the least distance between two positions of the same item; infinite if no item has two."""
+    positions_of: dict[Any, list[int]] = defaultdict(list)
+    for item, position in positions:
+        positions_of[item].append(position)
+    pairs = (pair for found in positions_of.values() for pair in itertools.pairwise(sorted(found)))
     return min((after - before for before, after in pairs), default=math.inf)
 
 
 def uid(number: int) -> str:
-    """The uid whose 128 bits are `number`."""
+    """Return the uid whose 128 bits are `number`."""
     return f"{number:032x}"
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """The demo recipe's content, `changed`."""
+    """Return the content of the demo recipe with changes as in `changed`."""
     return changed(DEMO_RECIPE, changes)
 
 
 def changed(path: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A YAML file's content, with `section__field=value` set; `...` takes a setting away."""
+    """Return the content of a YAML file with `section__field=value` set; the value `...` removes a setting."""
     content = yaml.safe_load(path.read_text())
     for where, value in changes.items():
         *sections, name = where.split("__")
-        place = content
+        target = content
         for section in sections:
-            place = place[section]
+            target = target[section]
         if value is ...:
-            del place[name]
+            del target[name]
         else:
-            place[name] = copy.deepcopy(value)
+            target[name] = copy.deepcopy(value)
     return content
 
 
 def recipe(**changes: Any) -> Recipe:
-    """The demo recipe, changed as in `settings`."""
+    """Return the demo recipe with changes as in `settings`."""
     return parse_recipe(settings(**changes), "test")

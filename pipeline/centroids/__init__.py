@@ -1,1 +1,1 @@
-"""The `centroids` command: embeds the images of downstream tasks."""
+"""The `centroids` command: computes task centroids from the images of downstream tasks."""

@@ -1,7 +1,7 @@
-"""The images of a downstream task: files under a folder, and what lies in tars.
+"""Reads the images of a downstream task, from files under a folder and from tars.
 
-A file is an image where its content or its extension says so; whatever else lies beside (labels, captions, notes) is
-passed over. Few formats, bounded sizes, and an image that cannot be read is told and not skipped in silence.
+A file is an image if its content or its extension says so. Other files (labels, captions, notes) are skipped. Formats
+and sizes are restricted, and an image that cannot be read is reported rather than skipped silently.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EXTENSIONS = frozenset(
     "jpg jpeg png webp bmp gif pbm pgm pnm ppm tif tiff dcm dicom exr j2c j2k jp2 jpc jpf jpx avif heic hdr jxl".split()
 )
 
-# The first bytes of the formats that names often do not tell.
+# The first bytes of formats whose files often lack the usual extension.
 _PILLOW_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _EXR_START = b"\x76\x2f\x31\x01"
@@ -37,13 +37,16 @@ _HEAD_BYTES = 132
 
 
 class NoImages(ValueError):
-    """A path under which nothing was found."""
+    """No file was found under a path."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One picture: the name to call it by, RGB uint8 pixels (height, width, 3), and its identity: the hash of its file
-    and, where that holds several, its number."""
+    """One picture, with RGB uint8 pixels (height, width, 3).
+
+    `name` is used in messages. `identity` is the hash of the file, with the number of the picture for file formats that
+    can hold several.
+    """
 
     name: str
     identity: str
@@ -52,7 +55,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """An image that could not be read, and why. As text it is ASCII, whatever the name and the message hold."""
+    """An image that could not be read, and the reason. `str` returns ASCII, with other characters escaped."""
 
     name: str
     message: str
@@ -62,26 +65,25 @@ class Unreadable:
 
 
 def list_images(path: str) -> list[files.FileStatus]:
-    """The files under the folder `path`, hidden ones left out, or the tar `path`; sorted by path. Raises NoImages."""
+    """Return the files under the folder `path` except hidden ones, or the tar `path`, sorted. Raises NoImages."""
     folder = path.rstrip("/") or path
     found = files.matching(files.join(files.literal(folder), "**"))
     if not found and path.endswith(".tar"):
         found = files.matching(files.literal(path))
     shown = [file for file in found if not os.path.basename(file.path).startswith(".")]
     if not shown:
-        raise NoImages(f"{path}: no files there; name a folder of images or of webdataset tars, or a .tar")
+        raise NoImages(f"{path}: contains no files; give a folder of images or of webdataset tars, or a .tar")
     return sorted(shown, key=lambda file: file.path)
 
 
 def read_images(
     listed: list[files.FileStatus], bounds: PoolSettings, decoder: TfioDecoder
 ) -> Iterator[Picture | Unreadable]:
-    """Every picture of the files, in their order; one in memory at a time.
+    """Yield the pictures of the files in order, holding one in memory at a time.
 
-    Several pictures come of a file that holds several (pages of a TIFF, frames of a DICOM; of a GIF the first). What
-    Pillow cannot read goes to `decoder`; JPEG 2000 too, which some builds of Pillow read and others do not. Raises
-    NoTfio where there is no environment for such a file: left out, the centroids would silently be those of other
-    images.
+    A TIFF yields all its pages, a DICOM file all its frames, and a GIF its first frame. `decoder` decodes the formats
+    that Pillow cannot read, and JPEG 2000, which only some builds of Pillow can read. Raises NoTfio if such a file is
+    found but tensorflow-io is not installed, because skipping it would silently change the centroids.
     """
     for file in listed:
         if file.path.endswith(".tar"):
@@ -106,25 +108,25 @@ def _tar_images(path: str, bounds: PoolSettings, decoder: TfioDecoder) -> Iterat
                     continue
                 if not member.is_file:
                     if _is_named_as_an_image(name):
-                        yield Unreadable(name, "is a link or a device, not a file")
+                        yield Unreadable(name, "is not a regular file but a link or a device")
                     continue
                 content = _image_content(name, member.size_bytes, member.read, bounds)
                 if content is not None:
                     yield from _pictures(name, content, bounds, decoder)
         except BrokenTar as error:
-            yield Unreadable(path, f"the tar is broken {error}")
+            yield Unreadable(path, f"the tar is damaged {error}")
 
 
 def _image_content(
     name: str, size_bytes: int, read: Callable[[int], bytes], bounds: PoolSettings
 ) -> bytes | Unreadable | None:
-    """The file's bytes; None where it is no image."""
+    """Return the bytes of a file; None if it is not an image."""
     too_large = size_bytes > bounds.max_image_bytes
     content = read(_HEAD_BYTES if too_large else size_bytes)
     if not _is_named_as_an_image(name) and not _looks_like_an_image(content):
         return None
     if too_large:
-        return Unreadable(name, f"{size_bytes} bytes; the recipe's pool.max_image_bytes is {bounds.max_image_bytes}")
+        return Unreadable(name, f"{size_bytes} bytes; the recipe allows pool.max_image_bytes {bounds.max_image_bytes}")
     return content
 
 
@@ -138,7 +140,7 @@ def _looks_like_an_image(head: bytes) -> bool:
 
 
 def _tfio_kind(head: bytes) -> bytes | None:
-    """Which of tensorflow-io's formats this is; a TIFF may be one."""
+    """Return which format of tensorflow-io this is, if any; TIFF is handled separately."""
     if head.startswith(_EXR_START):
         return tfio_child.EXR
     if head.startswith(_JPEG_2000_STARTS):
@@ -173,16 +175,16 @@ def _pictures(
 
 
 def _tiff_pages(content: bytes) -> int:
-    """How many pages a TIFF has. Raises UndecodableImage where its chain of pages is broken."""
+    """Return the number of pages of a TIFF. Raises UndecodableImage if its list of pages is damaged."""
     try:
         with Image.open(io.BytesIO(content), formats=("TIFF",)) as image:
             pages = getattr(image, "n_frames", 1)
             if pages == 1 and image.mode in ("I", "F"):
-                raise UndecodableImage("undecodable_image", "samples of 32 bits, whose range nothing tells")
+                raise UndecodableImage("undecodable_image", "32-bit samples are not supported; their range is unknown")
             return pages
     except UndecodableImage:
         raise
     except MemoryError:
         raise
-    except Exception as error:  # Pillow raises anything at all on damaged files
+    except Exception as error:  # Pillow may raise any exception on damaged files
         raise UndecodableImage("undecodable_image", f"{type(error).__name__}: {error}") from error

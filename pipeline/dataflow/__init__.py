@@ -1,1 +1,1 @@
-"""What only runs on Dataflow need."""
+"""Launching, scheduling and following runs on Dataflow."""

@@ -1,4 +1,4 @@
-"""What a job does, told until it ends: its state, its counters and the funnel so far."""
+"""Reports the progress of a job or a workflow until it ends: its state, its counters and the funnel so far."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from transforms.core.catalogue import STAGES, rules_of_stage
 from transforms.core.errors import Failure
 
 _NO_METRICS_YET = ("JOB_STATE_QUEUED", "JOB_STATE_PENDING")
-_OF_A_DISTRIBUTION = ("_MIN", "_MAX", "_MEAN", "_COUNT")  # the service tells one as these scalars too
+_DISTRIBUTION_SUFFIXES = ("_MIN", "_MAX", "_MEAN", "_COUNT")  # scalars that the service reports for a distribution
 _SHOWN_CHARACTERS = 400
 
 Answer = TypeVar("Answer")
 
 
 class Screen:
-    """Where it is told: one line that changes on a terminal, a line for each change elsewhere, JSON for machines."""
+    """The output of a command: a live line on a terminal, a line per change elsewhere, or JSON lines."""
 
     def __init__(self, console: Console, as_json: bool) -> None:
         self._console, self._as_json = console, as_json
@@ -41,7 +41,7 @@ class Screen:
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
-        """Keep the changing line on the terminal while the body runs."""
+        """Show the live line on a terminal while the body runs."""
         if self._as_json or not self._console.is_terminal:
             yield
             return
@@ -49,55 +49,55 @@ class Screen:
             yield
         self._status = None
 
-    def now(self, text: str, event: dict[str, Any]) -> None:
-        """Show how it stands; `event` is the same without what changes by itself."""
+    def update(self, text: str, event: dict[str, Any]) -> None:
+        """Show the current state. `event` is the state without times, so that it is equal if nothing has changed."""
         if self._status:
             self._status.update(Text(printable(text)))
         elif event != self._last:
-            self.tell(text, event)
+            self.report(text, event)
         self._last = event
 
-    def tell(self, text: str, event: dict[str, Any]) -> None:
-        """Show what stays, beside the results."""
+    def report(self, text: str, event: dict[str, Any]) -> None:
+        """Print a permanent line to stderr, or `event` as JSON."""
         if self._as_json:
             print(json.dumps(event), flush=True)
         else:
             self.note(text)
 
     def note(self, text: str) -> None:
-        """Show people what machines need not know."""
+        """Print a line to stderr that has no JSON form."""
         if not self._as_json:
             self._console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def result(self, text: str, event: dict[str, Any] | None = None) -> None:
-        """Print what the command is for; what has no `event` of its own is for people."""
+        """Print a result of the command to stdout, or `event` as JSON; without an `event`, JSON output omits it."""
         if not self._as_json:
             print(text, flush=True)
         elif event:
             print(json.dumps(event), flush=True)
 
     @contextlib.contextmanager
-    def letting_go(self, what: str, address: str, cancel: str) -> Iterator[None]:
-        """Say, where the user interrupts the body, that `what` goes on."""
+    def detaching(self, what: str, address: str, cancel: str) -> Iterator[None]:
+        """If the user interrupts the body, report that `what` continues."""
         try:
             yield
         except KeyboardInterrupt:
-            text = f"no longer followed; {what} goes on: the same command follows it again, `{cancel}` ends it"
-            self.tell(f"{text} ({address})", {"event": "let_go", "message": text, "address": address})
+            text = f"stopped following {what}, which continues; repeat the command to follow it, or cancel: `{cancel}`"
+            self.report(f"{text} ({address})", {"event": "let_go", "message": text, "address": address})
             raise
 
 
 def follow_job(api: Api, job: LaunchedJob, screen: Screen, poll_seconds: float) -> None:
-    """Tell of a job until it ends. Raises Failure where it does not end well."""
+    """Report the progress of a job until it ends. Raises Failure if it does not succeed."""
     counts: dict[str, int] = {}
     with screen.live():
         while True:
             job, counts = _patiently(lambda job=job: _look(api, job), (job, counts), screen)  # type: ignore[misc]
             if job.is_settled:
                 break
-            screen.now(*_as_told(job, counts))
+            screen.update(*_progress(job, counts))
             time.sleep(poll_seconds)
-    screen.tell(*_as_told(job, counts, "ended"))
+    screen.report(*_progress(job, counts, "ended"))
     if job.state != "JOB_STATE_DONE":
         raise Failure(f"{job.name} {job.state_in_words}{_why(errors_of(api, job))}; see {job.address}")
 
@@ -105,8 +105,10 @@ def follow_job(api: Api, job: LaunchedJob, screen: Screen, poll_seconds: float) 
 def follow_execution(
     api: Api, launched: Launch, workflow: Workflow, name: str, screen: Screen, poll_seconds: float
 ) -> None:
-    """Tell of an execution of the workflow and of the jobs that it starts, until it ends. Raises Failure where it does
-    not end well."""
+    """Report the progress of an execution of the workflow, and of the jobs that it starts, until it ends.
+
+    Raises Failure if it does not succeed.
+    """
     job: LaunchedJob | None = None
     counts: dict[str, int] = {}
     unknown: dict[str, Any] = {"state": "ACTIVE"}
@@ -118,38 +120,38 @@ def follow_execution(
             if job:
                 job, counts = _patiently(lambda job=job: _look(api, job), (job, counts), screen)  # type: ignore[misc]
                 if job.is_settled:
-                    screen.tell(*_as_told(job, counts, "ended"))
+                    screen.report(*_progress(job, counts, "ended"))
                     job, counts = None, {}
                 else:
-                    screen.now(*_as_told(job, counts))
+                    screen.update(*_progress(job, counts))
             else:
                 state = execution["state"].lower()
-                told = {"event": "progress", "workflow": workflow.name, "state": state}
-                screen.now(f"{workflow.name}: {state}", told)
+                event = {"event": "progress", "workflow": workflow.name, "state": state}
+                screen.update(f"{workflow.name}: {state}", event)
             if execution["state"] not in ("ACTIVE", "QUEUED"):
                 break
             time.sleep(poll_seconds)
     state = execution["state"].lower()
-    screen.tell(f"{workflow.name}: {state}", {"event": "ended", "workflow": workflow.name, "state": state})
+    screen.report(f"{workflow.name}: {state}", {"event": "ended", "workflow": workflow.name, "state": state})
     if execution["state"] != "SUCCEEDED":
         why = execution.get("error", {}).get("payload", "")
         raise Failure(f"{workflow.name} {state}{_why([why] if why else [])}; see {workflow.address}")
 
 
 def counters(metrics: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """pairsift's own counters, added up over the steps, as far as their work is committed."""
+    """Return the committed values of pairsift's counters, summed over the steps."""
     found: Counter[str] = Counter()
     for metric in metrics:
         name, context = metric["name"]["name"], metric["name"].get("context", {})
         is_ours = metric["name"].get("origin") == "user" and context.get("namespace") == work.NAMESPACE
-        is_count = "scalar" in metric and not name.endswith(_OF_A_DISTRIBUTION)
+        is_count = "scalar" in metric and not name.endswith(_DISTRIBUTION_SUFFIXES)
         if is_ours and is_count and context.get("tentative") != "true":
             found[name] += int(metric["scalar"])
     return dict(found)
 
 
 def _active(api: Api, launched: Launch) -> LaunchedJob | None:
-    """The job of the stage that runs."""
+    """Return the running job of a stage, if any."""
     jobs = (active_job(api, launched.settings, job_name(launched.output, stage)) for stage in STAGES)
     return next((job for job in jobs if job), None)
 
@@ -159,7 +161,7 @@ def _look(api: Api, job: LaunchedJob) -> tuple[LaunchedJob, dict[str, int]]:
     return job, {} if job.state in _NO_METRICS_YET else counters(metrics_of(api, job))
 
 
-def _as_told(job: LaunchedJob, counts: dict[str, int], event: str = "progress") -> tuple[str, dict[str, Any]]:
+def _progress(job: LaunchedJob, counts: dict[str, int], event: str = "progress") -> tuple[str, dict[str, Any]]:
     since = datetime.datetime.fromisoformat(job.content["createTime"])
     minutes = (datetime.datetime.now(datetime.UTC) - since).total_seconds() / 60
     text = f"{job.name}: {job.state_in_words}, {minutes:,.0f} min"
@@ -170,7 +172,7 @@ def _as_told(job: LaunchedJob, counts: dict[str, int], event: str = "progress") 
 
 
 def _funnel_so_far(counts: Mapping[str, int]) -> str:
-    """What became of the samples: of those that were looked at, or, from stage 3 on, of all that are decided."""
+    """Describe the outcomes of the samples: the dead letters and, in stage 3, the funnel of the decided samples."""
     letters = sum(n for name, n in counts.items() if name.startswith(work.dead_letters("")))
     found = f"; {letters:,} dead letters" if letters else ""
     if work.FUNNEL_IN not in counts:
@@ -187,16 +189,19 @@ def _funnel_so_far(counts: Mapping[str, int]) -> str:
 
 
 def _patiently(call: Callable[[], Answer], otherwise: Answer, screen: Screen) -> Answer:
-    """The answer of `call`; `otherwise` where a service does not answer just now: the job goes on without us."""
+    """Return the result of `call`, or `otherwise` if the service is temporarily unavailable.
+
+    The job does not depend on this process, so the caller asks again later.
+    """
     try:
         return call()
     except ApiError as error:
         if error.status in (0, 429) or error.status >= 500:
-            screen.now(f"{error}; asking again", {"event": "unanswered", "message": str(error)})
+            screen.update(f"{error}; retrying", {"event": "unanswered", "message": str(error)})
             return otherwise
         raise
 
 
 def _why(messages: list[str]) -> str:
-    """The last of what the service says, as the end of a sentence's part."""
+    """Return the last error message, shortened, as the end of a clause."""
     return f": {' '.join(messages[-1].split())[:_SHOWN_CHARACTERS]}" if messages else ""

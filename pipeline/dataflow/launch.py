@@ -1,5 +1,8 @@
-"""Flex templates, started through Dataflow's API. A launch that runs already is adopted, another one over the same
-output folder is refused."""
+"""Launches flex templates through Dataflow's API.
+
+If a job with the same parameters is already running, it is adopted. If one with other parameters is running on the same
+output folder, the launch is refused.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,14 @@ from transforms.storage import files
 
 DATAFLOW = "dataflow"
 REQUEST, BY = "pairsift_request", "pairsift_by"
-"""Labels of what is started: a hash of all that was asked for, and who asked."""
+"""Labels of jobs and executions: a hash of all parameters, and who launched it."""
 
 _NOT_YET_SUBMITTED = "JOB_STATE_QUEUED"  # the launcher is building the graph
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """All that a job is started with. `recipe` is its path on `gs://`; `by` says who starts it."""
+    """The parameters of a job. `recipe` is a path on `gs://`; `by` names who launches it."""
 
     settings: DataflowSettings
     recipe: str
@@ -37,7 +40,7 @@ class Launch:
     by: str
 
     def body(self, template: str) -> dict[str, Any]:
-        """The body of a `LaunchFlexTemplateRequest`."""
+        """Return the body of a `LaunchFlexTemplateRequest`."""
         settings, workers = self.settings, self.settings.workers(template)
         parameters = {
             "recipe": self.recipe,
@@ -75,7 +78,7 @@ class Launch:
         return {"launchParameter": launch}
 
     def request(self, template: str) -> Request:
-        """Starts the job of one template."""
+        """Return the request that starts the job of a template."""
         spec = template_spec(self.settings, template)
         return Request(
             DATAFLOW,
@@ -83,7 +86,7 @@ class Launch:
             f"{_jobs_parent(self.settings)}/flexTemplates:launch",
             self.settings.project,
             "dataflow.jobs.create",
-            missing=f"look whether {spec} is there (`python -m pipeline.dataflow.template.specs SETTINGS` writes it)",
+            missing=f"check that {spec} exists (`python -m pipeline.dataflow.template.specs SETTINGS` writes it)",
             body=self.body(template),
             service_account=self.settings.service_account,
         )
@@ -91,47 +94,47 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class LaunchedJob:
-    """A Dataflow job, as the API tells of it."""
+    """A Dataflow job as described by the API."""
 
     settings: DataflowSettings
     content: dict[str, Any]
 
     @property
     def id(self) -> str:
-        """The service's own name of it."""
+        """The job id assigned by Dataflow."""
         return self.content["id"]
 
     @property
     def name(self) -> str:
-        """Ours (`pipeline.dataflow.names`)."""
+        """The job name assigned by pairsift (`pipeline.dataflow.names`)."""
         return self.content["name"]
 
     @property
     def state(self) -> str:
-        """As the API has it."""
+        """The state as named by the API."""
         return self.content.get("currentState", "JOB_STATE_UNKNOWN")
 
     @property
     def state_in_words(self) -> str:
-        """For people."""
+        """The state as words for a message."""
         return self.state.removeprefix("JOB_STATE_").lower().replace("_", " ")
 
     @property
     def is_settled(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether the job has ended, successfully or not."""
         return self.state in OVER
 
     @property
     def address(self) -> str:
-        """Its page on the console."""
+        """The URL of the job's page in the Google Cloud console."""
         return f"{CONSOLE}/dataflow/jobs/{self.settings.region}/{self.id}?project={self.settings.project}"
 
 
 def settled_recipe(path: str, settings: DataflowSettings, can_read: bool = True) -> tuple[str, Request | None]:
-    """Where on `gs://` the recipe at `path` lies for the job, and the request that puts a local one there.
+    """Return the path of the recipe on `gs://` and, for a local recipe, the request that uploads it.
 
-    Raises SettingsError with every fault of the recipe, UsageError where it does not fit the settings. Where it cannot
-    be read (`can_read`: there are no credentials to be used), a recipe on `gs://` is taken as it is.
+    Raises SettingsError with all faults of the recipe, and UsageError if it does not fit the settings. With `can_read`
+    false (without credentials), a recipe on `gs://` is not checked.
     """
     if path.startswith("gs://"):
         if can_read:
@@ -140,7 +143,8 @@ def settled_recipe(path: str, settings: DataflowSettings, can_read: bool = True)
     _check(load_recipe(path), settings)
     content = files.read_bytes(path)
     stem = re.sub(r"[^A-Za-z0-9_-]", "-", path.rpartition("/")[2].removesuffix(".yaml"))
-    stored = f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}.yaml"  # so that a scheduled run keeps its own
+    # Named after the content, so that editing the recipe does not change a scheduled run.
+    stored = f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}.yaml"
     found = files.join(settings.templates.rstrip("/"), "recipes", stored)
     bucket, _, name = found.removeprefix("gs://").partition("/")
     request = Request(
@@ -149,7 +153,7 @@ def settled_recipe(path: str, settings: DataflowSettings, can_read: bool = True)
         f"upload/storage/v1/b/{bucket}/o",
         settings.project,
         "storage.objects.create",
-        missing=f"make the bucket: `gcloud storage buckets create gs://{bucket} --location={settings.region}`",
+        missing=f"create the bucket: `gcloud storage buckets create gs://{bucket} --location={settings.region}`",
         query={"uploadType": "media", "name": name},
         body=content,
     )
@@ -157,56 +161,57 @@ def settled_recipe(path: str, settings: DataflowSettings, can_read: bool = True)
 
 
 def _check(recipe: Recipe, settings: DataflowSettings) -> None:
-    """Raise UsageError where the recipe names files of this machine, or another device than the settings."""
-    for place, path in model_files(recipe).items():
-        # All else is a hub's name, or a tag.
-        is_file = place.endswith(FILES) or path.startswith(".") or os.path.exists(path)
+    """Raise UsageError if the recipe names local files, or if its device does not fit the settings."""
+    for setting, path in model_files(recipe).items():
+        # Other values are names on a model hub, or tags.
+        is_file = setting.endswith(FILES) or path.startswith(".") or os.path.exists(path)
         if is_file and not path.startswith(("gs://", "/", "bundled:")):
             raise UsageError(
-                f"{place}: {path} lies on this machine; give a gs:// path, or the whole path that it has in the image"
+                f"{setting}: {path} is a file on this machine; give a gs:// path, or its absolute path in the image"
             )
     device = recipe.cross_modality.device
     if device == "cuda" and not settings.accelerator:
-        raise UsageError("recipe: cross_modality.device is cuda, but the settings name no accelerator; name one")
+        raise UsageError("recipe: cross_modality.device is cuda, but the settings have no accelerator; add one")
     if device == "cpu" and settings.accelerator:
         raise UsageError(
-            f"settings: accelerator is {settings.accelerator.type}, but the recipe's cross_modality.device is cpu: it "
-            "would stand idle; take it out, or say cuda"
+            f"settings: accelerator is {settings.accelerator.type}, but the recipe's cross_modality.device is cpu; "
+            "remove the accelerator, or set the device to cuda"
         )
 
 
-def check_places(pool: str, output: str) -> None:
-    """Raise UsageError where a place is not one that workers reach."""
+def check_gcs_paths(pool: str, output: str) -> None:
+    """Raise UsageError if a path is not a folder on `gs://`, which is all that workers can access."""
     for option, path in (("--input", pool), ("--output", output)):
         if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]/.+", path.rstrip("/")):
-            raise UsageError(f"{option}: got {path}; workers reach gs:// only: name a folder gs://BUCKET/FOLDER")
+            raise UsageError(f"{option}: got {path}; workers can only access gs://; give a path gs://BUCKET/FOLDER")
 
 
 def check_template(template: str, settings: DataflowSettings) -> None:
-    """Raise UsageError where there is no such template, or the settings do not fit it."""
+    """Raise UsageError if there is no such template, or if the settings do not fit it."""
     if template not in TEMPLATES:
         raise UsageError(f"--stage: got {template}; allowed: {', '.join(TEMPLATES)}")
     if template == ALL_STAGES and settings.accelerator and settings.gpus == ALL_WORKERS:
         raise UsageError(
-            f"settings: gpus is {ALL_WORKERS}, with which {ALL_STAGES} would hold GPUs through all three stages; say "
+            f"settings: with gpus {ALL_WORKERS}, {ALL_STAGES} would hold GPUs during all three stages; set gpus to "
             f"{RIGHT_FITTING}, or launch without --stage"
         )
 
 
 def template_spec(settings: DataflowSettings, template: str) -> str:
-    """Where the built spec of a template lies."""
+    """Return the path of the spec of a template."""
     return files.join(settings.templates.rstrip("/"), f"{template}.json")
 
 
-def fingerprint(asked: Any) -> str:
-    """The same for the same JSON; short enough for a label's value."""
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+def fingerprint(content: Any) -> str:
+    """Return a hash of JSON content that is short enough for the value of a label."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def launch_job(api: Api, asked: Launch, template: str) -> tuple[LaunchedJob, bool]:
-    """Start a template's job, and whether it was started now; else one with the same parameters was running.
+    """Start the job of a template, or adopt a running job with the same parameters.
 
-    Raises UsageError where a job with other parameters runs on the output folder, ApiError.
+    Returns the job, and whether it is new. Raises UsageError if a job with other parameters is running on the output
+    folder, and ApiError.
     """
     request = asked.request(template)
     running = active_job(api, asked.settings, job_name(asked.output, template))
@@ -215,7 +220,7 @@ def launch_job(api: Api, asked: Launch, template: str) -> tuple[LaunchedJob, boo
     try:
         content = api.send(request)["job"]
     except ApiError as error:
-        # Somebody else was quicker; or we were, and the answer to our first try was lost.
+        # Another launch came first; or ours succeeded, but the answer was lost and the request retried.
         running = active_job(api, asked.settings, job_name(asked.output, template)) if error.status == 409 else None
         if not running:
             raise
@@ -224,7 +229,7 @@ def launch_job(api: Api, asked: Launch, template: str) -> tuple[LaunchedJob, boo
 
 
 def active_job(api: Api, settings: DataflowSettings, name: str) -> LaunchedJob | None:
-    """The job of this name that has not ended; Dataflow lets there be but one."""
+    """Return the unfinished job with this name, if any. Dataflow allows only one."""
     for found in named(api, DataflowJob(settings.project, settings.region, name), "ACTIVE"):
         if not LaunchedJob(settings, found).is_settled:
             return job_of(api, settings, found["id"])
@@ -232,42 +237,42 @@ def active_job(api: Api, settings: DataflowSettings, name: str) -> LaunchedJob |
 
 
 def job_of(api: Api, settings: DataflowSettings, job_id: str) -> LaunchedJob:
-    """The job with its state and labels."""
+    """Return the job with its state and labels."""
     view = {"view": "JOB_VIEW_DESCRIPTION"}
     return LaunchedJob(settings, api.send(_reading(settings, f"jobs/{job_id}", "dataflow.jobs.get", view)))
 
 
 def metrics_of(api: Api, job: LaunchedJob) -> list[dict[str, Any]]:
-    """All metrics of a job (`MetricUpdate`)."""
+    """Return all metrics of a job (`MetricUpdate`)."""
     request = _reading(job.settings, f"jobs/{job.id}/metrics", "dataflow.metrics.get")
     return api.send(request).get("metrics", [])
 
 
 def errors_of(api: Api, job: LaunchedJob) -> list[str]:
-    """What the service says went wrong in a job, the earliest first."""
+    """Return the error messages of a job, earliest first."""
     query = {"minimumImportance": "JOB_MESSAGE_ERROR"}
     request = _reading(job.settings, f"jobs/{job.id}/messages", "dataflow.messages.list", query)
     return [message["messageText"] for message in api.pages(request, "jobMessages") if message.get("messageText")]
 
 
 def check_same(labels: dict[str, str], wanted: str, what: str, when: str, advice: str) -> None:
-    """Raise UsageError where what runs was not started with what is asked for now."""
+    """Raise UsageError if the `labels` of a running job or execution do not have the request hash `wanted`."""
     if labels.get(REQUEST) != wanted:
-        who = labels.get(BY, "somebody else")
-        raise UsageError(f"{what} runs with other parameters, started by {who} at {when}; {advice}")
+        who = labels.get(BY, "an unknown user")
+        raise UsageError(f"{what} is running with other parameters, started by {who} at {when}; {advice}")
 
 
 def _adopted(job: LaunchedJob, request: Request) -> LaunchedJob:
     labels = job.content.get("labels", {})
     if REQUEST not in labels and job.state == _NOT_YET_SUBMITTED:
         raise UsageError(
-            f"{job.name} is only starting and does not tell yet with what; give the same command again in some "
-            f"minutes ({job.address})"
+            f"{job.name} is starting and its parameters are not known yet; repeat the same command in a few minutes "
+            f"({job.address})"
         )
     assert isinstance(request.body, dict)
     wanted = request.body["launchParameter"]["environment"]["additionalUserLabels"][REQUEST]
     cancel = f"gcloud dataflow jobs cancel {job.id} --project={job.settings.project} --region={job.settings.region}"
-    advice = f"wait for it, or give `{cancel}` ({job.address})"
+    advice = f"wait for it, or cancel it with `{cancel}` ({job.address})"
     check_same(labels, wanted, job.name, job.content.get("createTime", "an unknown time"), advice)
     return job
 
@@ -277,5 +282,5 @@ def _jobs_parent(settings: DataflowSettings) -> str:
 
 
 def _reading(settings: DataflowSettings, path: str, permission: str, query: dict[str, str] | None = None) -> Request:
-    place = f"{_jobs_parent(settings)}/{path}"
-    return Request(DATAFLOW, "GET", place, settings.project, permission, query=query or {})
+    full_path = f"{_jobs_parent(settings)}/{path}"
+    return Request(DATAFLOW, "GET", full_path, settings.project, permission, query=query or {})

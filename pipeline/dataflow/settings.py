@@ -1,4 +1,4 @@
-"""The launch settings: where on Google Cloud a recipe runs, and on which machines. See templates/dataflow.yaml."""
+"""The launch settings: the Google Cloud project, storage and machines of a run. See templates/dataflow.yaml."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from transforms.core.settings import Settings, load_settings
 
 ALL_STAGES = "all_stages"
 TEMPLATES = (*STAGES, ALL_STAGES)
-"""The flex templates by name: one a stage, and one that runs the three graphs as one job."""
+"""The names of the flex templates: one per stage, and one that runs the three graphs as one job."""
 
 ALL_WORKERS, RIGHT_FITTING = "all_workers", "right_fitting"
 Gpus = Literal["all_workers", "right_fitting"]
 
 
 class GpuModel(pydantic.BaseModel):
-    """What the launcher, which has no GPU, must know of one: the machines that carry it, and its native precision."""
+    """The properties of a GPU that the launcher needs: the machines that support it, and its native precision.
+
+    They are listed here because the launcher itself runs without a GPU.
+    """
 
     model_config = pydantic.ConfigDict(frozen=True)
 
@@ -38,7 +41,7 @@ GPUS = {
     "nvidia-a100-80gb": GpuModel(machine_prefix="a2-ultragpu-", has_bf16=True),
     "nvidia-h100-80gb": GpuModel(machine_prefix="a3-highgpu-", has_bf16=True),
 }
-"""By Dataflow's name of the type (its page "Dataflow support for GPUs")."""
+"""The supported GPUs by Dataflow's name of the type (from its page "Dataflow support for GPUs")."""
 
 _DRIVER = "install-nvidia-driver"
 _GPU_OPTION = re.compile(
@@ -52,14 +55,14 @@ _MACHINE_TYPE = re.compile(
 
 
 def vcpus_of(machine_type: str) -> int:
-    """How many vCPUs a Compute Engine machine type has. Raises ValueError where its name does not tell."""
+    """Return the number of vCPUs of a Compute Engine machine type. Raises ValueError if it is not in the name."""
     found = _MACHINE_TYPE.fullmatch(machine_type)
     vcpus = 0
     if found:
         vcpus = int(found["vcpus"]) if found["vcpus"] else int(found["gpus"]) * _VCPUS_A_GPU[found["series"]]
     if not vcpus:
         raise ValueError(
-            "no machine type with vCPUs of its own; allowed, for example: n2-standard-8, n2-custom-8-16384, "
+            "unknown machine type, or one with shared vCPUs; allowed, for example: n2-standard-8, n2-custom-8-16384, "
             "g2-standard-8, a2-highgpu-1g"
         )
     return vcpus
@@ -72,7 +75,7 @@ def _machine_type(name: str) -> str:
 
 def _gpu_type(name: str) -> str:
     if name not in GPUS:
-        raise ValueError(f"no GPU of Dataflow's; allowed: {', '.join(GPUS)}")
+        raise ValueError(f"unknown GPU type; allowed: {', '.join(GPUS)}")
     return name
 
 
@@ -86,17 +89,20 @@ Folder = Annotated[str, Field(pattern=r"^gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/.*)?
 
 
 class Workers(Settings):
-    """The machines of one stage. `spot` asks for FlexRS: preemptible machines, cheaper, started within six hours."""
+    """The machines of one stage. `spot` requests FlexRS: cheaper, preemptible machines that start within six hours."""
 
     machine_type: MachineType
-    max_workers: int = Field(ge=1, le=2000)  # Dataflow's quota page: workers a job
+    max_workers: int = Field(ge=1, le=2000)  # Dataflow's limit of workers per job
     disk_gb: int = Field(50, ge=30)
     spot: bool = False
 
 
 class Accelerator(Settings):
-    """The GPU of a worker: one, because a worker's models share one. More GPUs are more workers. `driver` asks for
-    NVIDIA's drivers of series 5xx; without it Dataflow brings its own choice."""
+    """The GPU of a worker.
+
+    A worker has one GPU, because its models share it; for more GPUs, use more workers. `driver` requests NVIDIA's
+    drivers of series 5xx; by default, Dataflow chooses the driver.
+    """
 
     type: GpuType
     count: Literal[1] = 1
@@ -104,7 +110,7 @@ class Accelerator(Settings):
 
 
 class GpuWorker(NamedTuple):
-    """A worker with its one GPU, as the template parameter `accelerator` has it: in Dataflow's own words."""
+    """A worker with one GPU, as given by the template parameter `accelerator` in Dataflow's syntax."""
 
     gpu_type: str
     machine_type: str
@@ -112,12 +118,12 @@ class GpuWorker(NamedTuple):
 
     @property
     def option(self) -> str:
-        """The value of the parameter, and of Beam's resource hint."""
+        """The value of the parameter `accelerator` and of Beam's resource hint."""
         return f"type:{self.gpu_type};count:1;machine_type:{self.machine_type};{self._driver}"
 
     @property
     def service_option(self) -> str:
-        """The value of the service option `worker_accelerator`; the machine type is then the whole job's."""
+        """The value of the service option `worker_accelerator`, for which the job sets the machine type."""
         return f"type:{self.gpu_type};count:1;{self._driver}"
 
     @property
@@ -126,12 +132,12 @@ class GpuWorker(NamedTuple):
 
     @property
     def precision(self) -> str:
-        """What `precision: auto` comes to on it, as `transforms.models.precision.resolve` says on the worker."""
+        """The precision that `precision: auto` selects on this GPU, as `transforms.models.precision.resolve` does."""
         return "bf16" if GPUS[self.gpu_type].has_bf16 else "fp16"
 
     @classmethod
     def parse(cls, option: str) -> GpuWorker:
-        """Of the parameter's value. Raises ValueError."""
+        """Parse the value of the parameter `accelerator`. Raises ValueError."""
         found = _GPU_OPTION.fullmatch(option)
         if not found:
             raise ValueError(
@@ -141,15 +147,18 @@ class GpuWorker(NamedTuple):
         worker = cls(_gpu_type(found["type"]), _machine_type(found["machine"]), found["driver"])
         prefix = GPUS[worker.gpu_type].machine_prefix
         if not worker.machine_type.startswith(prefix):
-            raise ValueError(f"{worker.machine_type} carries no {worker.gpu_type}; allowed: what starts with {prefix}")
+            raise ValueError(
+                f"{worker.machine_type} does not support {worker.gpu_type}; use a machine type starting with {prefix}"
+            )
         return worker
 
 
 class DataflowSettings(Settings):
-    """Where a recipe runs on Google Cloud, and on which machines.
+    """The Google Cloud project, storage and machines of a run.
 
-    `gpus` says who has the accelerator in a job of stage 2: `all_workers`, by the service option `worker_accelerator`,
-    or with `right_fitting` only those that run the models, by Beam's resource hints. Never both.
+    `gpus` selects the workers of stage 2 that have the accelerator. With `all_workers`, all have it, through the
+    service option `worker_accelerator`. With `right_fitting`, only those that run the models have it, through Beam's
+    resource hints. The two are never combined.
     """
 
     project: ProjectId
@@ -161,7 +170,7 @@ class DataflowSettings(Settings):
     network: str | None = None
     subnetwork: str | None = None
     use_public_ips: bool = True
-    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=60)  # of 64; ours come to them
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=60)  # of 64; pairsift adds its own
     single_modality: Workers
     cross_modality: Workers
     distribution_alignment: Workers
@@ -176,24 +185,29 @@ class DataflowSettings(Settings):
             except ValueError as error:
                 raise ValueError(f"`cross_modality.machine_type`: {error}") from error
             if self.cross_modality.spot:
-                raise ValueError("`cross_modality.spot` is for stages without GPUs: FlexRS has none")
+                raise ValueError("`cross_modality.spot` cannot be combined with an accelerator: FlexRS has no GPUs")
         return self
 
     @property
     def gpu_parameters(self) -> dict[str, str]:
-        """The parameters `gpus` and `accelerator` of every template; none where there is no accelerator. Stages without
-        a GPU take them too: which GPU it is decides the precision, which the manifest names."""
+        """The template parameters `gpus` and `accelerator`; empty without an accelerator.
+
+        Stages without a GPU need them too, because the GPU determines the precision, which is part of the manifest.
+        """
         if not self.accelerator:
             return {}
         wanted = GpuWorker(self.accelerator.type, self.cross_modality.machine_type, self.accelerator.driver)
         return {"gpus": self.gpus, "accelerator": wanted.option}
 
     def workers(self, template: str) -> Workers:
-        """The machines that a job of this template starts with. Where right fitting gives the models machines of their
-        own (`cross_modality`), the rest of the job runs on those of stage 1."""
+        """Return the default machines of a job of this template.
+
+        With right fitting, the models run on the machines of `cross_modality` and the rest of the job on those of
+        `single_modality`.
+        """
         fitted = self.accelerator is not None and self.gpus == RIGHT_FITTING
         if template == ALL_STAGES or (template == CROSS_MODALITY and fitted):
-            return self.single_modality.model_copy(update={"spot": False})  # FlexRS knows no right fitting
+            return self.single_modality.model_copy(update={"spot": False})  # FlexRS does not support right fitting
         return {
             SINGLE_MODALITY: self.single_modality,
             CROSS_MODALITY: self.cross_modality,
@@ -202,5 +216,5 @@ class DataflowSettings(Settings):
 
 
 def load_dataflow_settings(path: str) -> DataflowSettings:
-    """The launch settings at `path` (local or `gs://`). Raises SettingsError with every fault at once."""
+    """Load the launch settings at `path` (local or `gs://`). Raises SettingsError with all faults."""
     return load_settings(path, DataflowSettings)

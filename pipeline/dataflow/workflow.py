@@ -1,8 +1,8 @@
-"""The three stages in turn: a definition for Cloud Workflows, its executions, and the schedule that starts them.
+"""The workflow that runs the three stages in sequence with Cloud Workflows, its executions, and its schedule.
 
 An output folder has one workflow and one schedule, named after it (`pipeline.dataflow.names`). The workflow's argument
-holds the complete bodies of the launches, so that a job is started with the same by `launch --stage`, by an execution
-and on schedule.
+contains the complete bodies of the launch requests. A job therefore has the same parameters whether it is started by
+`launch --stage`, by an execution of the workflow or by the schedule.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ _DEFINITION_FIELDS = ("description", "sourceContents", "serviceAccount")
 
 
 class Workflow:
-    """The requests about one output folder's workflow and schedule."""
+    """The requests for the workflow and the schedule of one output folder."""
 
     def __init__(self, settings: DataflowSettings, output: str) -> None:
         self._settings, self._output = settings, output
         self.name = run_name(output)
-        self.place = f"projects/{settings.project}/locations/{settings.region}"
-        self.path = f"{self.place}/workflows/{self.name}"
-        self.schedule_path = f"{self.place}/jobs/{self.name}"
+        self.location = f"projects/{settings.project}/locations/{settings.region}"
+        self.path = f"{self.location}/workflows/{self.name}"
+        self.schedule_path = f"{self.location}/jobs/{self.name}"
 
     @property
     def address(self) -> str:
-        """Its page on the console."""
+        """The URL of the workflow's page in the Google Cloud console."""
         settings = self._settings
         return f"{CONSOLE}/workflows/workflow/{settings.region}/{self.name}/executions?project={settings.project}"
 
     @property
     def schedule_address(self) -> str:
-        """The console's page of schedules."""
+        """The URL of the page of schedules in the Google Cloud console."""
         return f"{CONSOLE}/cloudscheduler?project={self._settings.project}"
 
     @property
@@ -57,17 +57,17 @@ class Workflow:
         return content | ({"serviceAccount": account} if account else {})
 
     def creation(self) -> Request:
-        """Makes the workflow."""
+        """Return the request that creates the workflow."""
         query = {"workflowId": self.name}
-        return self._definition_request("POST", f"{self.place}/workflows", "create", query, self.definition)
+        return self._definition_request("POST", f"{self.location}/workflows", "create", query, self.definition)
 
     def update(self) -> Request:
-        """Gives the workflow this definition."""
+        """Return the request that updates the workflow to this definition."""
         query = {"updateMask": ",".join(field for field in _DEFINITION_FIELDS if field in self.definition)}
         return self._definition_request("PATCH", self.path, "update", query, self.definition)
 
     def reading(self) -> Request:
-        """Gets the workflow."""
+        """Return the request that gets the workflow."""
         return self._definition_request("GET", self.path, "get")
 
     def _definition_request(
@@ -76,23 +76,23 @@ class Workflow:
         return self._request(WORKFLOWS, method, path, f"workflows.workflows.{verb}", query, body)
 
     def start(self, asked: Launch) -> Request:
-        """Starts an execution."""
+        """Return the request that starts an execution."""
         body = execution_body(asked)
         return self._request(EXECUTIONS, "POST", f"{self.path}/executions", "workflows.executions.create", None, body)
 
     def executions(self) -> Request:
-        """Lists the executions that have not ended."""
+        """Return the request that lists the active executions."""
         query = {"view": "FULL", "filter": 'state="ACTIVE"'}
         return self._request(EXECUTIONS, "GET", f"{self.path}/executions", "workflows.executions.list", query)
 
     def execution(self, name: str) -> Request:
-        """Gets one execution."""
+        """Return the request that gets an execution."""
         return self._request(EXECUTIONS, "GET", name, "workflows.executions.get")
 
     def schedule(self, asked: Launch, cron: str, time_zone: str) -> dict[str, Any]:
-        """The body of Cloud Scheduler's `Job`. Raises UsageError where nobody is named whom it can act as."""
+        """Return the body of Cloud Scheduler's `Job`. Raises UsageError if the settings name no service account."""
         if not asked.settings.service_account:
-            raise UsageError("settings: service_account is missing; a schedule starts its runs as one: name it")
+            raise UsageError("settings: service_account is missing; a schedule needs one to start runs: add it")
         start = self.start(asked)
         return {
             "name": self.schedule_path,
@@ -110,16 +110,16 @@ class Workflow:
         }
 
     def schedule_creation(self, body: dict[str, Any]) -> Request:
-        """Makes the schedule."""
-        return self._schedule_request("POST", f"{self.place}/jobs", "create", None, body)
+        """Return the request that creates the schedule."""
+        return self._schedule_request("POST", f"{self.location}/jobs", "create", None, body)
 
     def schedule_update(self, body: dict[str, Any]) -> Request:
-        """Changes the schedule."""
+        """Return the request that updates the schedule."""
         query = {"updateMask": ",".join(_SCHEDULE_FIELDS)}
         return self._schedule_request("PATCH", self.schedule_path, "update", query, body)
 
     def schedule_deletion(self) -> Request:
-        """Deletes the schedule."""
+        """Return the request that deletes the schedule."""
         return self._schedule_request("DELETE", self.schedule_path, "delete")
 
     def _schedule_request(
@@ -142,7 +142,7 @@ class Workflow:
             f"v1/{path}",
             self._settings.project,
             permission,
-            missing=f"look whether there is a project {self._settings.project}, and whether its region has {service}",
+            missing=f"check that the project {self._settings.project} exists and that its region offers {service}",
             query=query or {},
             body=body,
             service_account=self._settings.service_account,
@@ -150,7 +150,7 @@ class Workflow:
 
 
 def argument(asked: Launch) -> dict[str, Any]:
-    """What templates/workflow.yaml is given."""
+    """Return the argument of templates/workflow.yaml."""
     return {
         "project": asked.settings.project,
         "region": asked.settings.region,
@@ -159,43 +159,44 @@ def argument(asked: Launch) -> dict[str, Any]:
 
 
 def execution_body(asked: Launch) -> dict[str, Any]:
-    """The body of an `Execution`."""
+    """Return the body of an `Execution`."""
     given = argument(asked)
-    # Of what the jobs are given, without who gives it: the schedule's own execution is adopted by `launch`.
+    # The hash does not cover who launches, so that `launch` adopts an execution started by the schedule.
     labels = [body["launchParameter"]["environment"]["additionalUserLabels"][REQUEST] for body in given["launches"]]
     return {"argument": json.dumps(given), "labels": {REQUEST: fingerprint(labels), BY: asked.by}}
 
 
-def settle(api: Api, workflow: Workflow) -> str:
-    """Make the workflow what it has to be; what that took: `created`, `updated` or `unchanged`."""
+def ensure(api: Api, workflow: Workflow) -> str:
+    """Create or update the workflow if needed. Returns `created`, `updated` or `unchanged`."""
     try:
-        there = api.send(workflow.reading())
+        found = api.send(workflow.reading())
     except ApiError as error:
         if error.status != 404:
             raise
         done, request = "created", workflow.creation()
     else:
         wanted = workflow.definition
-        is_same = there.get("sourceContents") == wanted["sourceContents"]
-        # The service writes projects/PROJECT/serviceAccounts/ before it.
-        is_same &= "serviceAccount" not in wanted or there.get("serviceAccount", "").endswith(wanted["serviceAccount"])
+        is_same = found.get("sourceContents") == wanted["sourceContents"]
+        # The service adds the prefix projects/PROJECT/serviceAccounts/.
+        is_same &= "serviceAccount" not in wanted or found.get("serviceAccount", "").endswith(wanted["serviceAccount"])
         if is_same:
             return "unchanged"
         done, request = "updated", workflow.update()
     try:
         operation = api.send(request)
     except ApiError as error:
-        if error.status == 409 and done == "created":  # made by somebody else meanwhile
-            return settle(api, workflow)
+        if error.status == 409 and done == "created":  # created by another client in the meantime
+            return ensure(api, workflow)
         raise
     _wait(api, request, operation)
     return done
 
 
 def execute(api: Api, workflow: Workflow, asked: Launch) -> tuple[dict[str, Any], bool]:
-    """Start an execution, and whether it was started now; else one with the same parameters was active.
+    """Start an execution, or adopt an active one with the same parameters.
 
-    Raises UsageError where one with other parameters is, ApiError.
+    Returns the execution, and whether it is new. Raises UsageError if an execution with other parameters is active, and
+    ApiError.
     """
     request = workflow.start(asked)
     assert isinstance(request.body, dict)
@@ -206,14 +207,14 @@ def execute(api: Api, workflow: Workflow, asked: Launch) -> tuple[dict[str, Any]
             request.body["labels"][REQUEST],
             f"{workflow.name}, the workflow of {asked.output},",
             active.get("startTime", "an unknown time"),
-            f"wait for it, or give `{cancel}` ({workflow.address})",
+            f"wait for it, or cancel it with `{cancel}` ({workflow.address})",
         )
         return active, False
     return api.send(request), True
 
 
 def put_schedule(api: Api, workflow: Workflow, body: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Create or update the schedule; the service's `Job`, and `created` or `updated`."""
+    """Create or update the schedule. Returns Cloud Scheduler's `Job`, and `created` or `updated`."""
     try:
         return api.send(workflow.schedule_update(body)), "updated"
     except ApiError as error:
@@ -222,13 +223,14 @@ def put_schedule(api: Api, workflow: Workflow, body: dict[str, Any]) -> tuple[di
     try:
         return api.send(workflow.schedule_creation(body)), "created"
     except ApiError as error:
-        if error.status != 409:  # made by somebody else meanwhile, or by us, and the answer was lost
+        # 409: created by another client in the meantime, or by a first attempt whose answer was lost.
+        if error.status != 409:
             raise
         return api.send(workflow.schedule_update(body)), "updated"
 
 
 def delete_schedule(api: Api, workflow: Workflow) -> bool:
-    """Delete the schedule; whether there was one."""
+    """Delete the schedule. Returns whether it existed."""
     try:
         api.send(workflow.schedule_deletion())
     except ApiError as error:
@@ -239,7 +241,7 @@ def delete_schedule(api: Api, workflow: Workflow) -> bool:
 
 
 def _wait(api: Api, request: Request, operation: dict[str, Any]) -> None:
-    """Wait for a long-running operation. Raises Failure where it fails."""
+    """Wait for a long-running operation. Raises Failure if it fails."""
     while not operation.get("done"):
         time.sleep(_POLL_SECONDS)
         reading = Request(
@@ -248,4 +250,4 @@ def _wait(api: Api, request: Request, operation: dict[str, Any]) -> None:
         operation = api.send(reading)
     if "error" in operation:
         why = operation["error"].get("message", operation["error"])
-        raise Failure(f"{request.service} refused the definition: {why}; nothing was started")
+        raise Failure(f"{request.service} rejected the definition: {why}; nothing was started")

@@ -1,6 +1,6 @@
-"""clusters.svg: what stage 3 made of the clusters, for people to look at.
+"""Draws clusters.svg: the importance of each cluster before and after stage 3.
 
-Few clusters stand side by side as bars; many become a curve, whose area is their share of the copies.
+Few clusters are drawn as pairs of bars, many as a curve whose area is their share of the copies.
 """
 
 from __future__ import annotations
@@ -17,31 +17,30 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import PercentFormatter
 
 _TITLE = "Cluster importance before (share of the samples) and after (share of the copies)"
-_MOST_BARS = 25  # more do not stand side by side at 1000 px
+_MAX_BARS = 25  # more do not fit into 1000 px
 _CURVE_STEPS = 100
-_MOST_TASKS = 40
-_MOST_LETTERS = 32
+_MAX_TASKS = 40
+_MAX_NAME_LETTERS = 32
 _SIMILARITY = "similarity_"
-_BEFORE, _AFTER, _AIM = "#bbbbbb", "#0072b2", "#d55e00"  # told apart in grey and by the colour-blind
+_BEFORE, _AFTER, _AIM = "#bbbbbb", "#0072b2", "#d55e00"  # distinct in grey and for colour-blind readers
 _AIM_LABEL = "p(c): the share aimed at"
-_FONT = "DejaVu Sans"  # comes with matplotlib: the same picture everywhere
+_FONT = "DejaVu Sans"  # comes with matplotlib, so the figure is the same everywhere
 _STYLE = {
     "font.family": _FONT,
     "font.size": 10,
-    "text.parse_math": False,  # a task's name may hold `$`
-    "svg.hashsalt": "pairsift",  # else ids are random
+    "text.parse_math": False,  # a task's name may contain `$`
+    "svg.hashsalt": "pairsift",  # otherwise ids are random
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
 
 
 def clusters_svg(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """An SVG of the rows of clusters.parquet (see `copies.cluster_rows`), in any order; the same bytes for the same
-    rows.
+    """Return an SVG of the rows of clusters.parquet (see `copies.cluster_rows`), given in any order.
 
-    Above: each cluster's share of the samples that copies are shared among (before), of the copies (after), and p(c),
-    the share CIDS aims at. Below: its similarity to each task. Clusters stand by p(c) per sample, highest first; empty
-    ones are left out. Our choice.
+    The upper plot shows, for each cluster, its share of the samples before copies are assigned, its share of the
+    copies, and p(c), the target share of CIDS. The lower plot shows its similarity to each task. Clusters are sorted by
+    p(c) per sample, in descending order; empty ones are omitted (our choice). Equal rows give identical bytes.
     """
     with style.context(["default", _STYLE]):
         content = io.BytesIO()
@@ -50,9 +49,9 @@ def clusters_svg(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def clusters_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """The picture that `clusters_svg` writes, 1000 px wide."""
+    """Return the figure that `clusters_svg` writes, 1000 px wide."""
     table = _Table([row for row in rows if row["size"]])
-    shown_tasks = min(len(table.tasks), _MOST_TASKS)
+    shown_tasks = min(len(table.tasks), _MAX_TASKS)
     heights_inch = [4.2] + [0.7 + 0.26 * shown_tasks] * bool(shown_tasks)
     figure = Figure(figsize=(10, sum(heights_inch)), dpi=100, layout="constrained")
     figure.suptitle(_TITLE, fontweight="bold")
@@ -61,7 +60,7 @@ def clusters_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes[0].set_axis_off()
         axes[0].text(0.5, 0.5, "No sample came as far as the clusters.", ha="center", va="center")
         return figure
-    if len(table.before) <= _MOST_BARS:
+    if len(table.before) <= _MAX_BARS:
         edges = _bars(axes[0], table)
         axes[-1].set_xlabel("cluster, most wanted first (by p(c) per sample)")
         axes[-1].tick_params(axis="x", labelrotation=90 if table.cluster.max() > 99 else 0)
@@ -76,10 +75,10 @@ def clusters_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 class _Table:
-    """The columns of the clusters that hold samples, in the order in which they are shown.
+    """The columns of the k non-empty clusters, in the order of the figure.
 
-    before, after, aim: float64 (k,), shares that add up to 1 (after: to 0 where there are no copies). tasks: name →
-    float64 (k,), the task whose mean similarity rises most first.
+    `before`, `after` and `aim` are float64 (k,), shares with sum 1 (`after` has sum 0 if there are no copies). `tasks`
+    maps names to similarities, float64 (k,), sorted by the increase of the mean similarity, largest first.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -88,7 +87,7 @@ class _Table:
 
         sizes, copies, importance = column("size"), column("copies"), column("importance")
         self.samples, self.copies = int(sizes.sum()), int(copies.sum())
-        wanted = np.round(importance * self.samples / sizes, 9)  # without CIDS all are equal but for their last bits
+        wanted = np.round(importance * self.samples / sizes, 9)  # without CIDS, values differ only in their last bits
         order = np.lexsort((column("cluster"), -wanted))
         self.cluster = column("cluster").astype(np.int64)[order]
         self.before = sizes[order] / max(self.samples, 1)
@@ -100,12 +99,12 @@ class _Table:
 
     @property
     def before_label(self) -> str:
-        """What the samples are called in the legend."""
+        """The legend entry of the samples."""
         return f"before: {self.samples:,} samples"
 
     @property
     def after_label(self) -> str:
-        """What the copies are called in the legend."""
+        """The legend entry of the copies."""
         return f"after: {self.copies:,} copies"
 
     def _rise(self, similarity: np.ndarray) -> float:
@@ -113,20 +112,20 @@ class _Table:
 
 
 def _bars(axes: Axes, table: _Table) -> np.ndarray:
-    """Two bars a cluster; returns the edges (k + 1,) between clusters on the x axis."""
-    places = np.arange(len(table.before))
-    before = axes.bar(places - 0.2, table.before, 0.4, color=_BEFORE, label=table.before_label)
-    after = axes.bar(places + 0.2, table.after, 0.4, color=_AFTER, label=table.after_label)
-    aim = axes.hlines(table.aim, places - 0.42, places + 0.42, color=_AIM, linewidth=2, label=_AIM_LABEL)
+    """Draw two bars per cluster; return the edges (k + 1,) between clusters on the x axis."""
+    centres = np.arange(len(table.before))
+    before = axes.bar(centres - 0.2, table.before, 0.4, color=_BEFORE, label=table.before_label)
+    after = axes.bar(centres + 0.2, table.after, 0.4, color=_AFTER, label=table.after_label)
+    aim = axes.hlines(table.aim, centres - 0.42, centres + 0.42, color=_AIM, linewidth=2, label=_AIM_LABEL)
     tops = np.maximum.reduce([table.before, table.after, table.aim])
-    for place, top, ratio in zip(places, tops, table.after / table.before, strict=True):
-        axes.annotate(_times(ratio), (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=7)
+    for centre, top, ratio in zip(centres, tops, table.after / table.before, strict=True):
+        axes.annotate(_times(ratio), (centre, top), (0, 3), textcoords="offset points", ha="center", fontsize=7)
     axes.margins(x=0.01, y=0.1)
     axes.set_ylabel("share of the whole (×: after / before)")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xticks(places, [str(cluster) for cluster in table.cluster])
+    axes.set_xticks(centres, [str(cluster) for cluster in table.cluster])
     _legend(axes, [before, after, aim])
-    return np.arange(len(places) + 1) - 0.5
+    return np.arange(len(centres) + 1) - 0.5
 
 
 def _times(ratio: float) -> str:
@@ -134,7 +133,7 @@ def _times(ratio: float) -> str:
 
 
 def _curve(axes: Axes, table: _Table) -> np.ndarray:
-    """A step for each hundredth of the samples; returns the edges of the steps on the x axis, in shares of the
+    """Draw a step for each hundredth of the samples; return the edges of the steps on the x axis, in shares of the
     samples."""
     groups = _groups(table)
     before, after, aim = (np.bincount(groups, values) for values in (table.before, table.after, table.aim))
@@ -151,23 +150,23 @@ def _curve(axes: Axes, table: _Table) -> np.ndarray:
 
 
 def _legend(axes: Axes, handles: Sequence[Any]) -> None:
-    """Above the picture, where no bar can reach."""
+    """Put the legend above the plot, so that it covers no bar."""
     axes.legend(handles=handles, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=9)
 
 
 def _groups(table: _Table) -> np.ndarray:
-    """The step of the curve that each cluster belongs to, by the middle of its samples: int64 (k,), without gaps."""
+    """Return the step of the curve that contains the middle of each cluster's samples: int64 (k,), without gaps."""
     middles = np.cumsum(table.before) - table.before / 2
     return np.unique((middles * _CURVE_STEPS).astype(np.int64), return_inverse=True)[1]
 
 
 def _similarities(figure: Figure, axes: Axes, table: _Table, edges: np.ndarray) -> None:
-    """A row a task, and what its mean over the samples and over the copies is."""
-    shown = list(table.tasks.items())[:_MOST_TASKS]
+    """Draw a row per task, labelled with its mean similarity over the samples and over the copies."""
+    shown = list(table.tasks.items())[:_MAX_TASKS]
     groups = np.arange(len(table.before)) if len(edges) == len(table.before) + 1 else _groups(table)
     weight = np.bincount(groups, table.before)
     cells = [np.bincount(groups, table.before * values) / weight for _, values in shown]
-    # Edges in the cells' own colour, else browsers show the page between cells.
+    # Edges have the colour of their cells, because browsers would otherwise leave gaps between cells.
     mesh = axes.pcolormesh(edges, np.arange(len(shown) + 1), np.array(cells), cmap="cividis", edgecolors="face")
     axes.invert_yaxis()
     labels = [f"{_printable(name)}\n{_means(table, values)}" for name, values in shown]
@@ -185,7 +184,7 @@ def _means(table: _Table, values: np.ndarray) -> str:
 
 
 def _printable(name: str) -> str:
-    """What the user calls a task, on one line, short, and without letters that the font has not."""
+    """Return the name of a task on one line, shortened, and without characters that the font lacks."""
     letters = FT2Font(font_manager.findfont(_FONT)).get_charmap()
     known = "".join(c if c.isprintable() and ord(c) in letters else "\N{REPLACEMENT CHARACTER}" for c in name)
-    return known if len(known) <= _MOST_LETTERS else known[: _MOST_LETTERS - 1] + "…"
+    return known if len(known) <= _MAX_NAME_LETTERS else known[: _MAX_NAME_LETTERS - 1] + "…"

@@ -1,4 +1,4 @@
-"""Text of a pool on a terminal: what would steer the terminal, or show other words than are there, is escaped."""
+"""Escapes text from a pool for a terminal, which control characters could otherwise manipulate."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import logging
 
 
 def printable(text: str) -> str:
-    """`text` in one line, in which control characters, overrides of the writing direction, lone surrogates and
-    whatever else Unicode calls not printable stand as Python writes them: `\\x1b`, `\\u202e`."""
+    """Return `text` on one line with non-printable characters escaped as in Python (`\\x1b`, `\\u202e`).
+
+    These include control characters, overrides of the writing direction and lone surrogates.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class PrintableFormatter(logging.Formatter):
-    """Log lines made printable; a traceback keeps its lines."""
+    """Formats log records as printable text. Keeps the line breaks of tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(printable(line) for line in super().format(record).split("\n"))

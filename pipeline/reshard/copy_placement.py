@@ -1,4 +1,4 @@
-"""Where the copies of samples stand in resharded tars: whole numbers only, no files."""
+"""The positions of the copies of samples in resharded tars. Pure integer arithmetic, without files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Stretch:
-    """Consecutive samples, `start` <= p < `stop`, whose copy `copy` stands in one tar."""
+class SampleRange:
+    """Consecutive samples, `start` <= p < `stop`, whose copy number `copy` is in one tar."""
 
     copy: int
     start: int
@@ -18,27 +18,28 @@ class Stretch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
-    """Where each copy of each sample stands (our choice).
+class CopyPlacement:
+    """The position of each copy of each sample (our choice).
 
-    The P = `samples` that stand in the subset at all are numbered p = 0 … P - 1; C = `most_copies` is the largest
-    number of copies that one has. Copy j of sample p stands at
+    The P = `samples` samples of the subset are numbered p = 0 … P - 1. C = `most_copies` is the largest number of
+    copies of one sample. The position of copy j of sample p is
 
         frac(p/P + j/C)  in [0, 1), counted in whole steps of 1/(P*C): (p*C + j*P) mod (P*C).
 
-    Rows are ordered by position, then p. Tar s of S = `tars` holds the positions in [s/S, (s + 1)/S). So the samples
-    whose copy j stands in one tar are consecutive, but for one wrap from the last to the first.
+    Rows are ordered by position, then by p. Tar s of S = `tars` holds the positions in [s/S, (s + 1)/S). The samples
+    whose copy j is in a given tar are therefore consecutive, except for one wrap from the last sample to the first.
 
-    How far apart two copies of one sample are, whatever the skew. Their positions differ by m/C for a whole m >= 1.
+    Two copies of one sample are at least this far apart, for any distribution of copies. Their positions differ by m/C
+    with an integer m >= 1.
 
-    - In rows: every sample has a copy 0, and those stand at every multiple of 1/P. Strictly between two points 1/C
-      apart lie at least ceil(P/C) - 1 of these multiples, so the copies are at least ceil(P/C) rows apart. No larger
-      bound holds: where one sample has C copies and all others have one, two of its copies are just that far apart.
-    - In tars: 1/C is S/C tars wide, so they are at least floor(S/C) tars apart. `plan` sees to it that C <= S, so that
-      they never meet in one tar.
+    - In rows: every sample has a copy 0, and these copies are at the multiples of 1/P. There are at least
+      ceil(P/C) - 1 such multiples strictly between two points at distance 1/C, so the copies are at least ceil(P/C)
+      rows apart. The bound is tight: if one sample has C copies and all others have one, it is reached.
+    - In tars: a distance of 1/C is S/C tars, so the copies are at least floor(S/C) tars apart. `plan` ensures C <= S,
+      so that no tar contains two copies of one sample.
 
-    `plan` also sees to it that no tar is empty: where S <= P, some copy 0 stands in each; where S = C, a copy of the
-    sample that has C of them.
+    `plan` also ensures that no tar is empty. If S <= P, each tar contains a copy 0; if S = C, each tar contains a copy
+    of the sample with C copies.
     """
 
     samples: int
@@ -46,43 +47,48 @@ class Spread:
     tars: int
 
     @classmethod
-    def plan(cls, samples: int, most_copies: int, rows: int, samples_per_shard: int) -> Spread:
-        """The spread of `rows` copies of `samples` >= 1 samples over tars of `samples_per_shard` on average, fewer
-        where that takes tars enough to part the copies."""
+    def plan(cls, samples: int, most_copies: int, rows: int, samples_per_shard: int) -> CopyPlacement:
+        """Return the placement of `rows` copies of `samples` >= 1 samples.
+
+        Tars have `samples_per_shard` rows on average, or fewer if more tars are needed to separate the copies.
+        """
         return cls(samples, most_copies, max(most_copies, min(samples, _ceil(rows, samples_per_shard))))
 
     def position(self, sample: int, copy: int) -> int:
-        """In steps of 1/(P*C)."""
+        """Return the position of a copy, in steps of 1/(P*C)."""
         return (sample * self.most_copies + copy * self.samples) % (self.samples * self.most_copies)
 
     @property
     def least_rows_apart(self) -> int:
-        """Between two copies of one sample, over all tars one after another."""
+        """The least distance between two copies of one sample, in rows of the concatenated tars."""
         return _ceil(self.samples, self.most_copies)
 
     @property
     def least_tars_apart(self) -> int:
-        """Between two copies of one sample."""
+        """The least distance between two copies of one sample, in tars."""
         return self.tars // self.most_copies
 
-    def stretches(self, tar: int) -> Iterator[Stretch]:
-        """What stands in a tar. Those of one copy come together, in the order of position."""
+    def ranges(self, tar: int) -> Iterator[SampleRange]:
+        """Yield the contents of a tar, grouped by copy number and in order of position within each group."""
         steps = self.samples * self.most_copies
         first, end = _ceil(tar * steps, self.tars), _ceil((tar + 1) * steps, self.tars)
         for copy in range(self.most_copies):
-            # A sample below 0 is one that the copy's offset carries past the end: it stands for p + P.
+            # A negative number p denotes sample p + P, whose position wraps around the end.
             start = _ceil(first - copy * self.samples, self.most_copies)
             stop = _ceil(end - copy * self.samples, self.most_copies)
             if start < 0:
-                yield Stretch(copy, start + self.samples, min(stop, 0) + self.samples)
+                yield SampleRange(copy, start + self.samples, min(stop, 0) + self.samples)
             if stop > 0:
-                yield Stretch(copy, max(start, 0), stop)
+                yield SampleRange(copy, max(start, 0), stop)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Segment:
-    """The part of a stretch that lies in one shard. `shard` is its place among the shards; `first` the number of its
-    first sample, so that sample p is the shard's (p - first)th that stands in the subset."""
+class ShardRange:
+    """The part of a SampleRange in one shard.
+
+    `shard` is the index of the shard. `first` is the number of the shard's first sample, so that sample p has index
+    p - first among the shard's samples in the subset.
+    """
 
     copy: int
     shard: int
@@ -91,16 +97,15 @@ class Segment:
     stop: int
 
 
-def segments(stretches: Iterator[Stretch], samples_of_shards: Sequence[int]) -> Iterator[Segment]:
-    """`stretches` cut where a shard ends, in their order; `samples_of_shards` says how many of the numbered samples
-    each shard holds."""
+def split_by_shard(ranges: Iterator[SampleRange], samples_of_shards: Sequence[int]) -> Iterator[ShardRange]:
+    """Split `ranges` at shard boundaries, keeping their order. `samples_of_shards` holds the sample count per shard."""
     ends = list(itertools.accumulate(samples_of_shards))
-    for stretch in stretches:
-        start = stretch.start
-        while start < stretch.stop:
+    for range_ in ranges:
+        start = range_.start
+        while start < range_.stop:
             shard = bisect.bisect_right(ends, start)
-            stop = min(stretch.stop, ends[shard])
-            yield Segment(stretch.copy, shard, ends[shard] - samples_of_shards[shard], start, stop)
+            stop = min(range_.stop, ends[shard])
+            yield ShardRange(range_.copy, shard, ends[shard] - samples_of_shards[shard], start, stop)
             start = stop
 
 

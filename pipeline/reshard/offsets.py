@@ -1,4 +1,4 @@
-"""Where in the pool's tars the chosen samples lie, so that each can be read again without reading what is before it."""
+"""The offsets of the selected samples in the pool's tars, so that each sample can be read with a seek."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transforms.core.records import Shard
 _FILE = pa.struct(
     [("extension", pa.string()), ("offset", pa.int64()), ("size_bytes", pa.int64()), ("sha256", pa.string())]
 )
-PLACES = pa.schema(
+OFFSETS = pa.schema(
     [
         ("uid", pa.string()),
         ("key", pa.string()),
@@ -26,20 +26,23 @@ PLACES = pa.schema(
         ("fault", pa.string()),
     ]
 )
-"""A row of each sample with copies >= 1, in the order of the decisions. `files`: image, txt and json, at which byte
-of the tar each begins, and its sha256 in hex; `fault`: why there are none (null: there are)."""
+"""One row per sample with copies >= 1, in the order of the decisions.
+
+`files` lists the image, txt and json: the byte of the tar at which each begins, its size, and its sha256 in hex.
+`fault` says why `files` is null; it is null for a valid sample.
+"""
 
 
-def find_places(shard: Shard, layout: Layout, bounds: PoolSettings) -> list[dict[str, Any]]:
-    """Rows of PLACES, from one pass over the shard's tar; each sample is compared with what was judged.
+def find_offsets(shard: Shard, layout: Layout, bounds: PoolSettings) -> list[dict[str, Any]]:
+    """Return the rows of OFFSETS for a shard, from one pass over its tar.
 
-    The pool may have changed since: a sample that is not there, or has another image or caption, has a fault. A shard
-    without a path is one that the pool no longer has.
+    The pool may have changed since the run. A sample that is missing, or whose image or caption differs from the one
+    the run read, gets a fault. A shard with an empty path is no longer in the pool.
     """
     columns = ["uid", "key", "caption", "image_sha256", "copies"]
     rows = [row for row in tables.read_table(layout.decisions(shard.name), columns) if row["copies"] > 0]
     wanted = {row["key"]: row for row in rows}
-    not_found = "not in the tar any more" if shard.path else "the pool no longer has that shard"
+    not_found = "no longer in the tar" if shard.path else "the shard is no longer in the pool"
     try:
         for members in read_members(shard.path, bounds) if shard.path and wanted else ():
             row = wanted.pop(members.key, None)
@@ -49,7 +52,7 @@ def find_places(shard: Shard, layout: Layout, bounds: PoolSettings) -> list[dict
             if not wanted:
                 break
     except BrokenTar as error:
-        not_found = f"the tar is broken {error}"
+        not_found = f"the tar is damaged {error}"
     for row in wanted.values():
         row["fault"] = not_found
     return rows
@@ -70,13 +73,13 @@ def _files(members: Members) -> list[dict[str, Any]]:
 
 
 def _fault(members: Members, row: dict[str, Any]) -> str | None:
-    """What is no longer as it was judged; None where all is."""
+    """Return how a sample differs from the one that the run read; None if it is the same."""
     if members.fault:
         return f"{members.fault[0]}: {members.fault[1]}"
     if members.image is None or members.caption is None:
-        return "has no image or no caption any more"
+        return "no longer has an image and a caption"
     if hashlib.sha256(members.image).hexdigest() != row["image_sha256"]:
-        return "has another image than the one that was judged"
+        return "the image has changed since the run"
     if members.caption != row["caption"].encode():
-        return "has another caption than the one that was judged"
+        return "the caption has changed since the run"
     return None

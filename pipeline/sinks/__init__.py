@@ -1,1 +1,1 @@
-"""What writes a run's outputs."""
+"""Writers of a run's outputs."""

@@ -1,4 +1,4 @@
-"""clusters.parquet: one row per cluster; and clusters.svg, the same to look at."""
+"""Writes clusters.parquet, with one row per cluster, and clusters.svg, a figure of the same table."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from transforms.storage import files
 
 
 class WriteClusters(beam.DoFn):
-    """The table of clusters, in one element -> clusters.parquet and clusters.svg. Its columns depend on the recipe's
-    tasks."""
+    """PCollection of one element, the rows of the table -> the path of clusters.parquet.
+
+    The columns depend on the recipe's tasks. Also writes clusters.svg.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
 
     def process(self, rows: list[dict[str, Any]]) -> Iterator[str]:
-        # Here, because only this worker draws, and matplotlib takes a second to import.
+        # Imported here, because matplotlib takes a second to import and only this worker draws.
         from pipeline.report.clusters import clusters_svg
 
         with files.write_aside(self._layout.clusters) as file:

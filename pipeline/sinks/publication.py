@@ -1,7 +1,7 @@
-"""The end of a run: readers are let see its results, and what is of no use any more goes.
+"""The last step of a run: publishes the results and deletes stale files.
 
-The last step of stage 3's graph, because nothing waits for a job on a cluster. A runner may try a step again, so doing
-all of it once more changes nothing; and where the folder is another's by then, nothing is done.
+It is a step of the graph of stage 3, because no process waits for a job on a cluster. A runner may retry a step, so
+publishing is idempotent, and does nothing if another run has taken over the output folder.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from transforms.storage import files
 
 @dataclasses.dataclass(frozen=True)
 class Publication:
-    """What is published with the results: the content of their manifest, as far as it is known when the graph is built.
-    `keep_versions` is how many versions stay readable, this one included; `holder` says how the output folder is held
-    for the job, which lets go of it last. A process holds it itself, throughout."""
+    """The settings of `publish`.
+
+    `manifest` is the content of the manifest that is known when the graph is built. `keep_versions` is the number of
+    versions to keep, including this one. `holder` identifies the lock held for a job, which `publish` releases at the
+    end; it is None for a run in a local process, which releases its own lock.
+    """
 
     manifest: Mapping[str, Any]
     keep_versions: int = versions.KEPT
@@ -31,32 +34,35 @@ class Publication:
 
 
 class NotHeld(RuntimeError):
-    """A job whose output folder was taken over before it was through."""
+    """Another run took over the output folder before the job had finished."""
 
 
 def holds(layout: Layout, publication: Publication | None) -> bool:
-    """Whether the folder is still this run's: False where its last step is done again, and was through before.
+    """Return whether this run still holds the output folder; False if a retry finds that it has been published.
 
-    Raises NotHeld where another run has taken the folder over before that.
+    Raises NotHeld if another run has taken over the folder before this run was published.
     """
     holder = publication.holder if publication else None
     if not holder or is_held(layout.output, holder):
         return True
     if not files.exists(layout.manifest):
         raise NotHeld(
-            f"{layout.output}: was held for {holder.job.name}, and another run has taken it over; let that run end, "
-            "then run again: what is finished is not computed again"
+            f"{layout.output}: another run has taken over this folder from {holder.job.name}; wait for it to end, then "
+            "run again: finished work is not repeated"
         )
     return False
 
 
 def publish(layout: Layout, publication: Publication) -> None:
-    """Make the version of `layout`, of which all else is written, whole, and let readers see it; delete older versions,
-    and what is known of shards that the pool no longer has. Raises NotHeld."""
+    """Publish the version `layout`, whose other files are complete.
+
+    Writes the manifest and makes this version the current one. Then deletes older versions, and the tables of shards
+    that are no longer in the pool. Raises NotHeld.
+    """
     if not holds(layout, publication):
         return
     funnel = json.loads(files.read_bytes(layout.funnel))
-    # Scores of another batch shape differ in their last bits.
+    # The manifest names smaller batches, because scores of another batch shape differ in their last bits.
     smaller = {SMALLER_BATCHES: funnel[SMALLER_BATCHES]} if funnel.get(SMALLER_BATCHES) else {}
     files.write_json(layout.manifest, {**publication.manifest, **smaller})
     versions.switch(layout)
@@ -66,7 +72,7 @@ def publish(layout: Layout, publication: Publication) -> None:
             *(layout.dead_letters(step, name) for step in DEAD_LETTER_STEPS),
             layout.cross_modality(name),
             layout.pool_wide(name),
-            layout.single_modality(name),  # last: by it the others are found
+            layout.single_modality(name),  # last, because `vanished` finds the shard by this table
         ):
             files.delete_if_there(path)
     files.delete_folder(layout.in_progress_folder)
@@ -75,6 +81,6 @@ def publish(layout: Layout, publication: Publication) -> None:
 
 
 def vanished(layout: Layout) -> set[str]:
-    """The names of shards that tables are of and that the pool no longer has."""
-    there = files.names_in(layout.single_modality("x").rpartition("/")[0])
-    return {name.removesuffix(".parquet") for name in there} - {shard.name for shard in read_listing(layout)}
+    """Return the names of shards that have tables but are no longer in the pool."""
+    tables = files.names_in(layout.single_modality("x").rpartition("/")[0])
+    return {name.removesuffix(".parquet") for name in tables} - {shard.name for shard in read_listing(layout)}

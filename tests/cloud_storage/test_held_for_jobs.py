@@ -1,4 +1,4 @@
-"""An output folder in Cloud Storage is held for a job from its launcher to its last step."""
+"""Tests of the lock that is held for a Dataflow job from its launcher to its last step."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def holder(output: str) -> str | None:
     return json.loads(found.content)["name"] if found else None
 
 
-def test_a_job_that_is_handed_over_holds_the_folder(
+def test_submitted_job_holds_the_folder(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = f"{output}/.distribution_alignment/tiles/0-0.npz"  # by a run that was killed
+    left = f"{output}/.distribution_alignment/tiles/0-0.npz"  # left by a killed run
     files.write_bytes(left, b"left")
     handed_over(tmp_path, monkeypatch, "demo", DISTRIBUTION_ALIGNMENT, output=output)
     assert holder(output) == job_name(output, DISTRIBUTION_ALIGNMENT)
     assert not files.exists(left)
 
 
-def test_a_job_that_is_refused_leaves_the_folder_free(
+def test_refused_job_releases_the_folder(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "MAX_GRAPH_BYTES", 1000)
@@ -53,7 +53,7 @@ def test_a_job_that_is_refused_leaves_the_folder_free(
 
 
 @pytest.mark.parametrize("over", [False, True])
-def test_the_next_job_holds_it_once_the_one_before_is_over(
+def test_next_job_takes_over_after_the_previous_one_has_ended(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: bool
 ) -> None:
     before = DataflowJob("my-project", "us-central1", job_name(output, SINGLE_MODALITY))
@@ -68,7 +68,7 @@ def test_the_next_job_holds_it_once_the_one_before_is_over(
         assert holder(output) == before.name
 
 
-def test_what_is_published_is_let_go_of_also_when_the_step_is_tried_again(output: str) -> None:
+def test_publishing_releases_the_folder_even_on_retry(output: str) -> None:
     job = DataflowJob("my-project", "us-central1", job_name(output, DISTRIBUTION_ALIGNMENT))
     layout = written(output)
     publication = Publication({"seed": 0}, 3, hold_for_job(output, job))
@@ -79,19 +79,19 @@ def test_what_is_published_is_let_go_of_also_when_the_step_is_tried_again(output
 
 
 def written(output: str) -> Layout:
-    """A version that lacks but its last step."""
+    """Return a version that only lacks its last step."""
     layout = Layout(output, f"{output}/versions/1")
     files.write_json(layout.funnel, {})
     write_listing(layout, [])
     return layout
 
 
-def test_a_last_step_that_is_tried_again_late_leaves_the_next_run_alone(output: str) -> None:
+def test_late_retry_of_the_last_step_does_not_affect_the_next_run(output: str) -> None:
     job = DataflowJob("my-project", "us-central1", job_name(output, DISTRIBUTION_ALIGNMENT))
     layout = written(output)
     publication = Publication({"seed": 0}, 3, hold_for_job(output, job))
     publish(layout, publication)
-    hold_for_job(output, job)  # next week's has the same name
+    hold_for_job(output, job)  # the job of the next scheduled run has the same name
     theirs = (
         f"{output}/versions/2/subset.npy",
         layout.in_progress(SINGLE_MODALITY, "a"),
@@ -105,19 +105,19 @@ def test_a_last_step_that_is_tried_again_late_leaves_the_next_run_alone(output: 
     assert holder(output) == job.name
 
 
-def test_a_job_whose_folder_was_taken_over_publishes_nothing(output: str) -> None:
+def test_job_whose_folder_was_taken_over_publishes_nothing(output: str) -> None:
     job = DataflowJob("my-project", "us-central1", job_name(output, DISTRIBUTION_ALIGNMENT))
     layout = written(output)
     publication = Publication({"seed": 0}, 3, hold_for_job(output, job))
-    message = f"was held for {job.name}, and another run has taken it over"
+    message = f"another run has taken over this folder from {job.name}"
     with lock.only_writer(output, lambda job, since: True), pytest.raises(NotHeld, match=message):
         publish(layout, publication)
     assert not files.exists(layout.manifest) and not files.exists(f"{output}/current.json")
 
 
-def test_a_launcher_holds_nothing_of_what_it_does_not_know(output: str) -> None:
+def test_launcher_does_not_lock_for_an_unknown_job(output: str) -> None:
     with (
-        pytest.raises(UsageError, match="holds no listing"),
+        pytest.raises(UsageError, match="has no listing of a pool"),
         launcher._held_for(DataflowJob("p", "r", "n"), Layout(output)),
     ):
         launcher._listed(Layout(output))

@@ -1,4 +1,4 @@
-"""One writer at a time in Cloud Storage, whatever is lost on the way and whoever dies."""
+"""Tests of the lock in Cloud Storage: one writer at a time, despite lost answers and killed processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def output(bucket: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _clock_as_it_was(store: CloudStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "clock", datetime.timedelta(days=-400))  # this machine's is wrong; nobody may look at it
+    monkeypatch.setattr(store, "clock", datetime.timedelta(days=-400))  # must not depend on the local clock
 
 
 def pass_minutes(store: CloudStorage, minutes: float) -> None:
@@ -58,7 +58,7 @@ def pass_minutes(store: CloudStorage, minutes: float) -> None:
 
 
 class Holder:
-    """Another process that holds the folder until it is told to end."""
+    """Another process that holds the lock until it is stopped."""
 
     def __init__(self, output: str, log: Path, refreshed_seconds: float = 60) -> None:
         held, self._ended, self._log = _FORKS.Event(), _FORKS.Event(), log
@@ -70,18 +70,18 @@ class Holder:
         self.pid = self.process.pid
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         self.process.kill()
         self.process.join()
 
     def end(self) -> None:
-        """Let it go."""
+        """Make the process release the lock and end."""
         self._ended.set()
         self.process.join(60)
 
     @property
     def said(self) -> str:
-        """What it wrote to standard error."""
+        """Return its output on stderr."""
         return self._log.read_text()
 
 
@@ -104,7 +104,7 @@ def holder(output: str, tmp_path: Path) -> Iterator[Holder]:
 
 
 def on_another_machine(store: CloudStorage, output: str) -> None:
-    """Make the lock one of a process that cannot be looked for here."""
+    """Make the lock appear to be held on another machine."""
     path = f"{output}/.lock.json"
     found = generations.read(path)
     assert found
@@ -115,12 +115,12 @@ def on_another_machine(store: CloudStorage, output: str) -> None:
 # A process ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_second_is_refused_with_who_and_since_when(holder: Holder, output: str) -> None:
+def test_second_writer_is_refused_with_details_of_the_first(holder: Holder, output: str) -> None:
     with pytest.raises(Held, match=rf"{output}: process {holder.pid} of \S+ on \S+, since 20\d\d-.* is writing it"):
         hold(output)
 
 
-def test_a_run_that_ends_or_fails_lets_go_and_leaves_nothing(store: CloudStorage, bucket: str, output: str) -> None:
+def test_lock_is_released_on_success_and_failure(store: CloudStorage, bucket: str, output: str) -> None:
     hold(output)
     with pytest.raises(RuntimeError, match="boom"), only_writer(output):
         raise RuntimeError("boom")
@@ -128,12 +128,12 @@ def test_a_run_that_ends_or_fails_lets_go_and_leaves_nothing(store: CloudStorage
     assert store.names(bucket) == []
 
 
-def test_two_runs_of_one_process_are_two(output: str) -> None:
+def test_two_runs_in_one_process_exclude_each_other(output: str) -> None:
     with only_writer(output), pytest.raises(Held, match=f"process {os.getpid()}"):
         hold(output)
 
 
-def test_one_that_died_on_this_machine_is_followed_at_once(
+def test_lock_of_a_dead_local_process_is_taken_over_at_once(
     store: CloudStorage, bucket: str, holder: Holder, output: str
 ) -> None:
     holder.kill()
@@ -142,7 +142,7 @@ def test_one_that_died_on_this_machine_is_followed_at_once(
     assert store.names(bucket) == []
 
 
-def test_one_that_is_silent_elsewhere_is_followed_after_minutes_of_the_store_s_clock(
+def test_unrefreshed_remote_lock_is_taken_over_after_minutes_on_the_server(
     store: CloudStorage, bucket: str, holder: Holder, output: str
 ) -> None:
     on_another_machine(store, output)
@@ -154,17 +154,17 @@ def test_one_that_is_silent_elsewhere_is_followed_after_minutes_of_the_store_s_c
     assert store.names(bucket) == []
 
 
-def test_one_that_says_so_again_and_again_keeps_it(store: CloudStorage, output: str, tmp_path: Path) -> None:
+def test_refreshed_lock_is_kept(store: CloudStorage, output: str, tmp_path: Path) -> None:
     holder = Holder(output, tmp_path / "log", refreshed_seconds=0.05)
     before = generations.read(f"{output}/.lock.json")
     on_refresh = store.pause(of_lock("write"))
     assert on_refresh.reached.wait(10)
     pass_minutes(store, 60)
-    on_refresh.go_on()
+    on_refresh.resume()
     second = store.pause(of_lock("write"))
     assert second.reached.wait(10)
     after = generations.read(f"{output}/.lock.json")
-    second.go_on()
+    second.resume()
     assert before and after
     assert after.generation > before.generation
     assert after.updated - before.updated > datetime.timedelta(minutes=59)
@@ -175,10 +175,10 @@ def test_one_that_says_so_again_and_again_keeps_it(store: CloudStorage, output: 
     hold(output)
 
 
-def test_one_whose_lock_was_taken_ends_and_leaves_it_alone(store: CloudStorage, output: str, tmp_path: Path) -> None:
+def test_holder_ends_if_its_lock_was_taken_over(store: CloudStorage, output: str, tmp_path: Path) -> None:
     holder = Holder(output, tmp_path / "log", refreshed_seconds=0.3)
     path = f"{output}/.lock.json"
-    while True:  # the holder may be quicker
+    while True:  # retries if the holder refreshes first
         found = generations.read(path)
         assert found
         try:
@@ -193,7 +193,7 @@ def test_one_whose_lock_was_taken_ends_and_leaves_it_alone(store: CloudStorage, 
     assert generations.read(path) == taken
 
 
-def test_one_that_cannot_say_so_ends_before_another_may_take_it(
+def test_holder_that_cannot_refresh_ends_before_a_takeover(
     store: CloudStorage, output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gave_up: list[str] = []
@@ -203,7 +203,7 @@ def test_one_that_cannot_say_so_ends_before_another_may_take_it(
     with only_writer(output):
         store.fail(of_lock("write"), 403, times=1)
         time.sleep(0.25)
-        assert not gave_up  # a single failure is none
+        assert not gave_up  # a single failure is tolerated
         store.fail(of_lock("write"), 403, times=10_000)
         begun = time.monotonic()
         while not gave_up:
@@ -214,21 +214,21 @@ def test_one_that_cannot_say_so_ends_before_another_may_take_it(
     assert "HTTP status 403" in gave_up[0]
 
 
-def test_a_release_does_not_take_another_s_lock(store: CloudStorage, output: str) -> None:
+def test_release_does_not_delete_the_lock_of_another_holder(store: CloudStorage, output: str) -> None:
     with only_writer(output):
         store.put(output.split("/")[2], "out/.lock.json", b"{}")
     assert generations.read(f"{output}/.lock.json") is not None
 
 
 @pytest.mark.parametrize("status", [503, 500])
-def test_an_answer_that_was_lost_costs_nothing(store: CloudStorage, bucket: str, output: str, status: int) -> None:
-    store.fail(of_lock("write"), status, done=True)  # the client tries again, and is told 412
+def test_lost_answer_has_no_effect(store: CloudStorage, bucket: str, output: str, status: int) -> None:
+    store.fail(of_lock("write"), status, done=True)  # the client retries and gets 412
     with only_writer(output), pytest.raises(Held):
         hold(output)
     assert store.names(bucket) == []
 
 
-def test_a_refresh_whose_answer_was_lost_loses_nothing(
+def test_refresh_with_a_lost_answer_keeps_the_lock(
     store: CloudStorage, bucket: str, output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "REFRESHED_SECONDS", 0.05)
@@ -240,12 +240,12 @@ def test_a_refresh_whose_answer_was_lost_loses_nothing(
         for _ in range(2):
             refresh = store.pause(of_lock("write"))
             assert refresh.reached.wait(10)
-            refresh.go_on()
+            refresh.resume()
     assert first and not gave_up
     assert store.names(bucket) == []
 
 
-def test_of_many_who_want_it_one_gets_it(store: CloudStorage, bucket: str, output: str) -> None:
+def test_one_of_many_concurrent_writers_gets_the_lock(store: CloudStorage, bucket: str, output: str) -> None:
     store.put(bucket, "out/.lock.json", b'{"host": "a", "pid": 1, "user": "u", "since": "s"}')
     pass_minutes(store, 6)
     barrier, ended = threading.Barrier(8), threading.Event()
@@ -271,7 +271,7 @@ def test_of_many_who_want_it_one_gets_it(store: CloudStorage, bucket: str, outpu
     assert store.names(bucket) == []
 
 
-def test_two_takers_who_saw_the_same_do_not_both_win(store: CloudStorage, bucket: str, output: str) -> None:
+def test_two_concurrent_takeovers_do_not_both_succeed(store: CloudStorage, bucket: str, output: str) -> None:
     store.put(bucket, "out/.lock.json", b'{"host": "a", "pid": 1, "user": "u", "since": "s"}')
     pass_minutes(store, 6)
     slow = store.pause(of_lock("write"))
@@ -285,15 +285,15 @@ def test_two_takers_who_saw_the_same_do_not_both_win(store: CloudStorage, bucket
 
     taker = threading.Thread(target=take)
     taker.start()
-    assert slow.reached.wait(10)  # it has judged the holder to be gone, and writes
+    assert slow.reached.wait(10)  # it considers the holder dead and writes the lock
     with only_writer(output):
-        slow.go_on()
+        slow.resume()
         taker.join()
     assert len(refused) == 1
     assert f"process {os.getpid()}" in str(refused[0])
 
 
-def test_what_cannot_be_read_is_never_free_at_once(store: CloudStorage, bucket: str, output: str) -> None:
+def test_unreadable_lock_is_not_taken_over_at_once(store: CloudStorage, bucket: str, output: str) -> None:
     for content in (b"", b"[]", b"\xff", b'{"pid": 1}'):
         store.put(bucket, "out/.lock.json", content)
         with pytest.raises(Held, match="another run is writing it"):
@@ -302,7 +302,7 @@ def test_what_cannot_be_read_is_never_free_at_once(store: CloudStorage, bucket: 
     hold(output)
 
 
-def test_a_bucket_that_is_not_there_is_told(store: CloudStorage) -> None:
+def test_missing_bucket(store: CloudStorage) -> None:
     with pytest.raises(OSError, match=r"gs://no-such/out/\.lock\.json: HTTP status 404: The specified bucket"):
         hold("gs://no-such/out")
 
@@ -310,7 +310,7 @@ def test_a_bucket_that_is_not_there_is_told(store: CloudStorage) -> None:
 # A Dataflow job ----------------------------------------------------------------------------------------------------
 
 
-def test_a_job_holds_it_until_its_last_step(store: CloudStorage, bucket: str, output: str) -> None:
+def test_job_holds_the_lock_until_its_last_step(store: CloudStorage, bucket: str, output: str) -> None:
     held = hold_for_job(output, JOB, unasked)
     (content,) = (json.loads(stored.content) for stored in store.buckets[bucket].values())
     assert {**JOB._asdict()}.items() <= content.items()
@@ -320,13 +320,13 @@ def test_a_job_holds_it_until_its_last_step(store: CloudStorage, bucket: str, ou
     with pytest.raises(Held, match=re.escape(expected)):
         hold_for_job(output, NEXT, lambda job, since: False)
     release_for_job(output, held)
-    release_for_job(output, held)  # a step that is tried again
+    release_for_job(output, held)  # a retried step
     assert store.names(bucket) == []
 
 
-def test_a_job_of_that_name_gets_it_again(output: str) -> None:
+def test_job_of_the_same_name_gets_the_lock(output: str) -> None:
     first, second, third = (hold_for_job(output, JOB, unasked) for _ in range(3))
-    for held in (first, second):  # of another week, say
+    for held in (first, second):  # for example, of two scheduled runs
         release_for_job(output, held)
         assert not is_held(output, held)
     assert is_held(output, third)
@@ -334,7 +334,7 @@ def test_a_job_of_that_name_gets_it_again(output: str) -> None:
     assert not is_held(output, third)
 
 
-def test_another_s_lock_is_not_released(store: CloudStorage, bucket: str, output: str) -> None:
+def test_lock_of_another_holder_is_not_released(store: CloudStorage, bucket: str, output: str) -> None:
     held = hold_for_job(output, JOB)
     next_ = hold_for_job(output, NEXT, lambda job, since: True)
     release_for_job(output, held)
@@ -345,7 +345,7 @@ def test_another_s_lock_is_not_released(store: CloudStorage, bucket: str, output
             hold(output)
 
 
-def test_the_next_stage_follows_a_job_that_is_over(output: str) -> None:
+def test_next_stage_takes_over_from_an_ended_job(output: str) -> None:
     asked = []
 
     def is_over(job: DataflowJob, since: datetime.datetime) -> bool:
@@ -358,7 +358,7 @@ def test_the_next_stage_follows_a_job_that_is_over(output: str) -> None:
     release_for_job(output, held)
 
 
-def test_what_is_asked_for_is_a_job_begun_since_it_was_held(store: CloudStorage, output: str) -> None:
+def test_only_jobs_created_after_the_lock_are_considered(store: CloudStorage, output: str) -> None:
     def is_over(job: DataflowJob, since: datetime.datetime) -> bool:
         moments.append(since)
         return False
@@ -372,7 +372,7 @@ def test_what_is_asked_for_is_a_job_begun_since_it_was_held(store: CloudStorage,
     assert datetime.timedelta(days=7) <= moments[1] - moments[0] < datetime.timedelta(days=7, minutes=1)
 
 
-def test_a_job_that_dataflow_does_not_know_is_waited_for_a_while(store: CloudStorage, output: str) -> None:
+def test_unknown_job_keeps_the_lock_for_a_while(store: CloudStorage, output: str) -> None:
     hold_for_job(output, JOB)
     pass_minutes(store, 14)
     with pytest.raises(Held):
@@ -381,7 +381,7 @@ def test_a_job_that_dataflow_does_not_know_is_waited_for_a_while(store: CloudSto
     hold(output, is_over=lambda job, since: None)
 
 
-def test_where_dataflow_cannot_be_asked_the_job_keeps_it(store: CloudStorage, output: str) -> None:
+def test_job_keeps_the_lock_if_dataflow_is_unavailable(store: CloudStorage, output: str) -> None:
     def is_over(job: DataflowJob, since: datetime.datetime) -> bool:
         raise Forbidden("no dataflow.jobs.list")
 
@@ -391,6 +391,6 @@ def test_where_dataflow_cannot_be_asked_the_job_keeps_it(store: CloudStorage, ou
         hold(output, is_over=is_over)
 
 
-def test_a_process_keeps_a_job_out(holder: Holder, output: str) -> None:
+def test_process_excludes_a_job(holder: Holder, output: str) -> None:
     with pytest.raises(Held, match=f"process {holder.pid}"):
         hold_for_job(output, JOB, unasked)

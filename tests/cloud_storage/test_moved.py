@@ -1,4 +1,4 @@
-"""A run that outgrows its disk goes on in Cloud Storage with what it had (docs/reliability.md)."""
+"""A test of moving an unfinished run from a local disk to Cloud Storage (docs/reliability.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.integration.chaos import SHARDS, make_case
 from transforms.core.recipe import STAGES, load_recipe
 
 
-def test_an_output_folder_that_is_copied_there_goes_on(store: CloudStorage, bucket: str, tmp_path: Path) -> None:
+def test_copied_output_folder_is_resumed(store: CloudStorage, bucket: str, tmp_path: Path) -> None:
     case, local = make_case(tmp_path / "case"), tmp_path / "out"
     store.put_folder(bucket, "pool", case.pool)
 

@@ -1,4 +1,4 @@
-"""Readers in Cloud Storage see one version or the next, and never go back."""
+"""Tests of versions in Cloud Storage: readers see one version or the next, and never an older one again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_switch(request: Request) -> bool:
 
 
 def publish(output: str) -> Layout:
-    """A new version, as stage 3 makes one."""
+    """Write a new version as stage 3 does."""
     layout = versions.begin(output)
     write_version(layout)
     versions.switch(layout)
@@ -36,7 +36,7 @@ def write_version(layout: Layout) -> None:
         files.write_bytes(path, layout.results.encode())
 
 
-def test_there_is_none_before_the_first(output: str) -> None:
+def test_no_version_before_the_first(output: str) -> None:
     assert versions.newest(output).results == ""
     layout = versions.begin(output)
     write_version(layout)
@@ -46,10 +46,10 @@ def test_there_is_none_before_the_first(output: str) -> None:
     assert files.read_bytes(versions.newest(output).subset) == layout.results.encode()
 
 
-def test_the_oldest_go(store: CloudStorage, bucket: str, output: str) -> None:
+def test_oldest_versions_are_deleted(store: CloudStorage, bucket: str, output: str) -> None:
     for _ in range(4):
         newest = publish(output)
-    for name in ("0/subset.npy", "5/subset.npy", "old"):  # of a run that was killed; of one that works; nobody's
+    for name in ("0/subset.npy", "5/subset.npy", "old"):  # of a killed run; of a running one; an unrelated file
         store.put(bucket, f"out/versions/{name}", b"")
     versions.prune(newest, 2)
     found = {name.split("/")[2] for name in store.names(bucket, "out/versions/")}
@@ -57,14 +57,14 @@ def test_the_oldest_go(store: CloudStorage, bucket: str, output: str) -> None:
     assert versions.newest(output).results == f"{output}/versions/4"
 
 
-def test_what_a_killed_run_left_goes_and_its_number_is_free(store: CloudStorage, bucket: str, output: str) -> None:
+def test_version_of_a_killed_run_is_deleted_and_its_number_free(store: CloudStorage, bucket: str, output: str) -> None:
     publish(output)
     store.put(bucket, "out/versions/2/decisions/part-a.parquet", b"half")
     assert versions.begin(output).results == f"{output}/versions/2"
     assert store.names(bucket, "out/versions/2") == []
 
 
-def test_versions_of_any_size_are_known_by_few_requests(store: CloudStorage, bucket: str, output: str) -> None:
+def test_listing_versions_takes_few_requests(store: CloudStorage, bucket: str, output: str) -> None:
     publish(output)
     for n in range(2500):
         store.put(bucket, f"out/versions/1/decisions/part-{n}.parquet", b"")
@@ -73,7 +73,7 @@ def test_versions_of_any_size_are_known_by_few_requests(store: CloudStorage, buc
     assert store.asked.total() <= 4
 
 
-def test_a_switch_may_be_made_again(store: CloudStorage, output: str) -> None:
+def test_switch_is_idempotent(store: CloudStorage, output: str) -> None:
     layout = publish(output)
     before = generations.read(f"{output}/current.json")
     versions.switch(layout)
@@ -81,14 +81,14 @@ def test_a_switch_may_be_made_again(store: CloudStorage, output: str) -> None:
 
 
 @pytest.mark.parametrize("status", [503, 500])
-def test_a_switch_whose_answer_was_lost_is_made_once(store: CloudStorage, output: str, status: int) -> None:
+def test_switch_with_a_lost_answer(store: CloudStorage, output: str, status: int) -> None:
     publish(output)
     store.fail(is_switch, status, done=True)
     layout = publish(output)
     assert versions.newest(output) == layout
 
 
-def test_a_switch_that_lost_is_an_error_and_readers_stay(store: CloudStorage, output: str) -> None:
+def test_outdated_switch_is_an_error_and_does_not_affect_readers(store: CloudStorage, output: str) -> None:
     slow = versions.begin(output)
     write_version(slow)
     quick = publish(output)
@@ -99,11 +99,11 @@ def test_a_switch_that_lost_is_an_error_and_readers_stay(store: CloudStorage, ou
     assert versions.newest(output) == quick
 
 
-def test_a_switch_that_is_overtaken_on_its_way_lost_too(store: CloudStorage, bucket: str, output: str) -> None:
+def test_overtaken_switch_is_an_error(store: CloudStorage, bucket: str, output: str) -> None:
     slow = publish(output)
     slow = versions.begin(output)
     write_version(slow)
-    on_its_way = store.pause(is_switch)  # it has seen version 1, and writes
+    on_its_way = store.pause(is_switch)  # it has read version 1 and writes the pointer
     lost: list[versions.VersionConflict] = []
 
     def switch() -> None:
@@ -116,13 +116,13 @@ def test_a_switch_that_is_overtaken_on_its_way_lost_too(store: CloudStorage, buc
     thread.start()
     assert on_its_way.reached.wait(10)
     store.put(bucket, "out/current.json", json.dumps({"version": 3}).encode())
-    on_its_way.go_on()
+    on_its_way.resume()
     thread.join()
     assert "published version 3" in str(lost[0])
     assert versions.newest(output).results == f"{output}/versions/3"
 
 
-def test_an_older_pointer_that_changed_on_the_way_is_replaced_all_the_same(
+def test_older_pointer_that_changed_in_the_meantime_is_replaced(
     store: CloudStorage, bucket: str, output: str
 ) -> None:
     publish(output)
@@ -133,12 +133,12 @@ def test_an_older_pointer_that_changed_on_the_way_is_replaced_all_the_same(
     thread.start()
     assert on_its_way.reached.wait(10)
     store.put(bucket, "out/current.json", json.dumps({"version": 1}).encode())
-    on_its_way.go_on()
+    on_its_way.resume()
     thread.join()
     assert versions.newest(output) == layout
 
 
-def test_a_reader_who_asks_while_the_pointer_is_replaced_gets_one_of_both(
+def test_reader_during_a_switch_gets_one_of_both_versions(
     store: CloudStorage, bucket: str, output: str
 ) -> None:
     publish(output)
@@ -146,8 +146,8 @@ def test_a_reader_who_asks_while_the_pointer_is_replaced_gets_one_of_both(
     found: list[Layout] = []
     thread = threading.Thread(target=lambda: found.append(versions.newest(output)))
     thread.start()
-    assert reading.reached.wait(10)  # it has seen a generation that is no longer there when it is read
+    assert reading.reached.wait(10)  # it has looked up a generation that no longer exists when it is read
     layout = publish(output)
-    reading.go_on()
+    reading.resume()
     thread.join()
     assert found == [layout]

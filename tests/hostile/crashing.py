@@ -1,8 +1,8 @@
-"""pairsift with a decoder that crashes or hangs on pictures that say so, as a program of its own:
+"""A program that runs pairsift with a decoder that crashes or hangs on images with a certain content:
 
-python -m tests.hostile.crashing RECIPE POOL OUTPUT    stage 1 of a run
-python -m tests.hostile.crashing MARK                  a picture that hangs, while the mark is there
-python -m tests.hostile.crashing                       the process in which either decodes the second time
+python -m tests.hostile.crashing RECIPE POOL OUTPUT    runs stage 1
+python -m tests.hostile.crashing MARKER                decodes an image that hangs, with this marker file
+python -m tests.hostile.crashing                       the child process in which the other two decode after a crash
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def main() -> None:
     match sys.argv[1:]:
         case []:
             decoder_child.main()
-        case [mark]:
-            with watched_decoder.decoder_for(mark, 1.0) as decode_watched:
+        case [marker]:
+            with watched_decoder.decoder_for(marker, 1.0) as decode_watched:
                 try:
                     decode_watched(HANG, 1, None)
                 except images.UndecodableImage as error:

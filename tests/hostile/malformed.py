@@ -1,7 +1,7 @@
-"""A corpus of hostile samples and tars, made on the fly from seeds, with what may become of each.
+"""A corpus of hostile samples and tars, generated from seeds, with the allowed outcomes of each.
 
-A kind of sample is one function below: it gets a source of chance and a key, and gives the tar members and, by key, the
-outcomes allowed in the order of the tar: `JUDGED` (kept, or dropped by a rule), or a dead letter's reason.
+Each kind of sample is a function below. It takes a random generator and a key, and returns the tar members and, by key,
+the allowed outcomes in tar order: `JUDGED` (kept, or dropped by a rule) or the reason of a dead letter.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from tests.helpers import encode, jpeg, picture, tar_bytes
 
 JUDGED = "judged"
 BLOCK = 512
-CANARY = "/tmp/pairsift-canary"  # what nobody may ever make
+CANARY = "/tmp/pairsift-canary"  # a file that must never be created
 SETTINGS = {
     "max_image_bytes": 300_000,
     "max_image_pixels": 4_000_000,
     "max_json_bytes": 100_000,
     "max_tar_members": 2_000,
 }
-"""Small bounds, so that what is beyond them is small too."""
+"""Low limits, so that inputs above them are small."""
 
 Outcomes = dict[str, list[set[str]]]
 Make = Callable[[random.Random, str], tuple[bytes, Outcomes]]
@@ -43,7 +43,7 @@ Make = Callable[[random.Random, str], tuple[bytes, Outcomes]]
 
 @dataclasses.dataclass(frozen=True)
 class Malformed:
-    """Members of one tar, as bytes, and by key what may become of them."""
+    """Tar members as bytes, and their allowed outcomes by key."""
 
     kind: str
     members: bytes
@@ -52,7 +52,7 @@ class Malformed:
 
 @dataclasses.dataclass(frozen=True)
 class MalformedTar:
-    """A tar that is damaged itself: the sound samples that it holds before the damage, and the shard's dead letter."""
+    """A damaged tar, with the keys of the valid samples before the damage and the reason of its dead letter."""
 
     kind: str
     content: bytes
@@ -64,7 +64,7 @@ class MalformedTar:
 
 
 def entry(name: str, content: bytes = b"", format_: Any = tarfile.GNU_FORMAT, **fields: Any) -> bytes:
-    """A header, its content, and the zeros behind it."""
+    """Return a tar header, its content, and padding."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     for field, value in fields.items():
@@ -73,12 +73,12 @@ def entry(name: str, content: bytes = b"", format_: Any = tarfile.GNU_FORMAT, **
 
 
 def pax_entry(records: bytes, type_: bytes = tarfile.XHDTYPE) -> bytes:
-    """An extended header."""
+    """Return an extended header."""
     return entry("pax", records, type=type_)
 
 
 def pax_record(keyword: str, value: bytes) -> bytes:
-    """One record of an extended header."""
+    """Return one record of an extended header."""
     body = f" {keyword}=".encode() + value + b"\n"
     length = len(body) + 1
     while len(record := str(length).encode() + body) != length:
@@ -87,7 +87,7 @@ def pax_record(keyword: str, value: bytes) -> bytes:
 
 
 def with_checksum(header: bytes) -> bytes:
-    """A header whose checksum fits."""
+    """Return the header with a valid checksum."""
     checksum = sum(header[:148]) + sum(header[156:BLOCK]) + 8 * 32
     return header[:148] + b"%06o\0 " % checksum + header[156:]
 
@@ -102,7 +102,7 @@ def photo(rng: random.Random, width: int = 240, height: int = 210) -> bytes:
 
 
 def sound_members(rng: random.Random, key: str) -> bytes:
-    """A whole sample without a fault."""
+    """Return the members of a complete and valid sample."""
     return (
         entry(f"{key}.jpg", photo(rng))
         + entry(f"{key}.txt", caption_of(rng).encode())
@@ -111,7 +111,7 @@ def sound_members(rng: random.Random, key: str) -> bytes:
 
 
 def of_image(make: Callable[[random.Random], bytes], *outcomes: str, extension: str = "jpg") -> Make:
-    """A kind that is a fault of the image."""
+    """Define a kind with an invalid or unusual image."""
 
     def members(rng: random.Random, key: str) -> tuple[bytes, Outcomes]:
         image, text = entry(f"{key}.{extension}", make(rng)), entry(f"{key}.txt", caption_of(rng).encode())
@@ -121,7 +121,7 @@ def of_image(make: Callable[[random.Random], bytes], *outcomes: str, extension: 
 
 
 def of_caption(make: Callable[[random.Random], bytes], *outcomes: str) -> Make:
-    """A kind that is a fault of the caption."""
+    """Define a kind with an invalid or unusual caption."""
 
     def members(rng: random.Random, key: str) -> tuple[bytes, Outcomes]:
         return entry(f"{key}.jpg", photo(rng)) + entry(f"{key}.txt", make(rng)), {key: [set(outcomes)]}
@@ -130,7 +130,7 @@ def of_caption(make: Callable[[random.Random], bytes], *outcomes: str) -> Make:
 
 
 def of_json(make: Callable[[random.Random], bytes], *outcomes: str) -> Make:
-    """A kind that is a fault of the metadata."""
+    """Define a kind with invalid or unusual metadata."""
 
     def members(rng: random.Random, key: str) -> tuple[bytes, Outcomes]:
         files = entry(f"{key}.jpg", photo(rng)) + entry(f"{key}.txt", caption_of(rng).encode())
@@ -140,18 +140,18 @@ def of_json(make: Callable[[random.Random], bytes], *outcomes: str) -> Make:
 
 
 def of_members(make: Callable[[random.Random, str], bytes], *outcomes: str) -> Make:
-    """A kind that is a fault of how the members of one key stand in the tar."""
+    """Define a kind by the members that one key has in the tar."""
     return lambda rng, key: (make(rng, key), {key: [{outcome} for outcome in outcomes]})
 
 
 def of_name(
-    name: Callable[[str], str], told: Callable[[str], str], outcome: str, format_: Any = tarfile.GNU_FORMAT
+    name: Callable[[str], str], shown: Callable[[str], str], outcome: str, format_: Any = tarfile.GNU_FORMAT
 ) -> Make:
-    """A kind that is a fault of the name; `told` is the key that tables and dead letters show."""
+    """Define a kind by its member names; `shown` returns the key in tables and dead letters."""
 
     def members(rng: random.Random, key: str) -> tuple[bytes, Outcomes]:
         image = entry(f"{name(key)}.jpg", photo(rng), format_)
-        return image + entry(f"{name(key)}.txt", caption_of(rng).encode(), format_), {told(key): [{outcome}]}
+        return image + entry(f"{name(key)}.txt", caption_of(rng).encode(), format_), {shown(key): [{outcome}]}
 
     return members
 
@@ -172,7 +172,7 @@ def png(width: int, height: int, *more: bytes, rows: bytes = b"", depth: int = 8
 
 
 def cut_jpeg(rng: random.Random) -> bytes:
-    """Cut within a marker, or within the data."""
+    """Return a JPEG cut inside a marker or inside its data."""
     content = photo(rng)
     markers = [at for at in range(2, len(content) - 1) if content[at] == 0xFF and content[at + 1] not in (0, 0xD9)]
     return content[: rng.choice(markers) + rng.randrange(2)]
@@ -251,12 +251,12 @@ def sixteen_bits(rng: random.Random) -> bytes:
 
 
 def with_segment(content: bytes, marker: int, data: bytes) -> bytes:
-    """A JPEG with one more segment behind its start."""
+    """Return a JPEG with an additional segment after its start."""
     return content[:2] + struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data + content[2:]
 
 
 def exif_bomb(rng: random.Random) -> bytes:
-    """Directories that point at themselves, and entries that claim four gigabytes."""
+    """EXIF directories that point to themselves, and entries that claim four gigabytes."""
     entries = b"".join(
         struct.pack(
             "<HHII",
@@ -286,7 +286,7 @@ def text_bomb(rng: random.Random) -> bytes:
 
 
 def many_scans(rng: random.Random) -> bytes:
-    """A progressive JPEG whose last scan, a few bytes, stands there again and again."""
+    """A progressive JPEG whose last scan, a few bytes, is repeated many times."""
     side = 1_900
     content = encode(Image.new("RGB", (side, side), tuple(rng.randbytes(3))), "JPEG", progressive=True, quality=20)
     scan = content[content.rindex(b"\xff\xda") : -2]
@@ -326,7 +326,7 @@ def deep_json(rng: random.Random) -> bytes:
 
 
 def odd_values(rng: random.Random) -> bytes:
-    """Sound JSON whose values nobody expects."""
+    """Valid JSON with unexpected values."""
     odd: list[Any] = [
         None,
         True,
@@ -357,7 +357,7 @@ def odd_boxes(rng: random.Random) -> bytes:
 
 
 def stray(type_: bytes) -> Make:
-    """A member that is no file, in the place of one of a sample's files."""
+    """Define a kind in which a member that is not a file replaces one of the sample's files."""
 
     def make(rng: random.Random, key: str) -> bytes:
         linkname = rng.choice(["/etc/passwd", "../../../../etc/passwd", f"{key}.jpg", key, ""])
@@ -420,7 +420,7 @@ def raw_name(rng: random.Random, key: str) -> tuple[bytes, Outcomes]:
 
 
 def pax_name(rng: random.Random, key: str) -> tuple[bytes, Outcomes]:
-    """A name that only an extended header can bear, with NUL and a line break in it."""
+    """A name with NUL and a line break, which requires an extended header."""
     name = f"{key}\0\n\x1b[2J\u202e"
     members = b"".join(
         pax_entry(pax_record("path", f"{name}.{extension}".encode())) + entry("short", content)
@@ -430,7 +430,7 @@ def pax_name(rng: random.Random, key: str) -> tuple[bytes, Outcomes]:
 
 
 def odd_headers(rng: random.Random, key: str) -> bytes:
-    """Sound files with times, owners and types that nobody uses."""
+    """Valid files with unusual times, owners and types."""
     fields: dict[str, Any] = {"mtime": rng.choice([-1, 2**40, 0]), "uid": 2**40, "gid": 2**50, "mode": 0o7777}
     type_ = rng.choice([tarfile.AREGTYPE, tarfile.CONTTYPE])
     head = pax_entry(pax_record("comment", rng.randbytes(40)), tarfile.XGLTYPE)
@@ -438,7 +438,7 @@ def odd_headers(rng: random.Random, key: str) -> bytes:
 
 
 def _shortened(name: str) -> str:
-    """As the docs say: the beginning and the hash of what is longer than the bound."""
+    """Shorten a key as documented: its beginning and its hash."""
     return f"{name[: 1024 - 32]}-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
 
 
@@ -563,18 +563,18 @@ KINDS: dict[str, Make] = {
 
 
 def corpus(per_kind: int) -> Iterator[Malformed]:
-    """`per_kind` samples of each kind, the same ones every time."""
+    """Yield `per_kind` samples of each kind, reproducibly."""
     for number, (kind, make) in enumerate(KINDS.items()):
         for index in range(per_kind):
             members, outcomes = make(random.Random(f"{kind} {index}"), f"m{number:03d}-{index:02d}")
             yield Malformed(kind, members, outcomes)
 
 
-# Tars that are damaged themselves ---------------------------------------------------------------------------------
+# Damaged tars -----------------------------------------------------------------------------------------------------
 
 
 def damaged_tars() -> Iterator[MalformedTar]:
-    """Tars of every kind of damage. What stands before it is sound."""
+    """Yield tars with every kind of damage after two valid samples."""
     rng = random.Random("tars")
     first, second = sound_members(rng, "first"), sound_members(rng, "second")
     before, after = first + second, sound_members(rng, "after") + bytes(2 * BLOCK)
@@ -585,9 +585,9 @@ def damaged_tars() -> Iterator[MalformedTar]:
     for at in _offsets(second):
         for kind, cut in (("at a header", at), ("in a header", at + 200), ("in a content", at + BLOCK + 5)):
             yield MalformedTar(f"cut {kind}", first + second[:cut], ("first",), "broken_tar")
-    whole = tar_bytes([("k.jpg", photo(rng)), ("k.txt", b"a dog")])
+    valid = tar_bytes([("k.jpg", photo(rng)), ("k.txt", b"a dog")])
     for kind, compress in (("gzip", gzip.compress), ("bzip2", bz2.compress), ("xz", lzma.compress)):
-        yield MalformedTar(f"{kind}'d", compress(whole), (), "broken_tar")
+        yield MalformedTar(f"{kind}'d", compress(valid), (), "broken_tar")
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("k.txt", "a dog")
@@ -606,8 +606,8 @@ def damaged_tars() -> Iterator[MalformedTar]:
         yield damaged(f"declared size of {size} bytes", entry("k.bin", size=size), b"x" * 999)
         yield damaged(f"image of a declared size of {size} bytes", entry("k.jpg", size=size), b"x" * 999)
     yield damaged("negative size", entry("k.bin", size=-BLOCK * 4))
-    for told in (b"-5", b"1e9", b"9" * 30, b""):
-        yield damaged(f"extended header with size {told!r}", pax_entry(pax_record("size", told)) + entry("k.bin"))
+    for size_ in (b"-5", b"1e9", b"9" * 30, b""):
+        yield damaged(f"extended header with size {size_!r}", pax_entry(pax_record("size", size_)) + entry("k.bin"))
     damaged_records = {"length 0": b"0 path=a\n", "length too long": b"999 path=a\n", "no length": b"path=a\n"}
     for kind, records in {**damaged_records, "no keyword": b"6 abc\n", "digits only": b"1" * 2**20}.items():
         yield damaged(f"extended header: {kind}", pax_entry(records))

@@ -1,4 +1,4 @@
-"""A decoder that crashes or hangs costs one process once, and then the file that did it, and no other."""
+"""Tests of images that crash or hang the decoder: they end one process once and then become dead letters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refused(decoder: GuardedDecoder, content: bytes) -> UndecodableImage:
 
 
 @pytest.mark.parametrize("draft", [None, 100])
-def test_another_process_decodes_to_the_same_bytes(draft: int | None) -> None:
+def test_child_process_decodes_to_the_same_pixels(draft: int | None) -> None:
     with GuardedDecoder(60.0) as decoder:
         for content in (jpeg(900, 700), encode(picture(), "PNG"), encode(picture(), "WEBP")):
             (here, size), (there, other_size) = decode(content, PIXELS, draft), decoder.decode(content, PIXELS, draft)
@@ -47,24 +47,24 @@ def test_another_process_decodes_to_the_same_bytes(draft: int | None) -> None:
         for content in (b"", jpeg()[:900], encode(picture(), "GIF"), jpeg(1_001, 1_000)):
             with pytest.raises(UndecodableImage) as caught:
                 decode(content, PIXELS, draft)
-            told = refused(decoder, content)
-            assert (told.reason, str(told)) == (caught.value.reason, str(caught.value))
+            error = refused(decoder, content)
+            assert (error.reason, str(error)) == (caught.value.reason, str(caught.value))
 
 
-def test_what_crashes_or_hangs_costs_itself_only(guarded: GuardedDecoder) -> None:
+def test_crash_or_hang_affects_only_its_own_image(guarded: GuardedDecoder) -> None:
     with guarded:
-        for said, reason, message in (
+        for trigger, reason, message in (
             (crashing.CRASH, "crashed_decoder", "exit status -11"),
             (crashing.HANG, "decoder_timeout", "more than 2 s"),
             (crashing.SWELL, "crashed_decoder", "8 GiB"),
         ):
-            error = refused(guarded, jpeg() + said)
+            error = refused(guarded, jpeg() + trigger)
             assert error.reason == reason
             assert message in str(error)
             assert guarded.decode(jpeg(), PIXELS)[1] == (96, 64)
 
 
-def test_a_process_that_cannot_be_started_is_no_picture_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_that_cannot_be_started_is_not_blamed_on_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     absent, silent = ("/no/such/python",), (sys.executable, "-c", "1")
     for command, message in ((absent, "cannot be started"), (silent, "does not start")):
         monkeypatch.setattr(guarded_decoder, "COMMAND", command)
@@ -72,7 +72,7 @@ def test_a_process_that_cannot_be_started_is_no_picture_s_fault(monkeypatch: pyt
             decoder.decode(jpeg(), PIXELS)
 
 
-def test_the_watch_sees_the_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watchdog_detects_a_hanging_call(monkeypatch: pytest.MonkeyPatch) -> None:
     gave_up, free = threading.Event(), threading.Event()
 
     def hang(*_: object) -> None:
@@ -81,7 +81,7 @@ def test_the_watch_sees_the_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> N
     with WatchedDecoder(0.5, lambda _: gave_up.set()) as decoder:
         for _ in range(3):
             decoder.decode(jpeg(), PIXELS)
-        assert not gave_up.wait(1.5)  # together they may take longer
+        assert not gave_up.wait(1.5)  # the limit applies to each call, not to their sum
         monkeypatch.setattr(watched_decoder, "decode", hang)
         thread = threading.Thread(target=decoder.decode, args=(b"", PIXELS))
         thread.start()
@@ -90,23 +90,23 @@ def test_the_watch_sees_the_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> N
         thread.join()
 
 
-def test_the_mark_is_there_while_a_shard_is_in_hand(tmp_path: Path) -> None:
-    mark = tmp_path / "marks" / "a.mark"
-    for error in (None, OSError("the disk is full")):  # an error that Python can tell is no crash
+def test_marker_exists_while_a_shard_is_processed(tmp_path: Path) -> None:
+    marker = tmp_path / "markers" / "a.marker"
+    for error in (None, OSError("the disk is full")):  # an exception is not a crash
         try:
-            with decoder_for(str(mark), 60.0) as decode:
-                assert mark.exists()
+            with decoder_for(str(marker), 60.0) as decode:
+                assert marker.exists()
                 assert isinstance(decode.__self__, WatchedDecoder)  # type: ignore[attr-defined]
                 if error:
                     raise error
         except OSError:
             pass
-        assert not mark.exists()
-    mark.touch()
-    with decoder_for(str(mark), 60.0) as decode:
+        assert not marker.exists()
+    marker.touch()
+    with decoder_for(str(marker), 60.0) as decode:
         assert isinstance(decode.__self__, GuardedDecoder)  # type: ignore[attr-defined]
-        assert mark.exists()
-    assert not mark.exists()
+        assert marker.exists()
+    assert not marker.exists()
 
 
 def run(*arguments: Path) -> subprocess.CompletedProcess[str]:
@@ -115,27 +115,27 @@ def run(*arguments: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_a_process_that_hangs_ends_and_the_next_one_knows(tmp_path: Path) -> None:
-    mark = tmp_path / "a.mark"
-    hung = run(mark)
+def test_hanging_process_exits_and_the_next_one_decodes_in_a_child(tmp_path: Path) -> None:
+    marker = tmp_path / "a.marker"
+    hung = run(marker)
     assert hung.returncode == 1
     assert "run again" in hung.stderr
-    assert mark.exists()
-    again = run(mark)
+    assert marker.exists()
+    again = run(marker)
     assert (again.returncode, again.stdout) == (0, "decoder_timeout\n"), again.stderr
-    assert not mark.exists()
+    assert not marker.exists()
 
 
-def test_a_run_that_died_of_a_picture_completes_without_it(tmp_path: Path) -> None:
-    places = [tmp_path / name for name in ("recipe.yaml", "pool", "out")]
-    places[0].write_text(yaml.safe_dump(settings()))
-    places[1].mkdir()
+def test_run_killed_by_an_image_completes_without_it_on_rerun(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("recipe.yaml", "pool", "out")]
+    paths[0].write_text(yaml.safe_dump(settings()))
+    paths[1].mkdir()
     for shard in ("a", "b"):
         images = [jpeg(seed=n) + (crashing.CRASH if (shard, n) == ("b", 2) else b"") for n in range(5)]
         members = [member for n in range(5) for member in ((f"k{n}.jpg", images[n]), (f"k{n}.txt", b"a dog"))]
-        (places[1] / f"{shard}.tar").write_bytes(tar_bytes(members))
-    assert run(*places).returncode == -signal.SIGSEGV
-    again = run(*places)
+        (paths[1] / f"{shard}.tar").write_bytes(tar_bytes(members))
+    assert run(*paths).returncode == -signal.SIGSEGV
+    again = run(*paths)
     assert again.returncode == 0, again.stderr
     (file,) = (tmp_path / "out" / "dead_letters").iterdir()
     (letter,) = (json.loads(line) for line in file.read_text().splitlines())

@@ -1,6 +1,6 @@
-"""Random and mutated input for whatever reads a pool: no exception but the declared ones, no hang, nothing lost.
+"""Fuzz tests of everything that reads a pool: only declared exceptions, no hangs, and no lost samples.
 
-A short form here, always the same; `make fuzz` tries other inputs each time, for longer.
+By default these tests try a few inputs, the same ones each time. `make fuzz` tries more, and different ones each time.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from transforms.single_modality.image_shape import original_size_px
 from transforms.single_modality.pos_pattern import PENN_TAGS
 
 LONG = "FUZZ_EXAMPLES" in os.environ
-HANGS_S = 60  # for one input, and however busy the machine is
-TABLE = "table"  # what tests record under this name, conftest.py prints at the end
+HANGS_S = 60  # for one input, generous because the machine may be busy
+TABLE = "table"  # conftest.py prints what tests record under this name
 BOUNDS = PoolSettings(max_image_bytes=50_000, max_tar_members=500, max_json_bytes=20_000)
 TAR_REASONS = {"broken_tar", "tar_too_large"}
 SAMPLE_REASONS = {
@@ -51,7 +51,7 @@ Check = Callable[[Any], None]
 
 
 def tries(strategy: st.SearchStrategy[Any], short: int, check: Check, record_property: Any, what: str) -> None:
-    """`check` of many values. One that hangs ends the process, with the place where it did."""
+    """Run `check` on many values. If one hangs, the process exits with a traceback."""
     tried = Counter[str]()
 
     @settings(
@@ -79,7 +79,7 @@ def tries(strategy: st.SearchStrategy[Any], short: int, check: Check, record_pro
 
 
 def _sound_tars() -> list[bytes]:
-    """Small tars of every format, with long names and with everything that the corpus holds of headers."""
+    """Return small tars of every format, with long names and with every kind of header in the corpus."""
     members = [member for n in range(3) for member in sample_members(f"k{n}", f"caption {n}", seed=n)]
     small = [(name, content if name.endswith("txt") else content[:40]) for name, content in members]
     long = [(f"{'ö' * 70}/{name}", content) for name, content in small]
@@ -98,7 +98,7 @@ SIZES = [0, 1, 511, 512, 513, 2**31, 2**33 - 1, 2**40, 2**62, -1, -512]
 
 @st.composite
 def mutated_tars(draw: st.DrawFn) -> bytes:
-    """Sound tars, joined, after a few bit flips, cuts, splices, and headers whose fields or checksum were changed."""
+    """Concatenated valid tars with a few changed bytes, cuts, splices, and headers with changed fields or checksums."""
     tars = draw(st.lists(st.sampled_from(SOUND_TARS), min_size=1, max_size=3))
     content = bytearray(
         b"".join(tar.rstrip(b"\0").ljust(-(-len(tar.rstrip(b"\0")) // 512) * 512, b"\0") for tar in tars)
@@ -131,7 +131,7 @@ def mutated_tars(draw: st.DrawFn) -> bytes:
             case 7:
                 keyword = draw(st.sampled_from(["path", "size", "GNU.sparse.major", "GNU.sparse.map", "hdrcharset"]))
                 content[block:block] = malformed.pax_entry(malformed.pax_record(keyword, draw(st.binary(max_size=30))))
-        if draw(st.booleans()) and content[block : block + 512]:  # so that the damage is believed
+        if draw(st.booleans()) and content[block : block + 512]:  # so that the checksum does not reveal the damage
             content[block : block + 512] = malformed.with_checksum(
                 bytes(content[block : block + 512]).ljust(512, b"\0")
             )
@@ -140,7 +140,7 @@ def mutated_tars(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def built_tars(draw: st.DrawFn) -> bytes:
-    """Headers that all bear the right checksum, in any order, and seldom say what is there."""
+    """Headers with valid checksums in random order, most of which do not match their content."""
     content = b""
     for _ in range(draw(st.integers(1, 10))):
         match draw(st.integers(0, 5)):
@@ -181,7 +181,7 @@ def check_tar(folder: Path) -> Check:
         for index, item in enumerate(found):
             keys[index].encode("utf-8")
             if isinstance(item, Sample):
-                assert first[keys[index]] == index  # a key that came before is no sample
+                assert first[keys[index]] == index  # a repeated key is not a sample
                 assert item.image_bytes in content and item.annotation.caption.encode() in content
                 assert len(item.image_bytes) <= BOUNDS.max_image_bytes and len(keys[index]) <= BOUNDS.max_key_characters
             else:
@@ -202,7 +202,7 @@ def check_letter(letter: DeadLetter, is_last: bool) -> None:
 
 
 def has_a_sample(content: bytes) -> bool:
-    """Whether a reader that believes everything sees an image at the start of the tar."""
+    """Return whether a reader without any checks finds an image at the start of the tar."""
     try:
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             member = tar.next()
@@ -216,7 +216,7 @@ def test_mutated_tars(tmp_path: Path, record_property: Any) -> None:
 
 
 def test_built_tars(tmp_path: Path, record_property: Any) -> None:
-    tries(built_tars(), 400, check_tar(tmp_path), record_property, "tars of sound headers")
+    tries(built_tars(), 400, check_tar(tmp_path), record_property, "tars of valid headers")
 
 
 def test_random_bytes_as_a_tar(tmp_path: Path, record_property: Any) -> None:
@@ -271,7 +271,7 @@ def test_metadata(tmp_path: Path, record_property: Any) -> None:
 _ODD = "\0\t\n\r\x1b\x7f\x85\xa0\xad\u200b\u200d\u200f\u202e\u2028\u2066\u3000\ufeff\ufffe\U000e0001\ud800\udfff"
 CAPTIONS = st.one_of(
     st.text(max_size=200),
-    st.text(alphabet=st.characters(exclude_categories=()), max_size=200),  # surrogates too
+    st.text(alphabet=st.characters(exclude_categories=()), max_size=200),  # with surrogates
     st.text(alphabet=st.sampled_from(_ODD + "aé中א"), max_size=200),
     st.tuples(st.text(min_size=1, max_size=4), st.integers(1, 4_000)).map(lambda pair: pair[0] * pair[1]),
     st.lists(
@@ -333,12 +333,12 @@ def mutated_images(draw: st.DrawFn) -> bytes:
             case 4:
                 del content[at : at + draw(st.integers(1, 30))]
     if draw(st.booleans()):
-        _mend_png(content)
+        _fix_png_checksums(content)
     return bytes(content)
 
 
-def _mend_png(content: bytearray) -> None:
-    """Give every chunk of a PNG a checksum that fits, so that the damage is believed."""
+def _fix_png_checksums(content: bytearray) -> None:
+    """Give every chunk of a PNG a valid checksum, so that the checksum does not reveal the damage."""
     at = 8
     while content[:4] == b"\x89PNG" and at + 12 <= len(content):
         end = at + 8 + struct.unpack_from(">I", content, at)[0]

@@ -1,5 +1,7 @@
-"""A pool of hostile samples and broken tars among sound ones: the run ends well, everything is accounted for with a
-reason that fits, and nothing is written outside the output folder."""
+"""Runs over a pool of hostile samples and damaged tars among valid ones.
+
+The run succeeds, every sample has an allowed outcome, and nothing is written outside the output folder.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,13 @@ from tests.hostile.malformed import (
 )
 from transforms.core.recipe import STAGES
 
-SAMPLES_PER_TAR = 40  # malformed ones, with a sound one after every fourth
-TABLE = "table"  # what tests record under this name, conftest.py prints at the end
+SAMPLES_PER_TAR = 40  # malformed ones, with a valid one after every fourth
+TABLE = "table"  # conftest.py prints what tests record under this name
 
 
 @dataclasses.dataclass
 class Pool:
-    """What was put into the pool: by shard and key, what may become of it, and of which kind it is."""
+    """The samples of the pool: their allowed outcomes and their kind, by shard and key."""
 
     outcomes: dict[tuple[str, str], list[set[str]]] = dataclasses.field(default_factory=dict)
     kinds: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
@@ -89,7 +91,7 @@ def listing(folder: Path, *, without: str) -> dict[str, tuple[int, int]]:
 
 @dataclasses.dataclass
 class Ran:
-    """A run over the corpus, and what it left."""
+    """A run over the corpus and its outputs."""
 
     pool: Pool
     per_kind: int
@@ -113,7 +115,7 @@ class Ran:
 
 @pytest.fixture(scope="module", params=["single_modality", ",".join(STAGES)])
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Stage 1 over the whole corpus; all stages over one sample of each kind, and a few tars."""
+    """Run stage 1 over the complete corpus, and all stages over one sample of each kind and a few tars."""
     place = tmp_path_factory.mktemp("hostile")
     here = place / "a" / "b" / "here"
     here.mkdir(parents=True)
@@ -133,17 +135,17 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return Ran(pool, per_kind, place / "out", tables, result, before, listing(place, without="out"))
 
 
-def test_the_run_ends_well(ran: Ran) -> None:
+def test_run_succeeds(ran: Ran) -> None:
     assert ran.result.exit_code == 0, ran.result.output
 
 
-def test_the_corpus_is_as_large_as_it_says(ran: Ran) -> None:
+def test_corpus_size(ran: Ran) -> None:
     if ran.per_kind > 1:
         assert ran.pool.malformed >= 300
     assert len(KINDS) >= 75
 
 
-def test_every_sample_ends_as_its_kind_may(ran: Ran, record_property: Any) -> None:
+def test_every_sample_has_an_allowed_outcome(ran: Ran, record_property: Any) -> None:
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in ran.rows():
         found[row["shard"], row["key"]].append(JUDGED)
@@ -165,7 +167,7 @@ def test_every_sample_ends_as_its_kind_may(ran: Ran, record_property: Any) -> No
 
 
 def fits(found: list[str], allowed: list[set[str]]) -> bool:
-    """Whether what became of a key is allowed; a judged sample comes first, its dead letters in the tar's order."""
+    """Return whether the outcomes of a key are allowed: first a judged sample, then its dead letters in tar order."""
     return len(found) == len(allowed) and all(one in these for one, these in zip(found, allowed, strict=True))
 
 
@@ -186,19 +188,19 @@ def test_every_uid_is_accounted_for_once(ran: Ran) -> None:
     funnel = json.loads((ran.output / "funnel.json").read_text())
     assert funnel["in"] == len(rows) + len(letters)
     assert funnel["in"] == funnel["survivors"] + sum(r["dropped"] for r in funnel["rules"]) + len(letters)
-    assert funnel["survivors"] > 20  # the models and stage 3 have had their share
+    assert funnel["survivors"] > 20  # so that the models and stage 3 had samples to process
 
 
 def test_nothing_is_written_outside_the_output_folder(ran: Ran) -> None:
     assert ran.after == ran.before
     assert not Path(malformed.CANARY).exists()
     links = [path for path in ran.output.rglob("*") if path.is_symlink()]
-    assert {path.name for path in links} <= {"current", *LINKED}  # ours, and they stay within
+    assert {path.name for path in links} <= {"current", *LINKED}  # pairsift's own links
     assert all(path.resolve().is_relative_to(ran.output.resolve()) for path in links)
     assert not (ran.output / ".in_progress").exists()
 
 
-def test_no_name_of_the_pool_stands_in_the_resharded_tars(ran: Ran) -> None:
+def test_resharded_tars_contain_no_names_of_the_pool(ran: Ran) -> None:
     if ran.tables != "decisions":
         return
     place, tars = ran.output.parent, ran.output.parent / "tars"
@@ -222,7 +224,7 @@ def test_messages_are_bounded_and_plain(ran: Ran) -> None:
     assert all(c.isprintable() or c == "\n" for c in ran.result.output)
 
 
-def test_the_corpus_is_the_same_every_time() -> None:
+def test_corpus_is_reproducible() -> None:
     first, second = ([(one.kind, one.members) for one in corpus(1)] for _ in range(2))
     assert first == second
     assert len(first) == len(KINDS)

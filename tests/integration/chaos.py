@@ -1,4 +1,4 @@
-"""A small pool, tiny models, and runs of them in process groups of their own, which can be killed at any moment."""
+"""A small pool, tiny models, and runs in separate process groups that can be killed at any moment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHARDS, SAMPLES = 6, 14
 WORDS = "dog bench river table castle engine garden window picture bottle horse bridge candle market".split()
 TWO_WORKERS = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
 
-# Forked from a process that has imported everything, a run takes a second where it would take ten.
+# Forked from a process that has imported everything, a run takes one second instead of ten.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     ["pipeline.cli", "pipeline.runs.run", "pipeline.graphs", "pipeline.report.progress", __name__]
@@ -42,7 +42,7 @@ def _members(shard: int) -> Members:
         caption = f"a {WORDS[number % 14]} beside an old {WORDS[(number // 14 + n) % 14]} in the sun"
         metadata = {"uid": uid(number * 7919)}
         members += sample_members(f"{number:06d}", caption, number, metadata)
-    if shard == 1:  # what cannot be judged, in each of the ways in which that is told
+    if shard == 1:  # samples for every kind of dead letter
         members += sample_members("repeated", "a dog on the bench of another shard", 3, {"uid": uid(0)})
         members += [("broken.jpg", b"\xff\xd8 no picture"), ("broken.txt", b"a caption"), ("alone.txt", b"alone")]
         members += sample_members("near", "the same dog on the same bench again", 2)
@@ -50,7 +50,7 @@ def _members(shard: int) -> Members:
 
 
 def write_pool(folder: Path) -> Path:
-    """Six shards, of which one is empty and one breaks off."""
+    """Write six shards, one of them empty and one truncated."""
     folder.mkdir(parents=True)
     for shard in range(SHARDS):
         content = tar_bytes([] if shard == 4 else _members(shard))
@@ -59,7 +59,7 @@ def write_pool(folder: Path) -> Path:
 
 
 def write_recipe(folder: Path) -> Path:
-    """Every rule and every model, with models that take no time."""
+    """Write a recipe with every rule and every model, using tiny models."""
     content = settings(
         name="chaos",
         cross_modality__flipped_clip={
@@ -81,25 +81,25 @@ def write_recipe(folder: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is run, and how."""
+    """The inputs and options of a run."""
 
     pool: Path
     recipe: Path
     beam_options: tuple[str, ...] = ()
 
     def command(self, output: Path, *more: str) -> list[str]:
-        """The arguments of `pairsift`."""
+        """Return the arguments of `pairsift`."""
         given = ["run", str(self.recipe), "--input", str(self.pool), "--output", str(output), "--json", *more]
         return [*given, "--", *self.beam_options]
 
 
 def make_case(folder: Path) -> Case:
-    """The pool and the recipe, under `folder`."""
+    """Write the pool and the recipe under `folder`."""
     return Case(write_pool(folder / "pool"), write_recipe(folder / "models"))
 
 
 class Command:
-    """`pairsift` with these arguments, in a process group of its own. `log` holds what it says."""
+    """`pairsift` with these arguments in a separate process group. Its output goes to `log`."""
 
     def __init__(self, arguments: list[str], log: Path, before: Callable[[], None] | None = None) -> None:
         self.log = log
@@ -110,7 +110,7 @@ class Command:
             time.sleep(0.001)
 
     def finish(self, seconds: float = 300) -> int:
-        """Wait for it; its exit status."""
+        """Wait for the process and return its exit status."""
         self.process.join(seconds)
         if self.process.is_alive():
             self.kill()
@@ -119,19 +119,19 @@ class Command:
         return self.process.exitcode
 
     def kill(self) -> None:
-        """SIGKILL to all of its processes."""
+        """Send SIGKILL to all processes of the group."""
         assert self.process.pid is not None
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.join()
 
     @property
     def said(self) -> str:
-        """What it has said so far."""
+        """The output so far."""
         return self.log.read_text()
 
     @property
     def stage(self) -> int:
-        """How many stages it has finished."""
+        """The number of finished stages."""
         return self.said.count('"stage_done"')
 
 
@@ -159,8 +159,11 @@ def _child(arguments: list[str], log: str, before: Callable[[], None] | None) ->
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """When to kill: in the stage of that number, after a share of its seconds, or when its so manieth file has
-    appeared, or while it writes its so manieth file aside."""
+    """When to kill a run, within a given stage.
+
+    That is after a share of the stage's usual time, when its n-th file appears, or while it writes its n-th temporary
+    file, with n = `amount`.
+    """
 
     stage: int
     after: str
@@ -173,7 +176,7 @@ class Moment:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What an undisturbed run left, where, and how long its stages took."""
+    """The outputs of an undisturbed run, and the seconds of its stages."""
 
     output: Path
     tree: dict[str, str]
@@ -181,7 +184,7 @@ class Reference:
 
 
 def moments(seed: int, count: int) -> list[Moment]:
-    """All kinds of moments in all stages, in a seeded order."""
+    """Return moments of all kinds in all stages, in a seeded random order."""
     rng = random.Random(seed)
     draws = {"asides": lambda: rng.randint(1, 12), "share": rng.random, "files": lambda: rng.randint(1, 9)}
     drawn = []
@@ -193,7 +196,7 @@ def moments(seed: int, count: int) -> list[Moment]:
 
 
 def kill_at(run: Run, moment: Moment, seconds: tuple[float, ...]) -> bool:
-    """Kill the run at that moment; False where it ended before."""
+    """Kill the run at that moment. Returns False if it ended before."""
     while run.process.is_alive() and run.stage < moment.stage:
         time.sleep(0.002)
     started, before = time.monotonic(), set(_names(run.output))
@@ -220,8 +223,10 @@ def _names(folder: Path) -> Iterator[str]:
 
 
 def tree(output: Path) -> dict[str, str]:
-    """sha256 by path of all that a run leaves; of run.json, which holds times, only that it is there. Versions, of
-    which a run that was killed late leaves one more, have to be equal, and stand there as one."""
+    """Return the sha256 of each output file by path; for run.json, which contains times, an empty string.
+
+    Versions must be equal and are listed as one, because a run that was killed late leaves an additional one.
+    """
     found: dict[str, str] = {}
     for name in sorted(_names(output)):
         relative = re.sub("^versions/[0-9]+/", "versions/any/", os.path.relpath(name, output))
@@ -231,7 +236,7 @@ def tree(output: Path) -> dict[str, str]:
 
 
 def undisturbed(case: Case, output: Path) -> Reference:
-    """A run that nobody kills."""
+    """Run without interruption."""
     run = Run(case, output)
     assert run.finish() == 0, run.said
     seconds = json.loads((output / "run.json").read_text())["seconds"]

@@ -1,4 +1,4 @@
-"""One case, and what a run of it leaves that nothing happens to, for all tests of a process: they change neither."""
+"""Session fixtures: a case, and the outputs of an undisturbed run of it. Tests must not change them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker pool and a job service, each in a process group of its own."""
+"""A worker pool and a job service, each in a separate process group."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[2]
 
 
 class Pool(NamedTuple):
-    """A worker pool: where it listens, and the process that starts workers when it is asked to."""
+    """A worker pool: its address, and the process that starts workers on request."""
 
     address: str
     process: psutil.Process
 
     def options(self, job_endpoint: str = "embed", workers: int = 2) -> tuple[str, ...]:
-        """What Beam is told so that it works here."""
+        """Return the Beam options for running on this pool."""
         return (
             "--runner=PortableRunner",
             f"--job_endpoint={job_endpoint}",
@@ -36,12 +36,12 @@ class Pool(NamedTuple):
 
     @property
     def workers(self) -> list[psutil.Process]:
-        """Those that live."""
+        """The live workers."""
         return [child for child in self.process.children() if lives(child)]
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether it can still do something; a pool keeps what has ended as a zombie."""
+    """Return whether a process is alive. A pool keeps ended workers as zombies, which are not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -50,7 +50,7 @@ def lives(process: psutil.Process) -> bool:
 
 @contextlib.contextmanager
 def worker_pool() -> Iterator[Pool]:
-    """`worker_pool_main`, whose workers find this checkout."""
+    """Start `worker_pool_main` with workers that import this checkout."""
     address = f"localhost:{_free_port()}"
     command = ["-m", "apache_beam.runners.worker.worker_pool_main", f"--service_port={address.rpartition(':')[2]}"]
     with _started(command) as process:
@@ -60,7 +60,7 @@ def worker_pool() -> Iterator[Pool]:
 
 @contextlib.contextmanager
 def job_service(module: str = "pipeline.runners.job_service") -> Iterator[str]:
-    """A job service's address."""
+    """Start a job service and provide its address."""
     address = f"localhost:{_free_port()}"
     with _started(["-m", module, f"--port={address.rpartition(':')[2]}"]):
         _wait_until_open(address)
@@ -69,9 +69,9 @@ def job_service(module: str = "pipeline.runners.job_service") -> Iterator[str]:
 
 @contextlib.contextmanager
 def _started(arguments: list[str]) -> Iterator[subprocess.Popen]:
-    # The pool starts `python`; that has to be ours.
+    # The pool starts `python`, which must be the current interpreter.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_WAIT_POLICY": "PASSIVE"}  # more threads than cores
+    environment = {**os.environ, "PATH": path, "OMP_WAIT_POLICY": "PASSIVE"}  # there are more threads than cores
     process = subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""Runs that are killed and started again end as if nobody had killed them: the same bytes, and nothing left over."""
+"""Tests of killed runs: after a restart, the outputs are identical to those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KILLS_MANY = {"one process": 24, "two worker processes": 9}
 
 @dataclasses.dataclass
 class Tally:
-    """What came of the killing."""
+    """The results of the killed runs."""
 
     kills: int = 0
     finished: int = 0
@@ -37,7 +37,7 @@ class Tally:
 
 
 def kill_and_finish(case: Case, folder: Path, reference: Reference, planned: list[Moment], seed: int) -> Tally:
-    """Kill at each moment, one to four times before a run may finish, and compare what it leaves."""
+    """Kill runs at the given moments, one to four times before each may finish, and compare their outputs."""
     rng, tally, planned = random.Random(seed), Tally(), list(planned)
     while planned:
         output = folder / f"out{tally.finished}"

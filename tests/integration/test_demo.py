@@ -1,4 +1,4 @@
-"""The whole job on the bundled pool with the bundled models, and everything it promises about it."""
+"""Tests of a complete run on the bundled pool with the bundled models."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from transforms.core.records import Sample
 from transforms.distribution_alignment.cids import load_tasks_model
 from transforms.models.weights import model_identity
 
-TABLE = "table"  # what tests record under this name, conftest.py prints at the end
+TABLE = "table"  # conftest.py prints what tests record under this name
 LABELS = importlib.resources.files("pipeline") / "demo" / "labels.csv"
 
 
@@ -120,7 +120,7 @@ def test_subset_is_the_copies_of_the_decisions(output, decisions):
     assert all(row["copies"] == 0 for row in decisions.values() if row["dropped_by"])
 
 
-# Planted kind -> the least share that its own rule drops or that is dead-lettered.
+# Planted kind -> the least share of its samples that its own rule drops or that become dead letters.
 LEAST_SHARES = {
     "exact_copy": 0.95,
     "near_copy": 0.95,
@@ -141,13 +141,13 @@ LEAST_SHARES = {
 
 @pytest.fixture(scope="module")
 def shares(output, dead_letters, labels) -> dict[str, float]:
-    """The share of every planted kind that its own rule drops or that is dead-lettered, and the shares of unplanted
+    """The share of each planted kind that its own rule drops or that becomes dead letters, and the share of other
     English pairs that survive."""
     return judge_planted(output, dead_letters, labels)[0]
 
 
 def judge_planted(output, dead_letters, labels) -> tuple[dict[str, float], str]:
-    """The shares, and a table of them to read."""
+    """The shares, and a printable table of them."""
     from pipeline.output_folder import tables
     from pipeline.output_folder.layout import Layout
     from transforms.core.records import Annotation
@@ -243,12 +243,12 @@ def test_the_subset_can_be_resharded(output, decisions, tmp_path):
     assert all(isinstance(sample, Sample) for sample in found)
     uids = [sample.annotation.uid for sample in found if isinstance(sample, Sample)]
     assert Counter(uids) == {uid: row["copies"] for uid, row in decisions.items() if row["copies"]}
-    assert least_apart((uid, row) for row, uid in enumerate(uids)) >= done.spread.least_rows_apart > 50
+    assert least_apart((uid, row) for row, uid in enumerate(uids)) >= done.placement.least_rows_apart > 50
 
 
 @pytest.mark.parametrize("target", [{"survivors": True}, {"pool_share": 0.2}, {"pool_share": 0.1}])
 def test_the_digit_task_alone_raises_the_share_of_digit_pictures(output, labels, tmp_path, target):
-    """CIDS by itself (no digit enhancement, no quality duplication) at its default temperature and cap."""
+    """CIDS alone, without digit enhancement or quality duplication, at its default temperature and cap."""
     demo = load_recipe(str(RECIPE)).distribution_alignment
     assert demo.cids is not None
     alone = DistributionAlignmentSettings(

@@ -1,4 +1,4 @@
-"""The whole demo on the portable path, with workers that are not ours."""
+"""A test of the complete demo with the portable runner and external workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.integration.test_faults import error_of, wait_for
 
 @pytest.mark.slow  # tests/integration/test_portable.py runs a small pool on the portable path
 def test_on_the_portable_path_a_killed_worker_costs_nothing_but_time(tmp_path, tmp_path_factory):
-    """A job service and two worker processes that are not ours; one of them is killed on the way."""
+    """With a job service and two external worker processes, one of which is killed during the run."""
     with worker_pool() as pool, job_service() as address:
         case = Case(Path(str(POOL)), Path(str(RECIPE)), pool.options(address))
         run = Run(case, tmp_path / "out")

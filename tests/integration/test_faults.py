@@ -1,7 +1,8 @@
-"""What a machine does to a run: a worker killed, a full disk, a folder that may not be written, a shard that is gone.
+"""Tests of machine faults: a killed worker, a full disk, a folder without write permission, a missing shard.
 
-Each ends, and does not hang, with exit status 1 and one line that says what, where and what to do next; and the run
-after it leaves the bytes of one that nothing happened to."""
+Each run ends, without hanging, with exit status 1 and one line that says what failed, where, and what to do next. The
+next run has outputs identical to those of an undisturbed run.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +27,12 @@ import pipeline.runs.stage as stage_module
 from tests.integration.chaos import TWO_WORKERS, Case, Reference, Run, tree
 from transforms.storage import files
 
-HANGS_SECONDS = 180.0  # on a machine that does much else, starting takes a minute by itself
-LONG = pytest.mark.chaos  # for `make chaos`
+HANGS_SECONDS = 180.0  # on a busy machine, starting alone takes a minute
+LONG = pytest.mark.chaos  # run by `make chaos`
 
 
 def error_of(run: Run) -> str:
-    """The one line that a run says at its end. No traceback was shown."""
+    """Return the error message of a failed run, after checking that it printed no traceback."""
     assert run.finish(HANGS_SECONDS) == 1, run.said
     assert "Traceback" not in run.said, run.said
     *others, last = run.said.splitlines()
@@ -51,10 +52,10 @@ def finishes_like(case: Case, output: Path, reference: Reference) -> None:
 
 
 def workers_of(run: Run) -> list[psutil.Process]:
-    """The Python processes that Beam's local runner started."""
+    """Return the Python processes that Beam's local runner has started."""
     found = []
     for child in psutil.Process(run.process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has just ended
+        with contextlib.suppress(psutil.Error):  # the process has just ended
             if child.cmdline()[1:] == ["-m", "apache_beam.runners.worker.sdk_worker_main"]:
                 found.append(child)
     return found
@@ -80,7 +81,7 @@ def test_a_worker_that_is_killed(case: Case, reference: Reference, tmp_path: Pat
     message = error_of(run)
     assert message.startswith("single_modality: a worker process was killed by signal 9 (Killed); ")
     assert "the same command again" in message
-    assert psutil.wait_procs(workers, timeout=20)[1] == []  # none lives on
+    assert psutil.wait_procs(workers, timeout=20)[1] == []  # no worker is left
     finishes_like(case, output, reference)
 
 
@@ -100,7 +101,7 @@ def test_workers_end_when_the_run_is_killed_alone(case: Case, reference: Referen
 
 
 class FailingFile(io.FileIO):
-    """A file on a disk that fails: its writes raise what the test says once `left_bytes` of all files are written."""
+    """A file on a failing disk: writes raise `error` once `left_bytes` have been written to all files."""
 
     left_bytes = 0
     error = OSError()
@@ -113,7 +114,7 @@ class FailingFile(io.FileIO):
 
 
 def fill_disk(left_bytes: int) -> None:
-    """As the filesystem does it: the write fails, and so does each one after it."""
+    """Simulate a full disk: after `left_bytes`, every write fails."""
     FailingFile.left_bytes, FailingFile.error = left_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     files.create = lambda path: FailingFile(path, "wb")
 
@@ -131,7 +132,7 @@ def test_a_full_disk(case: Case, reference: Reference, tmp_path: Path, share: fl
 
 
 def deny(names: str, function: str) -> None:
-    """What the filesystem says of a path that may not be written; the tests may run as root, who may write anything."""
+    """Simulate a path without write permission, because tests that run as root could write to any path."""
     module = files if function == "create" else os
     plain = getattr(module, function)
 
@@ -167,7 +168,7 @@ def test_what_may_not_be_written(
 
 
 def delete_before(stage: str, shard: Path) -> None:
-    """The shard goes after it was listed, before its turn in that stage."""
+    """Delete the shard after it has been listed, before the stage starts."""
     plain = stage_module._run_stage
 
     def run_stage(name: str, *others: Any) -> Any:
@@ -198,7 +199,7 @@ def test_a_shard_that_is_deleted_before_its_turn(
 
 
 class Flaky:
-    """A tar on a disk that fails so many times at a byte, and then no more."""
+    """A tar on a disk that fails a limited number of times at a certain byte."""
 
     def __init__(self, file: Any, failures: Iterator[None]) -> None:
         self._file, self._failures = file, failures

@@ -1,4 +1,4 @@
-"""The demo recipe on real photographs and textbook captions, where that pool lies beside the checkout."""
+"""Tests of the demo recipe on real photographs and textbook captions, if that pool is next to the checkout."""
 
 from __future__ import annotations
 

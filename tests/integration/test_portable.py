@@ -1,5 +1,7 @@
-"""The portable path: a job service, and a worker pool whose processes are not ours. A run on it leaves the bytes of a
-local run; and whatever of it dies, the run ends, says so, and can be gone on with."""
+"""Tests of the portable runner, with a job service and a pool of external workers.
+
+The outputs are identical to those of a local run. If any process dies, the run ends with a message and can be resumed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def portable(case: Case, pool: Pool, job_endpoint: str = EMBED) -> Case:
 
 
 def at_work(output: Path, stage: str = "*") -> None:
-    wait_for(lambda: list(output.glob(f".in_progress/{stage}/*.mark")), 300)  # it has begun
+    wait_for(lambda: list(output.glob(f".in_progress/{stage}/*.mark")), 300)  # the stage has started
 
 
 def test_two_workers_of_a_pool_leave_the_bytes_of_a_local_run(
@@ -43,7 +45,7 @@ def test_two_workers_of_a_pool_leave_the_bytes_of_a_local_run(
     outputs = tmp_path / "out", reference.output
     counts, expected = (json.loads((output / "run.json").read_text())["counts"] for output in outputs)
     of_shards = {"shards_done", "shards_finished_before", "samples_done", "samples_back", "tars_opened"}
-    for stage in expected:  # a model is loaded once in each worker
+    for stage in expected:  # each worker loads a model once
         assert {name: counts[stage][name] for name in of_shards} == {name: expected[stage][name] for name in of_shards}
     assert pool.process.children() == []
 
@@ -105,7 +107,7 @@ def test_a_pool_that_is_killed_starts_no_more_workers(case: Case, reference: Ref
         run = Run(portable(case, pool), output)
         at_work(output)
         there = wait_for(lambda: len(pool.workers) == 2 and pool.workers)
-        pool.process.kill()  # alone: its workers finish the stage
+        pool.process.kill()  # only the pool itself; its workers finish the stage
         assert error_of(run).startswith(f"the worker pool at {pool.address} starts no worker (UNAVAILABLE: ")
         assert run.stage == 1
         wait_for(lambda: not any(map(lives, there)))
@@ -119,7 +121,7 @@ def hurry(ask_seconds: float, answer_seconds: float) -> None:
 
 @LONG
 def test_a_worker_that_never_answers(case: Case, reference: Reference, pool: Pool, tmp_path: Path) -> None:
-    """As one is of which a machine or a network took all signs of life, but not the connection."""
+    """Simulates a worker that has died on a machine or network failure without closing its connection."""
     output = tmp_path / "out"
     run = Run(portable(case, pool), output, before=functools.partial(hurry, 1.0, 15.0))
     at_work(output)
@@ -135,7 +137,7 @@ def test_a_worker_that_never_answers(case: Case, reference: Reference, pool: Poo
 def test_a_job_outlasts_the_timeout_of_its_service(
     case: Case, reference: Reference, pool: Pool, tmp_path: Path
 ) -> None:
-    """Beam follows the job of a service in another process for `--job_server_timeout` seconds, and then calls it
+    """By default, Beam follows a job on an external service for `--job_server_timeout` seconds and then reports it as
     failed."""
     with job_service() as address:
         patient = portable(case, pool, address)

@@ -1,4 +1,4 @@
-"""Nothing is computed twice, and nothing is different for it: reruns, other recipes, pools that change, `select`."""
+"""Tests of reuse: reruns, other recipes, changed pools and `select` compute nothing twice, with identical results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CAPTIONS = ("a red square", "two dogs on a bench", "bench", "a blue picture of a
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """For models this small, sharing the work out costs more than the work."""
+    """Use one thread, because distributing the work of such small models costs more than the work itself."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -60,7 +60,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def shard(name: str, first: int) -> list[tuple[str, bytes]]:
-    """Eight samples, the last a copy of the first in fewer pixels, and one more that does not decode."""
+    """Return eight samples, the last of them a smaller copy of the first, and one that cannot be decoded."""
     members = []
     for n in range(first, first + 7):
         members += sample_members(f"{name}{n}", CAPTIONS[n % len(CAPTIONS)], seed=n)
@@ -96,7 +96,7 @@ def recipe_with(models: dict[str, Path]) -> Callable[..., Recipe]:
 
 
 def run_on(recipe: Recipe, pool: Path, output: Path, **more: Any) -> dict[str, dict[str, int]]:
-    """Run all of it; the counts of run.json."""
+    """Run all stages and return the counts of run.json."""
     outcome = run(recipe, str(pool), str(output), list(STAGES), [], Progress(Console(stderr=True)), **more)
     assert outcome.funnel and outcome.funnel["survivors"] > 0
     return json.loads((output / "run.json").read_text())["counts"]
@@ -118,7 +118,7 @@ def scores_in(output: Path) -> dict[str, dict[str, Any]]:
 
 @dataclasses.dataclass
 class Seen:
-    """What really happened: tars opened, models loaded."""
+    """The tars that were opened and the models that were loaded."""
 
     tars: list[str] = dataclasses.field(default_factory=list)
     models: int = 0
@@ -163,7 +163,7 @@ def first(pool: Path, recipe_with: Callable[..., Recipe]) -> Path:
 
 @pytest.fixture
 def output(first: Path, tmp_path: Path) -> Path:
-    """A copy of the first run, to go on with."""
+    """A copy of the first run, for further runs."""
     return shutil.copytree(first, tmp_path / "out", symlinks=True)
 
 
@@ -213,7 +213,7 @@ def test_another_model_costs_its_own_scores_only(
 def test_a_pool_that_changed_costs_what_changed_and_ends_as_from_nothing(
     pool: Path, tmp_path: Path, recipe_with: Callable[..., Recipe], seen: Seen
 ) -> None:
-    """One shard is new, one is gone, one is another; an old sample comes back because its better copy is gone."""
+    """One shard is added, one removed and one replaced. A dropped sample is kept, because its better copy is gone."""
     copied, output = shutil.copytree(pool, tmp_path / "pool"), tmp_path / "out"
     larger = [("d1.jpg", jpeg(192, 128, seed=11)), ("d1.txt", b"a larger copy of b11")]
     write_pool(copied, {"d.tar": [*larger, *shard("d", 40)]})
@@ -227,7 +227,7 @@ def test_a_pool_that_changed_costs_what_changed_and_ends_as_from_nothing(
     told = json.loads((output / "run.json").read_text())
     assert told["shards"] == 4 and told["shards_vanished"] == 1
     assert counts["single_modality"]["tars_opened"] == 2
-    assert sorted(set(seen.tars)) == ["a.tar", "b.tar", "e.tar"]  # b: what d1 was the better copy of
+    assert sorted(set(seen.tars)) == ["a.tar", "b.tar", "e.tar"]  # b contains the sample whose better copy was in d1
     assert counts["cross_modality"]["samples_back"] == 1
     assert {row["key"] for uid, row in scores_in(output).items() if uid not in before} >= {"b11", "e60"}
 
@@ -241,7 +241,7 @@ def test_a_pool_that_changed_costs_what_changed_and_ends_as_from_nothing(
 def test_select_decides_as_a_run_of_the_same_recipe_would(
     pool: Path, first: Path, tmp_path: Path, recipe_with: Callable[..., Recipe], seen: Seen
 ) -> None:
-    """Stricter everywhere, and so the smaller copy is kept whose larger one has too short a caption now."""
+    """All thresholds are stricter. A smaller copy is kept, because the caption of the larger one is now too short."""
     stricter, output = recipe_with(min_cosine=-0.15, min_match=0.8, min_words=4), tmp_path / "out"
     run_on(stricter, pool, output)
     from_nothing = bytes_of(output, DECIDED)
@@ -250,7 +250,7 @@ def test_select_decides_as_a_run_of_the_same_recipe_would(
 
     seen.tars.clear()
     seen.models = 0
-    pool.rename(pool.with_name("away"))  # no image is looked at
+    pool.rename(pool.with_name("away"))  # proves that no image is read
     try:
         select_from(stricter, output)
     finally:
@@ -335,11 +335,11 @@ def test_a_run_that_fails_on_its_way_leaves_the_results_as_they_were(
     assert os.readlink(output / "current") == "versions/2"
 
 
-# As jobs that nothing waits for ------------------------------------------------------------------------------------
+# Jobs without a waiting process ------------------------------------------------------------------------------------
 
 
 def job_on(recipe: Recipe, pool: Path, output: Path) -> graphs.Job:
-    """As the launcher of a cluster builds it: the pool is listed, a version begun, and the graph does the rest."""
+    """Build a job as a cluster launcher does: list the pool and begin a version. The graph does the rest."""
     layout = Layout(str(output))
     job, content = settled_job(recipe, str(pool), layout, list_shards(str(pool)), fetch=False)
     files.write_json(layout.newest_manifest, content)
@@ -388,7 +388,7 @@ def test_a_later_stage_whose_job_comes_too_early_says_which_is_missing(
 def test_publishing_once_more_changes_nothing(
     recipe_with: Callable[..., Recipe], pool: Path, first: Path, tmp_path: Path
 ) -> None:
-    """A runner may try its last step again, also when it was through or half-way."""
+    """A runner may retry the last step, even if it was completed or interrupted half-way."""
     output = tmp_path / "out"
     shutil.copytree(first, output, symlinks=True)
     job = job_on(recipe_with(), pool, output)
@@ -397,13 +397,13 @@ def test_publishing_once_more_changes_nothing(
     before = everything_in(output)
     publish(job.layout, job.publication)
     assert everything_in(output) == before
-    os.remove(job.layout.manifest)  # the first try came as far as the funnel
+    os.remove(job.layout.manifest)  # the first attempt got as far as the funnel
     publish(job.layout, job.publication)
     assert everything_in(output) == before
 
 
 def everything_in(folder: Path) -> dict[str, bytes | str]:
-    """Every file's content, and where every link leads."""
+    """Return the content of every file and the target of every link."""
     return {
         str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
         for path in folder.rglob("*")

@@ -1,4 +1,4 @@
-"""Real files through tensorflow-io itself, pixel by pixel. `make test-tfio` builds its environment first."""
+"""Tests of decoding real files with tensorflow-io, pixel by pixel. `make test-tfio` builds its environment."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def decoder() -> Iterator[TfioDecoder]:
 
 
 def read(folder: Path, decoder: TfioDecoder, *contents: bytes) -> list[np.ndarray | str]:
-    """The pixels of every picture of the files, and the message of what could not be read."""
+    """Return the pixels of every picture of the files, or the message of each that cannot be read."""
     for index, content in enumerate(contents):
         (folder / f"{index:03d}").write_bytes(content)
     found = read_images(list_images(str(folder)), BOUNDS, decoder)
@@ -53,14 +53,14 @@ def assert_pictures(found: list[np.ndarray | str], *expected: np.ndarray, tolera
 
 
 def element(group: int, number: int, kind: str, value: bytes) -> bytes:
-    """A data element in explicit little endian (PS3.5, 7.1.2)."""
+    """Return a data element in explicit little endian (PS3.5, 7.1.2)."""
     value += (b" " if kind in ("CS", "IS") else b"\0") * (len(value) % 2)
     size = struct.pack("<HI", 0, len(value)) if kind in ("OB", "OW") else struct.pack("<H", len(value))
     return struct.pack("<HH2s", group, number, kind.encode()) + size + value
 
 
 def dicom(pixels: np.ndarray, bits_stored: int, photometric: str = "MONOCHROME2", frames: int = 1) -> bytes:
-    """A minimal DICOM file of uncompressed pixels: (frames, h, w), (h, w) or, of RGB, (h, w, 3)."""
+    """Return a minimal DICOM file of uncompressed pixels: (frames, h, w), (h, w) or, for RGB, (h, w, 3)."""
     samples = 3 if photometric == "RGB" else 1
     height, width = pixels.shape[:2] if samples == 3 else pixels.shape[-2:]
 
@@ -90,12 +90,12 @@ def test_dicom_of_8_bits(tmp_path: Path, decoder: TfioDecoder) -> None:
     assert_pictures(read(tmp_path, decoder, *files), GREY, RGB, GREY, GREY[::-1])
 
 
-def test_dicom_whose_white_is_dark(tmp_path: Path, decoder: TfioDecoder) -> None:
+def test_dicom_with_inverted_grey(tmp_path: Path, decoder: TfioDecoder) -> None:
     assert_pictures(read(tmp_path, decoder, dicom(GREY, 8, "MONOCHROME1")), 255 - GREY, tolerance=1)
 
 
 @pytest.mark.parametrize(("bits", "offset", "factor"), [(12, 0, 16), (16, 0, 257), (16, 1000, 4)])
-def test_dicom_of_more_bits_is_stretched(
+def test_dicom_of_more_than_8_bits_is_scaled_to_its_range(
     tmp_path: Path, decoder: TfioDecoder, bits: int, offset: int, factor: int
 ) -> None:
     low, high = int(GREY.min()), int(GREY.max())
@@ -120,7 +120,7 @@ def test_every_page_of_a_tiff(tmp_path: Path, decoder: TfioDecoder, compression:
     assert_pictures(read(tmp_path, decoder, file), RGB, GREY, np.asarray(small))
 
 
-def test_other_tiffs_of_several_pages(tmp_path: Path, decoder: TfioDecoder) -> None:
+def test_other_multi_page_tiffs(tmp_path: Path, decoder: TfioDecoder) -> None:
     big, deep = io.BytesIO(), io.BytesIO()
     tifffile.imwrite(big, np.stack([RGB, RGB[::-1]]), bigtiff=True, photometric="rgb")
     tifffile.imwrite(deep, np.stack([RGB, RGB[::-1]]).astype(np.uint16) * 257, photometric="rgb")
@@ -132,7 +132,7 @@ def test_other_tiffs_of_several_pages(tmp_path: Path, decoder: TfioDecoder) -> N
 
 
 def exr(channels: dict[str, np.ndarray]) -> bytes:
-    """A single-part, uncompressed OpenEXR file of scan lines; float32 or float16 channels (h, w)."""
+    """Return a single-part, uncompressed scan-line OpenEXR file with float32 or float16 channels (h, w)."""
     height, width = next(iter(channels.values())).shape
     types = {np.dtype(np.float16): 1, np.dtype(np.float32): 2}
 
@@ -158,20 +158,20 @@ def exr(channels: dict[str, np.ndarray]) -> bytes:
 
 
 def linear(shown: np.ndarray) -> np.ndarray:
-    """The linear light that sRGB shows as these bytes."""
+    """Return the linear light that sRGB encodes as these bytes."""
     value = shown / 255
     return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
 
 
 @pytest.mark.parametrize("type_", [np.float16, np.float32])
-def test_exr_is_linear_light_shown_as_srgb(tmp_path: Path, decoder: TfioDecoder, type_: type) -> None:
+def test_exr_is_converted_from_linear_light_to_srgb(tmp_path: Path, decoder: TfioDecoder, type_: type) -> None:
     planes: dict[str, np.ndarray] = {name: linear(RGB[:, :, index]).astype(type_) for index, name in enumerate("RGB")}
     alpha = {"A": np.zeros_like(planes["R"])}
     grey: dict[str, np.ndarray] = {"Y": linear(GREY).astype(type_)}
     assert_pictures(read(tmp_path, decoder, exr(planes | alpha), exr(grey)), RGB, GREY, tolerance=1)
 
 
-def test_exr_beyond_what_can_be_shown(tmp_path: Path, decoder: TfioDecoder) -> None:
+def test_exr_with_unsupported_values_and_channels(tmp_path: Path, decoder: TfioDecoder) -> None:
     light = np.array([[-1, 0, 1, 7, np.inf, -np.inf, np.nan]], np.float32)
     shown = np.array([[0, 0, 255, 255, 255, 0, 0]], np.uint8)
     found = read(tmp_path, decoder, exr({"Y": light}), exr({"Z": light}))
@@ -194,12 +194,12 @@ def test_jpeg_2000(tmp_path: Path, decoder: TfioDecoder) -> None:
     assert_pictures(read(tmp_path, decoder, *files), RGB, RGB, GREY, GREY)
 
 
-def test_bare_codestreams_of_jpeg_2000(tmp_path: Path, decoder: TfioDecoder) -> None:
+def test_bare_jpeg_2000_codestreams(tmp_path: Path, decoder: TfioDecoder) -> None:
     files = [jp2(Image.fromarray(pixels)) for pixels in (RGB, GREY)]
     assert_pictures(read(tmp_path, decoder, *[file[file.index(b"\xff\x4f\xff\x51") :] for file in files]), RGB, GREY)
 
 
-def test_jpeg_2000_that_would_come_out_wrong(tmp_path: Path, decoder: TfioDecoder) -> None:
+def test_unsupported_jpeg_2000(tmp_path: Path, decoder: TfioDecoder) -> None:
     sound = jp2(Image.fromarray(RGB))
     colours = sound.index(b"colr\1") + 7
     sycc = sound[:colours] + struct.pack(">I", 18) + sound[colours + 4 :]
@@ -210,10 +210,10 @@ def test_jpeg_2000_that_would_come_out_wrong(tmp_path: Path, decoder: TfioDecode
                      "unsupported components; supported: unsigned, 8 to 16 bits, all of one depth"]  # fmt: skip
 
 
-# What is damaged --------------------------------------------------------------------------------------------------
+# Damaged and large files ------------------------------------------------------------------------------------------
 
 
-def test_damaged_files_cost_no_other(tmp_path: Path, decoder: TfioDecoder) -> None:
+def test_damaged_files_affect_no_other(tmp_path: Path, decoder: TfioDecoder) -> None:
     sound = dicom(GREY, 8)
     planes = exr({"Y": linear(GREY).astype(np.float32)})
     damaged = [planes[:40], planes[:600], jp2(Image.fromarray(RGB))[:300], jp2(Image.fromarray(RGB))[:90], sound[:200],
@@ -224,7 +224,7 @@ def test_damaged_files_cost_no_other(tmp_path: Path, decoder: TfioDecoder) -> No
     assert all(isinstance(one, str) for one in found[1:-1]), found
 
 
-def test_a_picture_larger_than_allowed(tmp_path: Path, decoder: TfioDecoder) -> None:
+def test_too_large_picture(tmp_path: Path, decoder: TfioDecoder) -> None:
     (tmp_path / "a.tif").write_bytes(tiff(Image.fromarray(GREY), Image.fromarray(GREY).resize((300, 200))))
     with TfioDecoder(str(PYTHON), max_pixels=50_000) as bounded:
         first, second = read_images(list_images(str(tmp_path)), BOUNDS, bounded)
@@ -233,7 +233,7 @@ def test_a_picture_larger_than_allowed(tmp_path: Path, decoder: TfioDecoder) -> 
     assert second.message == "300x200 px; the recipe allows 50000"
 
 
-def test_the_command_makes_centroids_of_all_formats(tmp_path: Path) -> None:
+def test_command_computes_centroids_from_all_formats(tmp_path: Path) -> None:
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / "a.jpg").write_bytes(jpeg())
     (tmp_path / "scans" / "b.tif").write_bytes(tiff(Image.fromarray(RGB), Image.fromarray(GREY)))
@@ -242,5 +242,5 @@ def test_the_command_makes_centroids_of_all_formats(tmp_path: Path) -> None:
     command = ["centroids", f"scans={tmp_path}/scans", "--recipe", str(DEMO_RECIPE), "--output", output]
     result = CliRunner().invoke(app, [*command, "--tfio-python", str(PYTHON)])
     assert result.exit_code == 0, result.output
-    assert "scans: 4 images, 1 unreadable, 3 centroids" in result.stdout  # the scan and the grey page are one picture
+    assert "scans: 4 images, 1 unreadable, 3 centroids" in result.stdout  # scan and grey page are equal
     assert load_tasks(output)["scans"].shape == (3, 128)

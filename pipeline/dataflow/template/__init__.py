@@ -1,1 +1,1 @@
-"""What runs inside a Dataflow flex template."""
+"""The flex templates: their options, specs and limits, and the launcher that runs inside a template."""

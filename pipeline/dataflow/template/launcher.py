@@ -1,9 +1,9 @@
-"""What runs in a flex template's launcher: it builds the graph of one template, has it submitted, and ends.
+"""The launcher of a flex template: builds the graph of one template, hands it over to Dataflow, and exits.
 
 Dataflow's launcher program starts `templates/main.py` with the template's parameters, the job's name and a
-`template_location`. Beam's runner then writes the job as JSON to that place and submits nothing; when this process has
-ended with status 0, the service starts the job that it has kept queued under that name. So nothing can be awaited here,
-and whatever comes after the work is the last step of a graph.
+`template_location`. Beam's runner then does not submit the job but writes it as JSON to that location. After this
+process has exited with status 0, the service starts the job, which it has queued under that name. The launcher
+therefore cannot wait for the job, and all final work of a run is a step of a graph.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ from transforms.core.settings import SettingsError
 from transforms.distribution_alignment.cids import load_tasks
 from transforms.storage import files
 
-_VCPUS_A_SHARD = 4
-"""Shards that a GPU worker reads at once are its vCPUs by this. Each is decoded by up to eight threads of its own, so
-that few fill the machine; there are two at least, so that one is decoded while the other one is scored."""
+_VCPUS_PER_SHARD = 4
+"""A GPU worker reads one shard per this many vCPUs at once, because up to eight threads decode each shard. It reads at
+least two, so that one is decoded while the other is scored."""
 
 _SERVICE_ACCELERATOR = "worker_accelerator="
-_ONE_PROCESS, _PROCESS_A_VCPU = "no_use_multiple_sdk_containers", "use_multiple_sdk_containers"
+_ONE_PROCESS, _PROCESS_PER_VCPU = "no_use_multiple_sdk_containers", "use_multiple_sdk_containers"
 
 
 class Parameters(NamedTuple):
-    """The parameters of a template, checked."""
+    """The checked parameters of a template."""
 
     template: str
     recipe: Recipe
@@ -67,21 +67,21 @@ class Parameters(NamedTuple):
 
     @property
     def runs_models(self) -> bool:
-        """Whether stage 2 is in the job."""
+        """Whether the job includes stage 2."""
         return self.template in (CROSS_MODALITY, ALL_STAGES)
 
 
 def build_and_submit(arguments: Sequence[str]) -> str:
-    """Build the job that the template's parameters in `arguments` describe, and have Beam hand it over; its name.
+    """Build the job for the template's parameters in `arguments`, hand it over to Dataflow, and return its name.
 
-    Raises UsageError, with every fault at once, where the parameters cannot be used, or exceed what Dataflow takes.
+    Raises UsageError with all faults if parameters are invalid or the job exceeds a limit of Dataflow.
     """
     options = PipelineOptions(list(arguments))
     return submit(options, checked(options))
 
 
 def checked(options: PipelineOptions) -> Parameters:
-    """The parameters in `options`. Raises UsageError with every fault at once."""
+    """Return the parameters in `options`. Raises UsageError with all faults."""
     given = options.view_as(PairsiftOptions)
     name = options.view_as(GoogleCloudOptions).job_name
     faults: list[str] = []
@@ -90,7 +90,7 @@ def checked(options: PipelineOptions) -> Parameters:
         if not path:
             faults.append(f"--{option}: missing; it is required")
         elif not path.startswith("gs://"):
-            faults.append(f"--{option}: got {path}; workers reach gs:// only: give a path gs://BUCKET/…")
+            faults.append(f"--{option}: got {path}; workers can only access gs://; give a path gs://BUCKET/…")
     template, faults_of_name = _template(given.stage, name, given.output or "")
     faults += faults_of_name
     recipe = None
@@ -110,7 +110,7 @@ def checked(options: PipelineOptions) -> Parameters:
 
 
 def submit(options: PipelineOptions, parameters: Parameters) -> str:
-    """Hold the output folder for the job, build it and have Beam hand it over; the job's name. Raises UsageError."""
+    """Lock the output folder for the job, build the job, hand it over and return its name. Raises UsageError."""
     check_path("--input", parameters.pool)
     check_path("--output", parameters.output)
     layout = Layout(parameters.output.rstrip("/"))
@@ -123,20 +123,20 @@ def submit(options: PipelineOptions, parameters: Parameters) -> str:
         pipeline = beam.Pipeline(runner, options)
         graphs.build({**graphs.GRAPHS, ALL_STAGES: graphs.all_stages}[parameters.template], pipeline, job)
         pipeline.run()
-        # The service takes the job only when this process has ended well.
+        # Still in time: the service starts the job only if this process exits with status 0.
         _refuse(exceeded_by(*dataflow_bytes(runner)))
     return cloud.job_name
 
 
 def configure(options: PipelineOptions, parameters: Parameters) -> None:
-    """Set what follows from the machines: processes and threads of a worker, and its GPU.
+    """Set the processes and threads of a worker, and its GPU.
 
-    Stage 2 has one process a worker, because the models take all of the machine: on a GPU, threads of that process
-    share one copy of each, on CPUs one shard at a time takes every core. The other stages have a process for each vCPU,
-    which is Dataflow's own way. In one job with all stages, all of them have what stage 2 needs.
+    In stage 2, a worker has one process, because the models use the complete machine: on a GPU, the threads of the
+    process share one copy of each model; on CPUs, one shard at a time uses all cores. In the other stages, a worker has
+    one process per vCPU, Dataflow's default. A job with all stages uses the configuration of stage 2.
     """
     options.view_as(StandardOptions).runner = DataflowRunner.__name__
-    # The image holds this package; nothing of the launcher's own main module is of use to a worker.
+    # The image contains this package, and workers do not need the launcher's main module.
     setup = options.view_as(SetupOptions)
     setup.save_main_session, setup.sdk_location = False, "container"
     debug, cloud = options.view_as(DebugOptions), options.view_as(GoogleCloudOptions)
@@ -145,25 +145,25 @@ def configure(options: PipelineOptions, parameters: Parameters) -> None:
     cloud.dataflow_service_options = services
     if not parameters.runs_models:
         return
-    debug.experiments = [option for option in debug.experiments or () if option != _PROCESS_A_VCPU]
+    debug.experiments = [option for option in debug.experiments or () if option != _PROCESS_PER_VCPU]
     debug.add_experiment(_ONE_PROCESS)
     gpu = parameters.gpu
-    debug.number_of_worker_harness_threads = max(2, vcpus_of(gpu.machine_type) // _VCPUS_A_SHARD) if gpu else 1
+    debug.number_of_worker_harness_threads = max(2, vcpus_of(gpu.machine_type) // _VCPUS_PER_SHARD) if gpu else 1
     if gpu and parameters.gpus == ALL_WORKERS:
         options.view_as(WorkerOptions).machine_type = gpu.machine_type
         services.append(_SERVICE_ACCELERATOR + gpu.service_option)
 
 
 def _job(parameters: Parameters, layout: Layout, held: HeldForJob) -> graphs.Job:
-    """What the graph is built from; the listing of the pool is written where the first stage is in the job."""
-    lists = parameters.template in (SINGLE_MODALITY, ALL_STAGES)
-    shards = list_shards(parameters.pool) if lists else _listed(layout)
+    """Return the inputs of the graph. If the job includes stage 1, this lists the pool and writes the listing."""
+    lists_pool = parameters.template in (SINGLE_MODALITY, ALL_STAGES)
+    shards = list_shards(parameters.pool) if lists_pool else _listed(layout)
     precision = parameters.gpu.precision if parameters.gpu else None
     job, content = settled_job(parameters.recipe, parameters.pool, layout, shards, fetch=False, precision=precision)
     cids = parameters.recipe.distribution_alignment.cids
     _refuse(exceeded_before(job, len(load_tasks(cids.tasks)) if cids else 0))
     files.write_json(layout.newest_manifest, content)
-    if lists:
+    if lists_pool:
         write_listing(layout, shards)
     if parameters.template in (DISTRIBUTION_ALIGNMENT, ALL_STAGES):
         job = dataclasses.replace(
@@ -181,15 +181,15 @@ def _listed(layout: Layout) -> tuple[Shard, ...]:
     try:
         return read_listing(layout)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{layout.output}: holds no listing of a pool; run stage {SINGLE_MODALITY} first") from error
+        raise UsageError(f"{layout.output}: has no listing of a pool; run stage {SINGLE_MODALITY} first") from error
 
 
 @contextlib.contextmanager
 def _held_for(holder: DataflowJob, layout: Layout) -> Iterator[HeldForJob]:
-    """Hold the output folder for the job, clear what a killed run left there, and let go of it where the body fails.
+    """Lock the output folder for the job and delete leftovers of a killed run. Releases the lock if the body fails.
 
-    The job that ends a run lets go of it itself (`pipeline.sinks.publication`); from the others the next one takes it
-    over, because they are over. Raises UsageError where another run holds it.
+    The last job of a run releases its own lock (`pipeline.sinks.publication`). The lock of an earlier job is taken over
+    by the next one, because that job has ended. Raises UsageError if another run holds the lock.
     """
     try:
         held = hold_for_job(layout.output, holder)
@@ -204,25 +204,25 @@ def _held_for(holder: DataflowJob, layout: Layout) -> Iterator[HeldForJob]:
 
 
 def _refuse(faults: Iterable[str]) -> None:
-    """Raise UsageError where there are any."""
-    if told := "; ".join(faults):
-        raise UsageError(told)
+    """Raise UsageError if there are any faults."""
+    if message := "; ".join(faults):
+        raise UsageError(message)
 
 
 def _template(stage: str | None, name: str | None, output: str) -> tuple[str | None, list[str]]:
-    """Which template this is, by its own word or by the job's name, which says so too."""
+    """Return the template, from the option `stage` or from the job's name, and faults of the two."""
     if stage is not None and stage not in TEMPLATES:
-        return None, [f"--stage: got {stage}; allowed: {', '.join(TEMPLATES)}; build the template's spec again"]
+        return None, [f"--stage: got {stage}; allowed: {', '.join(TEMPLATES)}; write the template's spec again"]
     names = {job_name(output, template): template for template in TEMPLATES}
     named = names.get(name or "")
     if named is None or stage not in (None, named):
         allowed = job_name(output, stage) if stage else ", ".join(names)
-        return None, [f"--job_name: got {name}; allowed: {allowed}: Dataflow refuses a second running job of one name"]
+        return None, [f"--job_name: got {name}; allowed: {allowed}, so that Dataflow refuses a second running job"]
     return named, []
 
 
 def _gpu(given: PairsiftOptions, template: str | None, recipe: Recipe | None) -> tuple[GpuWorker | None, list[str]]:
-    """The GPU worker that the parameters name, if any."""
+    """Return the GPU worker that the parameters describe, if any, and faults of the parameters."""
     faults, gpu = [], None
     if given.gpus not in (ALL_WORKERS, RIGHT_FITTING):
         faults.append(f"--gpus: got {given.gpus}; allowed: {ALL_WORKERS}, {RIGHT_FITTING}")
@@ -233,9 +233,9 @@ def _gpu(given: PairsiftOptions, template: str | None, recipe: Recipe | None) ->
             faults.append(f"--accelerator: {error}")
     device = recipe.cross_modality.device if recipe else None
     if device == "cuda" and not given.accelerator:
-        faults.append("--accelerator: missing, but the recipe says `cross_modality.device: cuda`; name one, or say cpu")
+        faults.append("--accelerator: missing, but the recipe has `cross_modality.device: cuda`; give one, or set cpu")
     if device == "cpu" and given.accelerator:
-        faults.append(f"--accelerator: got {given.accelerator}, but the recipe says `cross_modality.device: cpu`")
+        faults.append(f"--accelerator: got {given.accelerator}, but the recipe has `cross_modality.device: cpu`")
     if gpu and template == ALL_STAGES and given.gpus == ALL_WORKERS:
-        faults.append(f"--gpus: got {ALL_WORKERS}, with which all three stages would hold GPUs; say {RIGHT_FITTING}")
+        faults.append(f"--gpus: got {ALL_WORKERS}, but then all three stages would hold GPUs; give {RIGHT_FITTING}")
     return gpu, faults

@@ -1,7 +1,7 @@
-"""What Dataflow and Cloud Storage refuse, or are slow with, and what can be known of it before a job is launched.
+"""Limits of Dataflow and Cloud Storage that can be checked before a job is launched.
 
-Sources: Dataflow's pages "Quotas and limits" (workers a job, job names) and "Request quotas" (sizes of a job), Cloud
-Storage's page "Quotas and limits" (names of objects).
+Sources: Dataflow's pages "Quotas and limits" (workers per job, job names) and "Request quotas" (sizes of a job), and
+Cloud Storage's page "Quotas and limits" (object names).
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from pipeline.output_folder.layout import POOL_WIDE
 from transforms.core.recipe import STAGES
 
 MAX_REQUEST_BYTES = 20 * 10**6
-"""Of a job's request, as JSON."""
+"""The size limit of a job request as JSON."""
 MAX_GRAPH_BYTES = 10 * 10**6
-"""Of a job's graph."""
+"""The size limit of a job's graph."""
 MAX_OBJECT_NAME_BYTES = 1024
-"""Of the name of an object in a bucket, in UTF-8."""
+"""The size limit of an object's name in UTF-8."""
 MAX_SIDE_INPUT_BYTES = 100 * 10**6
-"""Our own bound. A side input is held once for each thread of each process of a worker (measured)."""
+"""pairsift's own limit. Each thread of each process of a worker holds a copy of a side input (measured)."""
 
-_ALLOCATION_COLUMNS = 8  # of 8 bytes, beside one for each task: `ClusterImportance`
-_ASIDE_CHARACTERS = len("..tmp-") + 32  # `files.write_aside` names a file so while it is written
+_ALLOCATION_COLUMNS = 8  # of 8 bytes each, plus one per task, in `ClusterImportance`
+_ASIDE_CHARACTERS = len("..tmp-") + 32  # what `files.write_aside` adds to a name while writing
 
 
 def exceeded_before(job: Job, tasks: int) -> Iterator[str]:
-    """What is known before the graph is built: each limit that is exceeded, and what to do. `tasks`: downstream tasks
-    of the recipe."""
+    """Yield a message for each exceeded limit that can be checked before the graph is built.
+
+    `tasks` is the number of downstream tasks of the recipe.
+    """
     layout = job.layout
     for shard in sorted(job.shards, key=lambda shard: -len(shard.name))[:1]:
         paths = (
@@ -38,33 +40,33 @@ def exceeded_before(job: Job, tasks: int) -> Iterator[str]:
         size_bytes = len(longest.encode()) + _ASIDE_CHARACTERS
         if size_bytes > MAX_OBJECT_NAME_BYTES:
             yield (
-                f"the name of {longest} has {size_bytes} bytes while it is written, Cloud Storage takes "
+                f"{longest}: has a name of {size_bytes} bytes while it is being written, but Cloud Storage allows "
                 f"{MAX_OBJECT_NAME_BYTES}; give an --output with a shorter path"
             )
     clusters = job.recipe.distribution_alignment.clusters.count
     side_input_bytes = clusters * (tasks + _ALLOCATION_COLUMNS) * 8
     if side_input_bytes > MAX_SIDE_INPUT_BYTES:
         yield (
-            f"distribution_alignment.clusters.count: {clusters:,} clusters and {tasks} tasks make a side input of "
-            f"{side_input_bytes / 1e6:,.0f} MB, at most {MAX_SIDE_INPUT_BYTES / 1e6:,.0f} MB are held by each thread; "
-            "take fewer clusters"
+            f"distribution_alignment.clusters.count: {clusters:,} clusters and {tasks} tasks give a side input of "
+            f"{side_input_bytes / 1e6:,.0f} MB, which each thread holds; at most {MAX_SIDE_INPUT_BYTES / 1e6:,.0f} MB "
+            "are allowed; reduce the number of clusters"
         )
 
 
 def exceeded_by(request_bytes: int, graph_bytes: int) -> Iterator[str]:
-    """What is known once the job is described: each limit that is exceeded, and what to do."""
+    """Yield a message for each limit that the built job exceeds."""
     for what, size_bytes, limit_bytes in (
         ("request", request_bytes, MAX_REQUEST_BYTES),
         ("graph", graph_bytes, MAX_GRAPH_BYTES),
     ):
         if size_bytes > limit_bytes:
             yield (
-                f"the job's {what} has {size_bytes / 1e6:,.1f} MB, Dataflow takes {limit_bytes / 1e6:,.0f} MB; what "
-                "grows it are settings of the recipe that list much (prompts, tags, tasks): shorten them, or launch "
-                "the stages one by one where this is all of them in one job"
+                f"the job's {what} has {size_bytes / 1e6:,.1f} MB, but Dataflow allows {limit_bytes / 1e6:,.0f} MB; "
+                "shorten long lists in the recipe (prompts, tags, tasks), or, if this is a job of all stages, launch "
+                "the stages one by one"
             )
 
 
 def _object_name(path: str) -> str:
-    """The path without its bucket."""
+    """Return the path without its bucket."""
     return path.removeprefix("gs://").partition("/")[2] if path.startswith("gs://") else path

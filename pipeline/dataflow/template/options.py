@@ -1,4 +1,4 @@
-"""The parameters of the flex templates, as options of a Beam pipeline. templates/*.json describe them one by one."""
+"""The parameters of the flex templates, as Beam pipeline options. templates/*.json describe each of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.output_folder import versions
 
 
 class PairsiftOptions(PipelineOptions):
-    """What a template is started with. All values arrive as text."""
+    """The parameters of a template. All values arrive as text."""
 
     @classmethod
     def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,9 @@ class PairsiftOptions(PipelineOptions):
         parser.add_argument("--input", help="Folder of webdataset tars, or a pattern ending in .tar.")
         parser.add_argument("--output", help="Folder for all outputs.")
         parser.add_argument(
-            "--keep_versions", default=str(versions.KEPT), help="Results of so many runs stay readable, these included."
+            "--keep_versions",
+            default=str(versions.KEPT),
+            help="Number of runs whose results are kept, including this one.",
         )
         parser.add_argument(
             "--accelerator",
@@ -27,7 +29,9 @@ class PairsiftOptions(PipelineOptions):
             help="The GPU of stage 2's workers: type:TYPE;count:1;machine_type:MACHINE_TYPE;install-nvidia-driver.",
         )
         parser.add_argument(
-            "--gpus", default=ALL_WORKERS, help="Who has the GPU: all_workers, or with right_fitting only the models."
+            "--gpus",
+            default=ALL_WORKERS,
+            help="The workers that have the GPU: all_workers, or, with right_fitting, only those that run models.",
         )
-        # Not a parameter: the template's own spec sets it (`pipeline.dataflow.template.specs`).
+        # Not a parameter for users: the template's spec sets it (`pipeline.dataflow.template.specs`).
         parser.add_argument("--stage", help=argparse.SUPPRESS)

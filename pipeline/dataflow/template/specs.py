@@ -1,8 +1,8 @@
-"""The specs of the flex templates: what Dataflow reads to know a template's image, parameters and defaults.
+"""Writes the specs of the flex templates, from which Dataflow reads their image, parameters and defaults.
 
     python -m pipeline.dataflow.template.specs my-dataflow.yaml
 
-writes them to the folder `templates` of the launch settings.
+writes the specs to the folder that the setting `templates` names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transforms.storage import files
 
 
 def spec(settings: DataflowSettings, template: str) -> dict[str, Any]:
-    """The content of a template's spec, a `ContainerSpec` of Dataflow's API."""
+    """Return the spec of a template, a `ContainerSpec` of Dataflow's API."""
     metadata = (importlib.resources.files("templates") / f"{template}.json").read_text(encoding="utf-8")
     return {
         "image": settings.image,
@@ -32,7 +32,7 @@ def spec(settings: DataflowSettings, template: str) -> dict[str, Any]:
 
 
 def write_specs(settings: DataflowSettings) -> list[str]:
-    """Write the spec of every template; their paths."""
+    """Write the specs of all templates and return their paths."""
     paths = []
     for template in TEMPLATES:
         paths.append(files.join(settings.templates.rstrip("/"), f"{template}.json"))
@@ -41,16 +41,16 @@ def write_specs(settings: DataflowSettings) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    """Entry point."""
+    """Write the specs for the launch settings that the one argument names."""
     if len(arguments) != 1:
-        sys.exit("use: python -m pipeline.dataflow.template.specs SETTINGS.yaml")
+        sys.exit("usage: python -m pipeline.dataflow.template.specs SETTINGS.yaml")
     try:
         settings = load_dataflow_settings(arguments[0])
     except SettingsError as error:
         sys.exit("\n".join(f"{error.source}: {fault}" for fault in error.faults))
     try:
         paths = write_specs(settings)
-    except OSError as error:  # says which, why, and what to do
+    except OSError as error:  # the message names the path, the cause and the remedy
         sys.exit(str(error))
     for path in paths:
         print(f"written: {path}")

@@ -1,4 +1,4 @@
-"""`pairsift centroids`: the same embeddings as stage 2's, the same bytes every time, and a model that must fit."""
+"""Tests of `pairsift centroids`: embeddings identical to those of stage 2, reproducible bytes, and model checks."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def done(*arguments: Any, **options: str) -> list[str]:
     return result.stdout.splitlines()
 
 
-# What is made -----------------------------------------------------------------------------------------------------
+# Centroids --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("unflipped", [True, False])
-def test_with_enough_centroids_they_are_stage_2s_embeddings(place: Path, clip_folder: Path, unflipped: bool) -> None:
+def test_enough_centroids_equal_the_embeddings_of_stage_2(place: Path, clip_folder: Path, unflipped: bool) -> None:
     made = write_recipe(place / "r.yaml", clip_folder, score_unflipped=unflipped)
     done("pets=pets")
     whole = whole_sample(caption="some caption")
@@ -106,7 +106,7 @@ def load_raw(path: Path) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def test_fewer_centroids_are_k_means_means(place: Path) -> None:
+def test_fewer_centroids_are_the_means_of_k_means(place: Path) -> None:
     lines = done("pets=pets", "cars=cars", "--centroids-per-task", "3", "--json")
     assert [json.loads(line) for line in lines] == [
         {"name": name, "images": 7, "unreadable": 0, "centroids": 3} for name in ("pets", "cars")
@@ -122,7 +122,7 @@ def test_fewer_centroids_are_k_means_means(place: Path) -> None:
         assert tasks["pets"][cluster] == pytest.approx(mean / np.linalg.norm(mean), abs=1e-5)
 
 
-def test_the_same_images_give_the_same_bytes_whatever_they_are_called(place: Path) -> None:
+def test_bytes_do_not_depend_on_the_names_of_images(place: Path) -> None:
     done("pets=pets", "cars=cars", "--centroids-per-task", "3")
     (place / "other").mkdir()
     images = sorted((place / "pets").iterdir(), key=lambda path: hashlib.sha256(path.read_bytes()).digest())
@@ -134,7 +134,7 @@ def test_the_same_images_give_the_same_bytes_whatever_they_are_called(place: Pat
     assert (place / "again.npz").read_bytes() == (place / "tasks.npz").read_bytes()
 
 
-def test_one_unreadable_image_is_named_and_counted(place: Path) -> None:
+def test_unreadable_image_is_named_and_counted(place: Path) -> None:
     (place / "pets" / "bad\x1b[1m.jpg").write_bytes(b"no jpeg")
     (place / "pets" / "readme.txt").write_bytes(b"hello")
     result = centroids("pets=pets", "cars=cars", "--json")
@@ -144,7 +144,7 @@ def test_one_unreadable_image_is_named_and_counted(place: Path) -> None:
     assert line.startswith("pairsift: unreadable: pets/bad\\x1b[1m.jpg: the format is none of JPEG")
 
 
-def test_a_picture_that_the_model_cannot_take_is_named_and_counted(place: Path) -> None:
+def test_image_that_the_model_rejects_is_named_and_counted(place: Path) -> None:
     (place / "pets" / "thin.png").write_bytes(encode(picture(2000, 2), "PNG"))
     result = centroids("pets=pets")
     assert result.exit_code == 0, result.output
@@ -152,8 +152,8 @@ def test_a_picture_that_the_model_cannot_take_is_named_and_counted(place: Path) 
     assert "pets/thin.png: flipped_clip: ValueError: 2000 x 2 pixels" in result.stderr
 
 
-def test_real_digits_lie_nearer_to_their_own_centroid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bundled CLIP, MNIST, the shipped recipe: the file is one that the recipe takes."""
+def test_real_digits_are_closest_to_their_own_centroid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bundled CLIP, MNIST and a shipped recipe, which accepts the resulting file."""
     if not MNIST.is_dir():
         pytest.skip("MNIST is not at hand")
     monkeypatch.chdir(tmp_path)
@@ -170,7 +170,7 @@ def test_real_digits_lie_nearer_to_their_own_centroid(tmp_path: Path, monkeypatc
     identities(recipe(distribution_alignment__cids__tasks="tasks.npz"))
 
 
-# Wrong use, and failures ------------------------------------------------------------------------------------------
+# Wrong use and errors ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -181,11 +181,11 @@ def test_real_digits_lie_nearer_to_their_own_centroid(tmp_path: Path, monkeypatc
         (["=pets"], "=pets: the name '': allowed"),
         (["__model__=pets"], "__model__=pets: the name '__model__': allowed"),
         (["a/b=pets"], "a/b=pets: the name 'a/b': allowed"),
-        (["pets=pets", "pets=cars"], "pets=cars: the name pets stands twice"),
-        (["pets=nowhere"], "nowhere: no files there"),
+        (["pets=pets", "pets=cars"], "pets=cars: the name pets is used twice"),
+        (["pets=nowhere"], "nowhere: contains no files"),
         (["pets=foo://x"], "foo:// is not supported"),
         (["pets=pets", "--centroids-per-task", "0"], "Invalid value"),
-        (["pets=pets", "--tfio-python", "nowhere/python"], "--tfio-python: nowhere/python: is no program"),
+        (["pets=pets", "--tfio-python", "nowhere/python"], "--tfio-python: nowhere/python: is not a program"),
         ([], "Missing argument"),
     ],
 )
@@ -196,7 +196,7 @@ def test_wrong_use(place: Path, arguments: list[str], message: str) -> None:
     assert not (place / "tasks.npz").exists()
 
 
-def test_an_output_or_a_recipe_that_cannot_be(place: Path) -> None:
+def test_invalid_output_or_recipe(place: Path) -> None:
     assert centroids("pets=pets", output="pets").exit_code == 2
     assert centroids("pets=pets", output="").exit_code == 2
     assert centroids("pets=pets", recipe="nowhere.yaml").exit_code == 2
@@ -206,7 +206,7 @@ def test_an_output_or_a_recipe_that_cannot_be(place: Path) -> None:
     assert "flipped_clip.model" in result.output
 
 
-def test_a_gpu_that_is_not_there(place: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gpu(place: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     content = with_clip(clip_folder)
     content["cross_modality"]["device"] = "cuda"
@@ -216,16 +216,16 @@ def test_a_gpu_that_is_not_there(place: Path, clip_folder: Path, monkeypatch: py
     assert "cross_modality.device is cuda" in result.output
 
 
-def test_a_task_without_a_readable_image_is_an_error(place: Path) -> None:
+def test_task_without_a_readable_image_is_an_error(place: Path) -> None:
     (place / "none").mkdir()
     (place / "none" / "a.jpg").write_bytes(b"x")
     result = centroids("pets=pets", "none=none")
     assert result.exit_code == 1
-    assert "none: no image of it can be read (1 were found)" in result.stderr
+    assert "none: none of its 1 images can be read" in result.stderr
     assert not (place / "tasks.npz").exists()
 
 
-def test_a_file_for_tensorflow_io_without_it_is_an_error(place: Path) -> None:
+def test_file_for_tensorflow_io_is_an_error_without_it(place: Path) -> None:
     (place / "pets" / "scan").write_bytes(b"\0" * 128 + b"DICM")
     result = centroids("pets=pets")
     assert result.exit_code == 1
@@ -234,23 +234,23 @@ def test_a_file_for_tensorflow_io_without_it_is_an_error(place: Path) -> None:
     assert not (place / "tasks.npz").exists()
 
 
-def test_a_gpu_whose_memory_is_too_small(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_with_too_little_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_much(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(LoadedClip, "score", too_much)
     result = centroids("pets=pets")
     assert result.exit_code == 1
-    assert "too small for flipped_clip.batch_size 4; make it smaller in the recipe" in " ".join(result.stderr.split())
+    assert "too small for flipped_clip.batch_size 4; reduce it in the recipe" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("name", ["file", "allow_pickle", "arr_0", "x-1"])
-def test_any_name_that_is_allowed_can_be_read_back(tmp_path: Path, name: str) -> None:
+def test_every_allowed_name_can_be_read_back(tmp_path: Path, name: str) -> None:
     write_tasks(str(tmp_path / "t.npz"), {name: np.eye(2, dtype=np.float32)}, {})
     assert load_tasks(str(tmp_path / "t.npz"))[name].tolist() == [[1, 0], [0, 1]]
 
 
-# The model must fit -----------------------------------------------------------------------------------------------
+# Model checks -----------------------------------------------------------------------------------------------------
 
 
 def other_weights(folder: Path) -> None:
@@ -275,7 +275,7 @@ def other_mean(folder: Path) -> None:
 
 
 def nothing(folder: Path) -> None:
-    """The same model, in another folder."""
+    """Return a copy of the model in another folder."""
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def nothing(folder: Path) -> None:
         (nothing, {"score_unflipped": False}, "image"), (nothing, {"batch_size": 64, "min": 0.3}, None),
     ],
 )  # fmt: skip
-def test_a_recipe_of_another_model_is_refused_at_start(
+def test_recipe_with_another_model_is_refused_at_start(
     place: Path, clip_folder: Path, change: Callable[[Path], None], options: dict[str, Any], named: str | None
 ) -> None:
     done("pets=pets", "cars=cars")
@@ -307,13 +307,13 @@ def test_a_recipe_of_another_model_is_refused_at_start(
     assert not (place / "out").exists()
 
 
-def test_the_bundled_tasks_fit_the_bundled_model_alone(clip_folder: Path) -> None:
+def test_bundled_tasks_require_the_bundled_model(clip_folder: Path) -> None:
     identities(recipe())
     with pytest.raises(ValueError, match="bundled:tasks: holds other embeddings"):
         identities(parse_recipe(with_clip(clip_folder), "test"))
 
 
-def test_a_file_that_names_no_model_is_taken_with_a_warning(
+def test_file_without_a_model_is_accepted_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     np.savez(tmp_path / "own.npz", digits=np.eye(128, dtype=np.float32)[:3])
@@ -323,13 +323,13 @@ def test_a_file_that_names_no_model_is_taken_with_a_warning(
 
 
 @pytest.mark.parametrize("model", ["", "{", "[]", "{}", "3a98", "[" * 100_000])
-def test_a_model_that_is_none_is_named(tmp_path: Path, model: str) -> None:
+def test_invalid_model_entry(tmp_path: Path, model: str) -> None:
     np.savez(tmp_path / "t.npz", a=np.eye(2, dtype=np.float32), __model__=np.array(model))
     with pytest.raises(ValueError, match=r"t\.npz: __model__: "):
         load_tasks_model(str(tmp_path / "t.npz"))
 
 
-def test_weights_without_a_hash_are_told_apart_by_name() -> None:
+def test_weights_without_a_hash_are_distinguished_by_name() -> None:
     identity = load_tasks_model("bundled:tasks")
     assert identity
     remote = identity | {"weights_sha256": []}

@@ -1,4 +1,4 @@
-"""Google Cloud on this machine, and a user who is logged in to it as a service account."""
+"""Fixtures: a local stand-in for Google Cloud, and a user who is logged in to it as a service account."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def private_key() -> str:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a recipe and launch settings in it, where nobody is logged in anywhere."""
+    """A folder with a recipe and launch settings, as the working folder of a user without credentials."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
@@ -47,7 +47,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def cloud(place: Path, monkeypatch: pytest.MonkeyPatch, private_key: str) -> Iterator[GoogleCloud]:
-    """The services answer, and the user is logged in. Whatever is sent to them fits the discovery documents."""
+    """Local services with a logged-in user. At the end, checks all requests against the discovery documents."""
     cloud = GoogleCloud()
     with cloud.serving():
         for service in VERSIONS:
@@ -57,7 +57,7 @@ def cloud(place: Path, monkeypatch: pytest.MonkeyPatch, private_key: str) -> Ite
         account |= {"token_uri": f"{cloud.url}/token", "project_id": "my-project"}
         (place / "account.json").write_text(json.dumps(account))
         monkeypatch.setattr("pipeline.dataflow.workflow._POLL_SECONDS", 0.01)
-        # Asked of iamcredentials.googleapis.com, in a thread beside ours; no variable leads it elsewhere.
+        # Requested from iamcredentials.googleapis.com in another thread; no environment variable redirects it.
         lookup = "google.oauth2.service_account.Credentials._is_regional_access_boundary_lookup_required"
         monkeypatch.setattr(lookup, lambda _: False, raising=False)
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(place / "account.json"))
@@ -67,13 +67,13 @@ def cloud(place: Path, monkeypatch: pytest.MonkeyPatch, private_key: str) -> Ite
 
 @pytest.fixture
 def pairsift(place: Path) -> Pairsift:
-    """The command line, in the folder."""
+    """Run the command line in the folder."""
     return lambda *arguments: CliRunner().invoke(app, list(arguments))
 
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that would have been waited, which now none waits."""
+    """Replace waiting by recording the seconds to wait."""
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
     return waited

@@ -1,4 +1,4 @@
-"""The official discovery documents, which google-api-python-client ships, as strict JSON schemas."""
+"""The official discovery documents of google-api-python-client as strict JSON schemas."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FORMATS: dict[str, dict[str, Any]] = {
 
 
 class Method(NamedTuple):
-    """A method of an API, and what its path named."""
+    """A method of an API, with the parameters in its path."""
 
     id: str
     description: dict[str, Any]
@@ -37,14 +37,14 @@ class Method(NamedTuple):
 
 
 class Service:
-    """One API by its document."""
+    """An API as described by its discovery document."""
 
     def __init__(self, name: str) -> None:
         self._name, self._document = name, json.loads(get_static_doc(name, VERSIONS[name]))
         self._methods = list(_methods(self._document))
 
     def method(self, verb: str, path: str) -> Method:
-        """The method that a request names. Raises LookupError."""
+        """Return the method of a request. Raises LookupError."""
         for description in self._methods:
             upload = description.get("mediaUpload", {}).get("protocols", {}).get("simple", {}).get("path", "")
             plain = self._document["servicePath"] + (description.get("flatPath") or description["path"])
@@ -56,7 +56,7 @@ class Service:
         raise LookupError(f"{self._name} has no {verb} {path}")
 
     def faults_of_query(self, method: Method, query: dict[str, str]) -> list[str]:
-        """What the API would not take in a query."""
+        """Return what is wrong with the query of a request."""
         known = {**method.description["parameters"], "uploadType": {"type": "string", "enum": ["media"]}}
         faults = [f"{name}: unknown" for name in query if known.get(name, {}).get("location", "query") != "query"]
         faults += [f"{name}: unknown" for name in query if name not in known]
@@ -67,14 +67,14 @@ class Service:
         return faults + [f"{name}: missing" for name in required - query.keys()]
 
     def faults(self, method: Method, body: Any, of: str = "request") -> list[str]:
-        """What does not fit the schema of the method's `request` or `response`."""
+        """Return what violates the schema of the method's `request` or `response`."""
         name = method.description.get(of, {}).get("$ref")
         if name is None:
             return [] if body is None else [f"{method.id} has no body"]
         return self.faults_of(name, body, for_request=of == "request")
 
     def faults_of(self, name: str, body: Any, for_request: bool = True) -> list[str]:
-        """What does not fit the schema of this name; in a request, nothing may be given that is output only."""
+        """Return what violates the schema `name`. Requests must not contain output-only fields."""
         errors = self._validator(name, for_request).iter_errors(body)
         return [f"{'.'.join(str(part) for part in error.absolute_path)}: {error.message}" for error in errors]
 
@@ -108,7 +108,7 @@ class Service:
 
 @functools.cache
 def service(name: str) -> Service:
-    """The API of this name."""
+    """Return the API with this name."""
     return Service(name)
 
 

@@ -1,5 +1,7 @@
-"""A local HTTP server that answers as Google's APIs do, as far as pairsift asks them. Every request, and every answer
-of its own, is held against the official discovery documents."""
+"""A local HTTP server that implements the parts of Google's APIs that pairsift uses.
+
+Every request and every answer of the server is checked against the official discovery documents.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +23,25 @@ SETTLED = ("JOB_STATE_DONE", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STA
 
 
 class Sent(NamedTuple):
-    """A request as it arrived."""
+    """A received request."""
 
     service: str
-    method: str  # its id in the discovery document
+    method: str  # the id in the discovery document
     named: dict[str, str]
     query: dict[str, str]
     body: Any
-    at: float  # by the monotonic clock, seconds
+    at: float  # monotonic time in seconds
 
 
 class Answer(NamedTuple):
-    """An answer that is given in place of the usual one."""
+    """An answer that replaces the usual one."""
 
     status: int
     message: str = "no"
     reason: str = ""
     metadata: dict[str, str] = {}  # noqa: RUF012 - never changed
     headers: dict[str, str] = {}  # noqa: RUF012
-    does_it: bool = False  # what was asked for is done all the same: only the answer is lost
+    does_it: bool = False  # the request is executed, and only the answer is lost
 
 
 class GoogleCloud:
@@ -51,9 +53,9 @@ class GoogleCloud:
         self.answers: dict[str, collections.deque[Answer]] = collections.defaultdict(collections.deque)
         self.jobs: dict[str, dict[str, Any]] = {}
         self.states: dict[str, list[str]] = {}
-        """Job name -> its states, one for each time that it is looked at by its id; the last one stays."""
+        """The states of each job by name, one per request of the job; the last one is repeated."""
         self.metrics: dict[str, list[list[dict[str, Any]]]] = {}
-        """Job name -> its metrics, one list for each time that they are asked for; the last one stays."""
+        """The metrics of each job by name, one list per request; the last one is repeated."""
         self.messages: list[dict[str, Any]] = []
         self.objects: dict[str, bytes] = {}
         self.workflows: dict[str, dict[str, Any]] = {}
@@ -67,20 +69,20 @@ class GoogleCloud:
         self._lock = threading.Lock()
 
     def fail(self, method: str, *answers: Answer) -> None:
-        """Answer the next calls of a method so."""
+        """Set the answers to the next calls of a method."""
         self.answers[method].extend(answers)
 
     def ids(self) -> list[str]:
-        """The methods that were asked for, by the last two parts of their names."""
+        """Return the called methods, by the last two parts of their names."""
         return [".".join(sent.method.rsplit(".", 2)[1:]) for sent in self.sent]
 
     def bodies(self, method: str) -> list[Any]:
-        """What was sent to a method."""
+        """Return the bodies of the requests to a method."""
         return [sent.body for sent in self.sent if sent.method.endswith(method)]
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
-        """Answer on a port of this machine while the body runs."""
+        """Serve on a local port while the body runs."""
         cloud = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -91,8 +93,8 @@ class GoogleCloud:
 
             def answer(self) -> None:
                 content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                status, told, headers = cloud.answer(self.command, self.path, content, self.headers)
-                payload = json.dumps(told).encode()
+                status, body, headers = cloud.answer(self.command, self.path, content, self.headers)
+                payload = json.dumps(body).encode()
                 self.send_response(status)
                 for name, value in {**headers, "Content-Type": "application/json"}.items():
                     self.send_header(name, value)
@@ -115,7 +117,7 @@ class GoogleCloud:
             server.server_close()
 
     def answer(self, verb: str, path: str, content: bytes, headers: Any) -> tuple[int, Any, dict[str, str]]:
-        """Status, body and headers."""
+        """Return status, body and headers."""
         url = urllib.parse.urlsplit(path)
         name, _, rest = url.path.lstrip("/").partition("/")
         if name == "token":
@@ -144,11 +146,11 @@ class GoogleCloud:
                 if wanted.does_it:
                     self._do(name, method, query, body)
                 return wanted.status, error(*wanted[:4]), wanted.headers
-            status, told = self._do(name, method, query, body)
+            status, result = self._do(name, method, query, body)
         if status == 200:
-            found = service(name).faults(method, told, of="response")
+            found = service(name).faults(method, result, of="response")
             self.faults += [f"the answer to {method.id}: {fault}" for fault in found]
-        return status, told, {}
+        return status, result, {}
 
     def _do(self, name: str, method: Method, query: dict[str, str], body: Any) -> tuple[int, Any]:
         action = getattr(self, f"_{name}_{'_'.join(method.id.rsplit('.', 2)[1:])}")
@@ -169,7 +171,7 @@ class GoogleCloud:
         return 200, {"job": self.add_job(launch["jobName"], launch["environment"]["additionalUserLabels"])}
 
     def add_job(self, name: str, labels: dict[str, str], state: str = "JOB_STATE_QUEUED") -> dict[str, Any]:
-        """A job that somebody started."""
+        """Add a job started by another client."""
         job: dict[str, Any] = {
             "id": f"2026-11-23_03_00_00-{next(self._ids)}",
             "name": name,
@@ -187,7 +189,7 @@ class GoogleCloud:
         found = [job for job in self.jobs.values() if self._is_active(job) and job["name"] == query["name"]]
         if self.first_page_is_empty and "pageToken" not in query:
             return 200, {"nextPageToken": "2"}
-        # Labels are not in a summary; and where there is no job, there is no list.
+        # Summaries have no labels, and without jobs the answer has no list.
         summaries = [{key: value for key, value in job.items() if key != "labels"} for job in found]
         return 200, {"jobs": summaries} if summaries else {}
 
@@ -270,7 +272,7 @@ class GoogleCloud:
 
 
 def error(status: int, message: str, reason: str = "", metadata: dict[str, str] | None = None) -> dict[str, Any]:
-    """A refusal in the form that Google's APIs have in common."""
+    """Return an error in the common format of Google's APIs."""
     found: dict[str, Any] = {"code": status, "message": message, "status": http.HTTPStatus(status).name}
     if reason:
         info = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": reason, "domain": "googleapis.com"}
@@ -279,6 +281,6 @@ def error(status: int, message: str, reason: str = "", metadata: dict[str, str] 
 
 
 def counter(name: str, value: int, tentative: bool = False, step: str = "s1", namespace: str = "pairsift") -> dict:
-    """One of a job's metrics, as `projects.locations.jobs.getMetrics` tells a counter."""
+    """Return a counter in the format of `projects.locations.jobs.getMetrics`."""
     context = {"namespace": namespace, "step": step} | ({"tentative": "true"} if tentative else {})
     return {"name": {"origin": "user", "name": name, "context": context}, "scalar": value}

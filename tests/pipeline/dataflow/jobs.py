@@ -1,8 +1,8 @@
-"""Jobs as the launcher hands them over, built without the service: Beam writes the v1b3 JSON to a file.
+"""Jobs as handed over by the launcher, built without the service: Beam writes the v1b3 JSON to a file.
 
     python -m tests.pipeline.dataflow.jobs > tests/pipeline/dataflow/step_names.txt
 
-writes down the names of all steps anew: where they were to change, or Beam has another version.
+rewrites the file of step names, after an intended change or with another version of Beam.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from transforms.storage import files
 RECIPES = Path(__file__).parents[3] / "recipes"
 L4 = GpuWorker("nvidia-l4", "g2-standard-8")
 IMAGE = "us-central1-docker.pkg.dev/my-project/pairsift/pairsift:0.1.0"
-# What paper.yaml names lies on a hub; that which stands in its place has never been on this machine either.
+# Replaces models of paper.yaml that would have to be downloaded.
 KNOWN: dict[str, Any] = {stage: {} for stage in STAGES} | {"single_modality": {"pos_pattern": {"source": "bundled"}}}
 
 
 class Job(NamedTuple):
-    """A job, and the graph that it refers to."""
+    """A job and its graph."""
 
     content: dict[str, Any]
     graph: beam_runner_api_pb2.Pipeline
@@ -47,7 +47,7 @@ class Job(NamedTuple):
 
     @property
     def pool(self) -> dict[str, Any]:
-        """Its worker pool."""
+        """The worker pool of the job."""
         (pool,) = self.content["environment"]["workerPools"]
         return pool
 
@@ -61,11 +61,11 @@ class Job(NamedTuple):
 
     @property
     def steps(self) -> list[str]:
-        """The full names of all steps that have none inside."""
+        """The full names of all steps without substeps."""
         return sorted(step.unique_name for step in self.graph.components.transforms.values() if not step.subtransforms)
 
     def hint_of(self, step: str) -> str:
-        """The accelerator that a step asks for."""
+        """Return the accelerator that a step requests."""
         (found,) = [one for one in self.graph.components.transforms.values() if one.unique_name == step]
         hints = self.graph.components.environments[found.environment_id].resource_hints
         return hints.get("beam:resources:accelerator:v1", b"").decode()
@@ -82,7 +82,7 @@ def handed_over(
     machine_type: str = "n2-standard-8",
     output: str | None = None,
 ) -> Job:
-    """The job of a template over a pool of small tars; into a local folder, which no job can hold, by default."""
+    """Build the job of a template over a pool of small tars. The output folder is local by default, without a lock."""
     monkeypatch.setattr("pipeline.runs.job.identities", lambda recipe: KNOWN)
     monkeypatch.setattr("pipeline.runs.job.pinned", lambda settings, fetch: settings)
     if output is None:
@@ -108,7 +108,7 @@ def handed_over(
             f"--template_location={folder}/job.json", f"--sdk_container_image={IMAGE}",
             f"--machine_type={machine_type}", "--max_num_workers=50", "--disk_size_gb=100",
             "--no_auth", "--dataflow_endpoint=http://localhost:9",
-            "--experiments=disable_logging_submission_environment",  # else pip lists all packages, for a second
+            "--experiments=disable_logging_submission_environment",  # skips a slow list of packages
         ]
     )  # fmt: skip
     launcher.submit(options, parameters)
@@ -117,7 +117,7 @@ def handed_over(
 
 
 class Jobs:
-    """Each of them built once."""
+    """Jobs that are built once each."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, itertools.count()
@@ -128,7 +128,7 @@ class Jobs:
             return handed_over(self._folder / str(next(self._count)), monkeypatch, recipe, template, gpus, gpu)
 
     def step_names(self) -> str:
-        """The steps of every template for paper.yaml, a line each. Beam's own lambdas are named by their line."""
+        """Return the steps of every template for paper.yaml, one per line. Beam names its lambdas by line number."""
         lines = [
             f"{template}: {step}" for template in TEMPLATES for step in self.get("paper", template, RIGHT_FITTING).steps
         ]

@@ -1,4 +1,4 @@
-"""The dashboard is one, and asks for what pairsift counts, and for all of that."""
+"""Tests of the dashboard: its format, and that it shows all of pairsift's metrics and no others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from google.protobuf.json_format import ParseError
 from transforms.core.metrics import PREFIXES, all_metrics
 
 PATH = Path(__file__).parents[3] / "templates" / "dashboard.json"
-OF_DISTRIBUTION = ("_MAX", "_MIN", "_MEAN", "_COUNT")  # as Dataflow tells a distribution's
+OF_DISTRIBUTION = ("_MAX", "_MIN", "_MEAN", "_COUNT")  # of the scalars that Dataflow reports for a distribution
 
 
 def filters() -> Iterator[str]:
@@ -22,14 +22,14 @@ def filters() -> Iterator[str]:
             yield data_set.time_series_query.time_series_filter.filter
 
 
-def test_it_is_of_the_official_type() -> None:
+def test_dashboard_has_the_official_type() -> None:
     dashboard = Dashboard.from_json(PATH.read_text())
     assert dashboard.display_name == "pairsift"
     with pytest.raises(ParseError):
         Dashboard.from_json(PATH.read_text().replace("xyChart", "xyChar"))
 
 
-def test_its_tiles_fill_the_grid_and_do_not_overlap() -> None:
+def test_tiles_fill_the_grid_and_do_not_overlap() -> None:
     layout = Dashboard.from_json(PATH.read_text()).mosaic_layout
     taken = [
         (x, y)
@@ -41,7 +41,7 @@ def test_its_tiles_fill_the_grid_and_do_not_overlap() -> None:
     assert max(x for x, _ in taken) < layout.columns
 
 
-def test_it_asks_for_what_is_counted_and_for_all_of_it() -> None:
+def test_dashboard_shows_exactly_the_metrics_of_pairsift() -> None:
     asked: set[str] = set()
     for text in filters():
         known, quoted = re.fullmatch(

@@ -1,4 +1,4 @@
-"""The image, as far as it can be looked at without an engine; `make image-check` runs its steps."""
+"""Tests of the Dockerfile without a container engine; `make image-check` runs its steps."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(
 
 
 def copied() -> list[str]:
-    """What is copied out of the repository."""
+    """Return the paths that are copied from the repository."""
     lines = re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE)
     return [source for line in lines for source in line.split()[:-1] if source != "."]
 
 
 def is_sent(path: str) -> bool:
-    """Whether .dockerignore lets a path through; its last line that fits decides."""
+    """Return whether .dockerignore admits a path, according to its last matching line."""
     sent = True
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         pattern = line.removeprefix("!").removeprefix("**/")
@@ -33,14 +33,14 @@ def is_sent(path: str) -> bool:
     return sent
 
 
-def test_boot_binary_beam_and_python_are_of_one_version() -> None:
+def test_versions_of_boot_binary_beam_and_python_agree() -> None:
     (beam,) = re.findall(r"^ARG BEAM_VERSION=(\S+)$", DOCKERFILE, re.MULTILINE)
     assert beam == PINNED["apache-beam"]
     pythons = re.findall(r"^FROM \S*python(?::)?(\d)\.?(\d\d)", DOCKERFILE, re.MULTILINE)
-    assert pythons == [("3", "11")] * 3  # the workers', the launcher's, and the image's own
+    assert pythons == [("3", "11")] * 3  # of the workers, the launcher and the image
 
 
-def test_what_is_copied_is_there_and_sent_to_the_engine() -> None:
+def test_copied_paths_exist_and_are_sent_to_the_engine() -> None:
     assert len(copied()) == 4
     for source in copied():
         assert (ROOT / source).is_file()
@@ -48,7 +48,7 @@ def test_what_is_copied_is_there_and_sent_to_the_engine() -> None:
 
 
 @pytest.mark.parametrize("path", ["setup.py", "pipeline/demo/pool/00000.tar", "templates/cross_modality.json"])
-def test_the_package_is_sent_whole(path: str) -> None:
+def test_complete_package_is_sent(path: str) -> None:
     assert (ROOT / path).is_file()
     assert is_sent(path)
 
@@ -58,7 +58,7 @@ def test_nothing_else_is_sent(path: str) -> None:
     assert not is_sent(path)
 
 
-def test_no_base_is_what_it_is_today_only() -> None:
+def test_base_images_are_pinned() -> None:
     bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
     stages = re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)
     for base in bases:
@@ -66,21 +66,21 @@ def test_no_base_is_what_it_is_today_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         (["install_package.sh", "{}/venv", "tpu"], "PROCESSOR: got tpu; allowed: gpu, cpu, cu126"),
         (["fetch_models.sh", "{}/models", "org/name"], "MODELS: got org/name; allowed: ORG/NAME@COMMIT"),
     ],
 )
-def test_a_build_argument_that_cannot_be_stops_the_build(tmp_path: Path, command: list[str], said: str) -> None:
+def test_invalid_build_argument_stops_the_build(tmp_path: Path, command: list[str], message: str) -> None:
     program, *arguments = (part.format(tmp_path) for part in command)
     done = subprocess.run([ROOT / "tools" / program, *arguments], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip() == said
+    assert done.stderr.strip() == message
     assert not (tmp_path / "venv").exists()
 
 
-def test_no_models_need_no_network(tmp_path: Path) -> None:
+def test_build_without_models_needs_no_network(tmp_path: Path) -> None:
     subprocess.run([ROOT / "tools" / "fetch_models.sh", tmp_path / "models"], check=True, env={"PATH": "/usr/bin:/bin"})
     assert list((tmp_path / "models").iterdir()) == []
 
@@ -103,8 +103,8 @@ hf.main()
 
 
 @pytest.mark.parametrize("missing", ["", "config.json", "config.safetensors"])
-def test_models_come_with_all_that_loading_takes(tmp_path: Path, missing: str) -> None:
-    """By the hub's own command line, whose download alone is replaced."""
+def test_models_are_downloaded_with_all_files_for_loading(tmp_path: Path, missing: str) -> None:
+    """Uses the command line of the hub with a replaced download."""
     for name, content in (("python3.11", "#!/bin/sh\n"), ("hf", HF.format(python=sys.executable, missing=missing))):
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(0o755)

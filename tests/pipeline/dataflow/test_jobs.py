@@ -1,4 +1,4 @@
-"""The jobs that are handed to Dataflow: machines, GPUs, processes, images, steps."""
+"""Tests of the jobs handed over to Dataflow: machines, GPUs, processes, images and steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 
 def models_in(template: str) -> set[str]:
-    """The steps that have to be together: from reading to writing."""
+    """Return the steps that must be fused, from reading to writing."""
     prefix = "Cross modality/" if template == ALL_STAGES else ""
     return {f"{prefix}Score shards/{step}" for step in MODELS}
 
@@ -54,11 +54,11 @@ def test_every_template_builds_for_every_recipe(jobs: Jobs, recipe: str, templat
 
 
 def test_steps_keep_their_names(jobs: Jobs) -> None:
-    """How to write them down anew stands in tests/pipeline/dataflow/jobs.py."""
+    """tests/pipeline/dataflow/jobs.py explains how to rewrite the file of step names."""
     assert jobs.step_names().splitlines() == STEP_NAMES.read_text().splitlines()
 
 
-def test_all_workers_have_the_gpu_by_the_service_option(jobs: Jobs) -> None:
+def test_service_option_gives_all_workers_the_gpu(jobs: Jobs) -> None:
     job = jobs.get("paper", CROSS_MODALITY, ALL_WORKERS)
     assert job.service_options == ["worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"]
     assert job.pool["machineType"] == "g2-standard-8"
@@ -66,10 +66,10 @@ def test_all_workers_have_the_gpu_by_the_service_option(jobs: Jobs) -> None:
 
 
 @pytest.mark.parametrize("template", [CROSS_MODALITY, ALL_STAGES])
-def test_right_fitting_gives_the_gpu_to_the_models_alone(jobs: Jobs, template: str) -> None:
+def test_right_fitting_gives_the_gpu_only_to_the_models(jobs: Jobs, template: str) -> None:
     job = jobs.get("paper", template, RIGHT_FITTING)
     assert job.service_options == []
-    assert job.pool["machineType"] == "n2-standard-8"  # of the rest; the hint names that of the models
+    assert job.pool["machineType"] == "n2-standard-8"  # for other steps; the hint names the machine of the models
     assert {step for step in job.steps if job.hint_of(step)} == models_in(template)
     assert {job.hint_of(step) for step in models_in(template)} == {L4.option}
 
@@ -78,8 +78,8 @@ def test_right_fitting_gives_the_gpu_to_the_models_alone(jobs: Jobs, template: s
     ("template", "gpus"),
     [(CROSS_MODALITY, ALL_WORKERS), (CROSS_MODALITY, RIGHT_FITTING), (ALL_STAGES, RIGHT_FITTING)],
 )
-def test_from_reading_to_writing_is_one_stage_in_one_environment(jobs: Jobs, template: str, gpus: str) -> None:
-    """As Beam's own fusion has it, of the graph that is handed over; pixels would cross whatever lies between."""
+def test_steps_from_reading_to_writing_are_fused(jobs: Jobs, template: str, gpus: str) -> None:
+    """Applies Beam's fusion to the graph; images would be written out between unfused steps."""
     job = jobs.get("paper", template, gpus)
     _, stages = FnApiRunner().create_stages(job.graph)
     (fused,) = [stage for stage in stages if models_in(template) & {one.unique_name for one in stage.transforms}]
@@ -88,7 +88,7 @@ def test_from_reading_to_writing_is_one_stage_in_one_environment(jobs: Jobs, tem
 
 
 @pytest.mark.parametrize("template", [SINGLE_MODALITY, DISTRIBUTION_ALIGNMENT])
-def test_stages_without_models_have_no_gpu_and_a_process_for_each_vcpu(jobs: Jobs, template: str) -> None:
+def test_stages_without_models_have_no_gpu_and_one_process_per_vcpu(jobs: Jobs, template: str) -> None:
     job = jobs.get("paper", template, RIGHT_FITTING)
     assert job.service_options == []
     assert {job.hint_of(step) for step in job.steps} == {""}
@@ -102,19 +102,19 @@ def processes_and_threads(job: Job) -> tuple[bool, int]:
     return ONE_PROCESS in job.experiments, job.pool["numThreadsPerWorker"]
 
 
-def test_a_gpu_worker_is_one_process_whose_threads_follow_from_its_vcpus(jobs: Jobs) -> None:
+def test_gpu_worker_has_one_process_with_threads_according_to_its_vcpus(jobs: Jobs) -> None:
     assert processes_and_threads(jobs.get("paper", CROSS_MODALITY, ALL_WORKERS)) == (True, 2)
     assert processes_and_threads(jobs.get("paper", CROSS_MODALITY, ALL_WORKERS, T4)) == (True, 4)
     assert processes_and_threads(jobs.get("paper", ALL_STAGES, RIGHT_FITTING)) == (True, 2)
 
 
-def test_models_on_cpus_take_all_of_a_worker_for_one_shard(jobs: Jobs) -> None:
+def test_cpu_worker_with_models_processes_one_shard_at_a_time(jobs: Jobs) -> None:
     assert processes_and_threads(jobs.get("demo", CROSS_MODALITY, RIGHT_FITTING)) == (True, 1)
 
 
 @pytest.mark.parametrize(("gpu", "precision"), [(L4, "bf16"), (T4, "fp16")])
-def test_the_gpu_that_is_named_settles_the_precision(jobs: Jobs, gpu: GpuWorker, precision: str) -> None:
-    """Where no GPU is; and the recipe in the manifest stays as it was given."""
+def test_gpu_parameter_determines_the_precision(jobs: Jobs, gpu: GpuWorker, precision: str) -> None:
+    """The launcher has no GPU. The recipe in the manifest is unchanged."""
     output = jobs.get("paper", CROSS_MODALITY, ALL_WORKERS, gpu).output
     manifest = json.loads(Path(Layout(str(output)).newest_manifest).read_text())
     assert manifest["precision"] == precision
@@ -126,17 +126,17 @@ def test_only_the_first_stage_lists_the_pool(jobs: Jobs) -> None:
     assert [shard.name for shard in listed] == ["00000", "00001"]
 
 
-def test_shards_that_come_meanwhile_wait_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_added_during_a_run_are_left_to_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = handed_over(tmp_path, monkeypatch, "demo", CROSS_MODALITY, shards=2)
     (tmp_path / "pool" / "00002.tar").write_bytes((tmp_path / "pool" / "00000.tar").read_bytes())
     assert len(read_listing(Layout(str(job.output)))) == 2
 
 
-def test_a_graph_does_not_grow_with_the_pool(
+def test_graph_size_does_not_depend_on_the_pool(
     jobs: Jobs, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path_factory.mktemp("many")
     many = handed_over(folder, monkeypatch, "paper", SINGLE_MODALITY, shards=200)
     few = jobs.get("paper", SINGLE_MODALITY, RIGHT_FITTING)
     assert b"00001.tar" not in many.graph.SerializeToString()
-    assert abs(many.graph.ByteSize() - few.graph.ByteSize()) < 2000  # the folders' names stand in it
+    assert abs(many.graph.ByteSize() - few.graph.ByteSize()) < 2000  # the graph contains the names of folders

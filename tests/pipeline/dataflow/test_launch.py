@@ -1,4 +1,4 @@
-"""`pairsift launch`, against a server that answers as the APIs do: what is sent, adopted, refused, followed."""
+"""Tests of `pairsift launch` against a local server that answers like the APIs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def events(result: Result) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def said(result: Result) -> str:
+def output(result: Result) -> str:
     return " ".join(result.output.split())
 
 
@@ -49,7 +49,7 @@ def said(result: Result) -> str:
         ("    model: here", "cross_modality.flipped_clip.model: here"),
     ],
 )
-def test_a_recipe_that_names_files_of_this_machine_is_refused(
+def test_recipe_with_local_files_is_refused(
     cloud: GoogleCloud, place: Path, pairsift: Pairsift, line: str, named: str
 ) -> None:
     (place / "here").mkdir()
@@ -58,39 +58,39 @@ def test_a_recipe_that_names_files_of_this_machine_is_refused(
     first = next(number for number, found in enumerate(lines) if found.startswith(setting))
     (place / "recipe.yaml").write_text("\n".join([*lines[:first], line, *lines[first + 1 :]]))
     result = pairsift(*LAUNCH)
-    assert result.exit_code == 2 and f"recipe: {named} lies on this machine; give a gs:// path" in said(result)
+    assert result.exit_code == 2 and f"recipe: {named} is a file on this machine; give a gs:// path" in output(result)
     assert cloud.sent == []
 
 
 @pytest.mark.parametrize("path", ["gs://My Bucket/pool", "gs://b_/pool", "gs://my-bucket", "gs://my-bucket//", "pool"])
-def test_places_that_are_none_in_cloud_storage_are_refused(cloud: GoogleCloud, pairsift: Pairsift, path: str) -> None:
+def test_paths_outside_cloud_storage_are_refused(cloud: GoogleCloud, pairsift: Pairsift, path: str) -> None:
     for option in ("--input", "--output"):
         at = LAUNCH.index(option) + 1
         result = pairsift(*LAUNCH[:at], path, *LAUNCH[at + 1 :])
-        assert result.exit_code == 2 and f"{option}: got {path}; workers reach gs:// only" in said(result)
+        assert result.exit_code == 2 and f"{option}: got {path}; workers can only access gs://" in output(result)
     assert cloud.sent == []
 
 
-def test_a_last_slash_makes_no_other_run(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+def test_trailing_slash_does_not_change_a_launch(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     slashed = [f"{word}/" if word.startswith("gs://") else word for word in STAGE_1]
     assert [pairsift(*arguments, "--dry-run").stdout for arguments in (STAGE_1, slashed)] == [
         pairsift(*STAGE_1, "--dry-run").stdout
     ] * 2
 
 
-# What is sent -----------------------------------------------------------------------------------------------------
+# Requests ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gpus", ["all_workers", "right_fitting"])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_what_is_sent_fits_the_api_and_is_what_a_dry_run_prints(
+def test_request_is_valid_and_equals_the_dry_run(
     cloud: GoogleCloud, place: Path, pairsift: Pairsift, template: str, gpus: str
 ) -> None:
     change_settings(place, gpus=gpus)
     arguments = (*LAUNCH, "--stage", template, "--json")
     if (template, gpus) == ("all_stages", "all_workers"):
         result = pairsift(*arguments)
-        assert result.exit_code == 2 and "would hold GPUs through all three stages" in said(result)
+        assert result.exit_code == 2 and "would hold GPUs during all three stages" in output(result)
         assert cloud.sent == []
         return
     dry = pairsift(*arguments, "--dry-run")
@@ -124,11 +124,11 @@ def test_what_is_sent_fits_the_api_and_is_what_a_dry_run_prints(
     assert launch["environment"].get("flexrsGoal") == (
         "FLEXRS_COST_OPTIMIZED" if template == "single_modality" else None
     )
-    (told,) = events(result)
-    assert told["event"] == "launched" and told["address"].endswith(f"/{told['id']}?project=my-project")
+    (event,) = events(result)
+    assert event["event"] == "launched" and event["address"].endswith(f"/{event['id']}?project=my-project")
 
 
-def test_what_is_not_set_is_left_to_the_service(cloud: GoogleCloud, place: Path, pairsift: Pairsift) -> None:
+def test_unset_settings_are_left_to_the_service(cloud: GoogleCloud, place: Path, pairsift: Pairsift) -> None:
     change_settings(place, service_account=None, use_public_ips=True, labels={}, network="n", subnetwork="regions/r/s")
     assert pairsift(*STAGE_1).exit_code == 0
     (body,) = cloud.bodies("flexTemplates.launch")
@@ -139,8 +139,8 @@ def test_what_is_not_set_is_left_to_the_service(cloud: GoogleCloud, place: Path,
     assert set(environment["additionalUserLabels"]) == {REQUEST, BY}
 
 
-def test_what_the_documents_refuse() -> None:
-    """The check of every request above can fail: unknown names, wrong types, enums, numbers, output-only fields."""
+def test_invalid_requests_are_detected() -> None:
+    """The checks of requests detect unknown names, wrong types, enums and numbers, and output-only fields."""
     for name, schema, body in (
         ("dataflow", "LaunchFlexTemplateRequest", {"launchParameter": {"jobname": "x"}}),
         ("dataflow", "LaunchFlexTemplateRequest", {"launchParameter": {"parameters": {"keep_versions": 3}}}),
@@ -161,7 +161,7 @@ def test_what_the_documents_refuse() -> None:
         service("dataflow").method("PUT", "v1b3/projects/p/locations/l/flexTemplates:launch")
 
 
-def test_a_dry_run_takes_no_credentials_and_reaches_nobody(
+def test_dry_run_uses_no_credentials_and_no_network(
     place: Path, pairsift: Pairsift, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was tried"))
@@ -171,19 +171,19 @@ def test_a_dry_run_takes_no_credentials_and_reaches_nobody(
             assert result.exit_code == 0, result.output
             assert "nothing was sent" in result.stderr
             assert "POST https://" in result.stdout
-    assert "POST https://storage" not in result.stdout  # it lies on gs:// already
+    assert "POST https://storage" not in result.stdout  # the recipe is already on gs://
 
 
 def test_wrong_use(cloud: GoogleCloud, place: Path, pairsift: Pairsift) -> None:
     for arguments, message in (
         ((*LAUNCH, "--stage", "cross"), "--stage: got cross; allowed: single_modality, cross_modality"),
-        (("launch", "recipe.yaml", "--input", "pool", *PLACES[2:]), "--input: got pool; workers reach gs:// only"),
-        (("launch", "recipe.yaml", *PLACES[:3], "gs://b", *PLACES[4:]), "--output: got gs://b; workers reach"),
+        (("launch", "recipe.yaml", "--input", "pool", *PLACES[2:]), "--input: got pool; workers can only access gs://"),
+        (("launch", "recipe.yaml", *PLACES[:3], "gs://b", *PLACES[4:]), "--output: got gs://b; workers can only access gs://"),
         (("launch", "none.yaml", *PLACES), "none.yaml: cannot be read as YAML"),
         ((*LAUNCH[:-1], "none.yaml"), "none.yaml: cannot be read as YAML"),
     ):
         result = pairsift(*arguments)
-        assert result.exit_code == 2 and message in said(result), result.output
+        assert result.exit_code == 2 and message in output(result), result.output
     change_settings(place, project="My", region="here")
     result = pairsift(*STAGE_1)
     assert result.exit_code == 2
@@ -192,56 +192,56 @@ def test_wrong_use(cloud: GoogleCloud, place: Path, pairsift: Pairsift) -> None:
     assert cloud.sent == []
 
 
-def test_a_recipe_and_settings_that_do_not_fit(cloud: GoogleCloud, place: Path, pairsift: Pairsift) -> None:
+def test_recipe_that_does_not_fit_the_settings(cloud: GoogleCloud, place: Path, pairsift: Pairsift) -> None:
     change_settings(place, accelerator=None)
     result = pairsift(*STAGE_1)
-    assert result.exit_code == 2 and "cuda, but the settings name no accelerator" in said(result)
+    assert result.exit_code == 2 and "cuda, but the settings have no accelerator" in output(result)
     (place / "recipe.yaml").write_text((place / "recipe.yaml").read_text().replace("device: cuda", "device: cpu"))
     assert pairsift(*STAGE_1).exit_code == 0
     change_settings(place, accelerator={"type": "nvidia-l4", "count": 1})
     result = pairsift(*STAGE_1)
-    assert result.exit_code == 2 and "it would stand idle" in said(result)
+    assert result.exit_code == 2 and "remove the accelerator, or set the device to cuda" in output(result)
 
 
-# Once, and only once ----------------------------------------------------------------------------------------------
+# Adoption ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first_page_is_empty", [False, True])
-def test_a_second_launch_of_the_same_adopts_the_job(
+def test_second_identical_launch_adopts_the_job(
     cloud: GoogleCloud, pairsift: Pairsift, first_page_is_empty: bool
 ) -> None:
     cloud.first_page_is_empty = first_page_is_empty
     first, second = (pairsift(*STAGE_1, "--json") for _ in range(2))
     assert second.exit_code == 0
-    assert [told["event"] for told in events(first) + events(second)] == ["launched", "adopted"]
+    assert [event["event"] for event in events(first) + events(second)] == ["launched", "adopted"]
     assert events(first)[0]["id"] == events(second)[0]["id"]
     assert len(cloud.jobs) == 1
     slash = (*STAGE_1[:5], "gs://my-bucket/out/", *STAGE_1[6:])
-    assert "which runs already with the same parameters" in pairsift(*slash).stdout
+    assert "which is already running with the same parameters" in pairsift(*slash).stdout
 
 
-def test_a_launch_with_other_parameters_is_refused(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+def test_launch_with_other_parameters_is_refused(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     job = cloud.add_job(NAME, {REQUEST: "0" * 32, BY: "ada_on_laptop"}, "JOB_STATE_RUNNING")
     result = pairsift(*STAGE_1)
     assert result.exit_code == 2
-    assert "runs with other parameters, started by ada_on_laptop at 2026-11-23T11:00:00.123456Z" in said(result)
-    assert f"gcloud dataflow jobs cancel {job['id']} --project=my-project --region=us-central1" in said(result)
+    assert "is running with other parameters, started by ada_on_laptop at 2026-11-23T11:00:00.123456Z" in output(result)
+    assert f"gcloud dataflow jobs cancel {job['id']} --project=my-project --region=us-central1" in output(result)
     assert cloud.bodies("flexTemplates.launch") == []
     job["currentState"] = "JOB_STATE_CANCELLED"
     assert pairsift(*STAGE_1).exit_code == 0
 
 
-def test_a_job_that_does_not_tell_yet_is_left_alone(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+def test_job_without_labels_yet_is_not_adopted(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     cloud.add_job(NAME, {})
     result = pairsift(*STAGE_1)
-    assert result.exit_code == 2 and "give the same command again in some minutes" in said(result)
+    assert result.exit_code == 2 and "repeat the same command in a few minutes" in output(result)
 
 
 @pytest.mark.parametrize("is_same", [True, False])
-def test_a_job_that_is_started_between_look_and_launch(
+def test_job_started_between_check_and_launch(
     cloud: GoogleCloud, pairsift: Pairsift, monkeypatch: pytest.MonkeyPatch, is_same: bool
 ) -> None:
-    def launch(named: Any, query: Any, body: Any) -> Any:  # somebody else is quicker
+    def launch(named: Any, query: Any, body: Any) -> Any:  # another client comes first
         labels = body["launchParameter"]["environment"]["additionalUserLabels"]
         cloud.add_job(NAME, labels if is_same else {REQUEST: "0", BY: "ada"}, "JOB_STATE_RUNNING")
         return usual(named, query, body)
@@ -250,10 +250,10 @@ def test_a_job_that_is_started_between_look_and_launch(
     monkeypatch.setattr(cloud, "_dataflow_flexTemplates_launch", launch)
     result = pairsift(*STAGE_1)
     assert (result.exit_code, len(cloud.jobs)) == (0 if is_same else 2, 1)
-    assert ("adopted" if is_same else "started by ada at") in said(result)
+    assert ("adopted" if is_same else "started by ada at") in output(result)
 
 
-def test_an_answer_that_is_lost_starts_nothing_twice(cloud: GoogleCloud, pairsift: Pairsift, waits: list) -> None:
+def test_lost_answer_does_not_start_a_second_job(cloud: GoogleCloud, pairsift: Pairsift, waits: list) -> None:
     cloud.fail("flexTemplates.launch", Answer(503, "lost on the way", does_it=True))
     result = pairsift(*STAGE_1)
     assert result.exit_code == 0, result.output
@@ -262,7 +262,7 @@ def test_an_answer_that_is_lost_starts_nothing_twice(cloud: GoogleCloud, pairsif
     assert "adopted" in result.stdout
 
 
-# Refusals ---------------------------------------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -285,16 +285,16 @@ def test_an_answer_that_is_lost_starts_nothing_twice(cloud: GoogleCloud, pairsif
         ),
         (
             Answer(404, "Unable to open template file"),
-            "look whether gs://my-bucket/templates/single_modality.json is there",
+            "check that gs://my-bucket/templates/single_modality.json exists",
         ),
         (Answer(400, "Invalid value"), "nothing was changed; correct that"),
     ],
 )
-def test_a_refusal_says_what_to_do_next(
+def test_error_says_what_to_do_next(
     cloud: GoogleCloud, pairsift: Pairsift, waits: list, answer: Answer, advice: str
 ) -> None:
     for more in ([], ["--json"]):
-        cloud.fail("flexTemplates.launch", *[answer] * 3)  # with 401, credentials are made new twice
+        cloud.fail("flexTemplates.launch", *[answer] * 3)  # after a 401, credentials are refreshed twice
         result = pairsift(*STAGE_1, *more)
         assert result.exit_code == 1
         lines = (result.stdout if more else result.stderr).splitlines()
@@ -305,15 +305,15 @@ def test_a_refusal_says_what_to_do_next(
     assert cloud.jobs == {}
 
 
-def test_a_refusal_by_the_bucket(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+def test_error_of_the_bucket(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     cloud.fail("objects.insert", Answer(403, "no"))
     result = pairsift(*STAGE_1)
     assert result.exit_code == 1
-    assert "`gcloud storage buckets add-iam-policy-binding gs://my-bucket --member=serviceAccount:" in said(result)
+    assert "`gcloud storage buckets add-iam-policy-binding gs://my-bucket --member=serviceAccount:" in output(result)
     assert cloud.jobs == {}
 
 
-def test_a_quota_is_waited_for_as_long_as_the_service_says(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+def test_quota_error_waits_as_long_as_the_service_says(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     cloud.fail("flexTemplates.launch", Answer(429, "Quota exceeded", headers={"Retry-After": "1"}))
     result = pairsift(*STAGE_1)
     assert result.exit_code == 0, result.output
@@ -323,42 +323,42 @@ def test_a_quota_is_waited_for_as_long_as_the_service_says(cloud: GoogleCloud, p
 
 
 @pytest.mark.parametrize(("status", "advice"), [(429, "a quota is used up"), (503, "the service is failing")])
-def test_what_does_not_pass_is_given_up_at_last(
+def test_persistent_error_ends_the_retries(
     cloud: GoogleCloud, pairsift: Pairsift, waits: list[float], status: int, advice: str
 ) -> None:
     cloud.fail("flexTemplates.launch", *[Answer(status, "not now", headers={"Retry-After": "7200"})] * 6)
     result = pairsift(*STAGE_1)
     assert result.exit_code == 1
-    assert advice in said(result) and "again later" in said(result)
+    assert advice in output(result) and "again later" in output(result)
     assert waits == [120.0] * 5  # not two hours
     assert cloud.jobs == {}
 
 
-def test_a_service_that_recovers(cloud: GoogleCloud, pairsift: Pairsift, waits: list[float]) -> None:
+def test_service_that_recovers(cloud: GoogleCloud, pairsift: Pairsift, waits: list[float]) -> None:
     cloud.fail("flexTemplates.launch", *[Answer(503)] * 3)
     assert pairsift(*STAGE_1).exit_code == 0
-    assert waits == [2.0, 4.0]  # at once, then twice as long each time
+    assert waits == [2.0, 4.0]  # doubles each time
     assert len(cloud.jobs) == 1
 
 
-def test_nobody_is_logged_in(place: Path, pairsift: Pairsift) -> None:
+def test_missing_credentials(place: Path, pairsift: Pairsift) -> None:
     result = pairsift(*STAGE_1)
     assert result.exit_code == 1
-    assert "no credentials of Google Cloud" in said(result)
-    assert "run `gcloud auth application-default login`" in said(result)
+    assert "no credentials of Google Cloud" in output(result)
+    assert "run `gcloud auth application-default login`" in output(result)
 
 
-def test_a_service_that_is_not_there(cloud: GoogleCloud, pairsift: Pairsift, monkeypatch: Any, waits: list) -> None:
+def test_unreachable_service(cloud: GoogleCloud, pairsift: Pairsift, monkeypatch: Any, waits: list) -> None:
     monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_DATAFLOW", "http://127.0.0.1:9/")
     result = pairsift(*STAGE_1)
-    assert result.exit_code == 1 and "cannot be reached" in said(result) and "check the network" in said(result)
+    assert result.exit_code == 1 and "cannot be reached" in output(result) and "check the network" in output(result)
 
 
 # Following --------------------------------------------------------------------------------------------------------
 
 
 def scripted(cloud: GoogleCloud, end: str = "DONE", name: str = NAME) -> None:
-    """A job that waits, starts, works and ends."""
+    """Set up a job that is queued, starts, works and ends."""
     cloud.states[name] = [f"JOB_STATE_{state}" for state in ("QUEUED", "PENDING", "RUNNING", "RUNNING", end)]
     cloud.metrics[name] = [
         [],
@@ -373,7 +373,7 @@ def scripted(cloud: GoogleCloud, end: str = "DONE", name: str = NAME) -> None:
     ]  # fmt: skip
 
 
-def test_a_job_is_followed_to_its_end(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+def test_job_is_followed_to_its_end(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     scripted(cloud)
     result = pairsift(*STAGE_1, *FOLLOW)
     assert result.exit_code == 0, result.output
@@ -385,13 +385,13 @@ def test_a_job_is_followed_to_its_end(cloud: GoogleCloud, pairsift: Pairsift) ->
     assert "12 done now; 1,151 samples" in lines[-1]
 
     scripted(cloud)
-    told = events(pairsift(*STAGE_1, *FOLLOW, "--json"))
-    assert [event["event"] for event in told] == ["launched", *["progress"] * 4, "ended"]
-    assert told[4]["counters"] == {"samples_done": 500, "shards_done": 5, "tars_opened": 5}
-    assert told[-1]["state"] == "done"
+    shown = events(pairsift(*STAGE_1, *FOLLOW, "--json"))
+    assert [event["event"] for event in shown] == ["launched", *["progress"] * 4, "ended"]
+    assert shown[4]["counters"] == {"samples_done": 500, "shards_done": 5, "tars_opened": 5}
+    assert shown[-1]["state"] == "done"
 
 
-def test_the_funnel_so_far(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+def test_funnel_so_far(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     name = job_name("gs://my-bucket/out", "distribution_alignment")
     cloud.states[name] = ["JOB_STATE_RUNNING", "JOB_STATE_DONE"]
     early = [counter("samples_done", 400), counter("dead_letters_bad_image", 3), counter("dead_letters_no_text", 1)]
@@ -412,7 +412,7 @@ def test_the_funnel_so_far(cloud: GoogleCloud, pairsift: Pairsift) -> None:
 
 
 @pytest.mark.parametrize("end", ["FAILED", "CANCELLED", "DRAINED"])
-def test_a_job_that_does_not_end_well(cloud: GoogleCloud, pairsift: Pairsift, end: str) -> None:
+def test_failed_job(cloud: GoogleCloud, pairsift: Pairsift, end: str) -> None:
     scripted(cloud, end)
     cloud.messages = [{"messageText": "Workflow failed. Causes: shard a: no\n\x1b[2Jspace", "id": "1"}]
     result = pairsift(*STAGE_1, *FOLLOW)
@@ -421,30 +421,30 @@ def test_a_job_that_does_not_end_well(cloud: GoogleCloud, pairsift: Pairsift, en
     assert f"{NAME} {end.lower()}: Workflow failed. Causes: shard a: no \\x1b[2Jspace; see https://console" in last
 
 
-def test_a_service_that_is_silent_is_asked_again(cloud: GoogleCloud, pairsift: Pairsift, waits: list) -> None:
+def test_unavailable_service_is_retried(cloud: GoogleCloud, pairsift: Pairsift, waits: list) -> None:
     scripted(cloud)
     cloud.fail("jobs.getMetrics", *[Answer(503, "not now")] * 6)
     result = pairsift(*STAGE_1, *FOLLOW)
     assert result.exit_code == 0, result.output
-    assert "not now" in said(result) and "asking again" in said(result)
+    assert "not now" in output(result) and "retrying" in output(result)
 
 
-def test_letting_go(cloud: GoogleCloud, pairsift: Pairsift, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_following(cloud: GoogleCloud, pairsift: Pairsift, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("time.sleep", interrupt)
     result = pairsift(*STAGE_1, *FOLLOW)
     assert result.exit_code == 130
-    assert f"no longer followed; {NAME} goes on: the same command follows it again" in said(result)
-    assert "`gcloud dataflow jobs cancel" in said(result)
+    assert f"stopped following {NAME}, which continues; repeat the command to follow it" in output(result)
+    assert "`gcloud dataflow jobs cancel" in output(result)
     assert [job["currentState"] for job in cloud.jobs.values()] == ["JOB_STATE_QUEUED"]
 
 
 # The workflow -----------------------------------------------------------------------------------------------------
 
 
-def test_without_a_stage_the_workflow_of_all_three_starts(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+def test_launch_without_a_stage_starts_the_workflow(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     dry = events(pairsift(*LAUNCH, "--json", "--dry-run"))
     result = pairsift(*LAUNCH, "--json")
     assert result.exit_code == 0, result.output
@@ -461,10 +461,10 @@ def test_without_a_stage_the_workflow_of_all_three_starts(cloud: GoogleCloud, pa
         assert service("dataflow").faults_of("LaunchFlexTemplateRequest", body) == []
         assert pairsift(*LAUNCH, "--stage", stage).exit_code == 0
         assert body == cloud.bodies("flexTemplates.launch")[-1]
-    assert len(started["argument"]) < 32_000 and len(created["sourceContents"]) < 128_000  # the service's limits
+    assert len(started["argument"]) < 32_000 and len(created["sourceContents"]) < 128_000  # limits of the service
 
 
-def test_a_workflow_that_runs_is_adopted_or_refused(cloud: GoogleCloud, place: Path, pairsift: Pairsift) -> None:
+def test_active_workflow_is_adopted_or_refused(cloud: GoogleCloud, place: Path, pairsift: Pairsift) -> None:
     first, second = (events(pairsift(*LAUNCH, "--json"))[0] for _ in range(2))
     assert (first["event"], second["event"]) == ("launched", "adopted")
     assert first["execution"] == second["execution"]
@@ -472,55 +472,55 @@ def test_a_workflow_that_runs_is_adopted_or_refused(cloud: GoogleCloud, place: P
     change_settings(place, labels={"application": "other"})
     result = pairsift(*LAUNCH)
     assert result.exit_code == 2
-    assert "runs with other parameters, started by" in said(result)
-    assert f"gcloud workflows executions cancel {first['execution']}" in said(result)
+    assert "is running with other parameters, started by" in output(result)
+    assert f"gcloud workflows executions cancel {first['execution']}" in output(result)
     cloud.executions[first["execution"]]["state"] = "SUCCEEDED"
     assert pairsift(*LAUNCH).exit_code == 0
 
 
-def test_a_workflow_of_an_older_definition_is_updated(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+def test_outdated_workflow_definition_is_updated(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     cloud.workflows[run_name("gs://my-bucket/out")] = {"sourceContents": "main: {}", "serviceAccount": "x"}
     assert pairsift(*LAUNCH).exit_code == 0
     assert "workflows.create" not in cloud.ids()
     assert "main: {}" not in cloud.workflows[run_name("gs://my-bucket/out")]["sourceContents"]
 
 
-def test_a_workflow_that_somebody_makes_meanwhile(cloud: GoogleCloud, pairsift: Pairsift, waits: list) -> None:
+def test_workflow_created_concurrently(cloud: GoogleCloud, pairsift: Pairsift, waits: list) -> None:
     cloud.fail("workflows.create", Answer(503, "lost on the way", does_it=True))
     result = pairsift(*LAUNCH)
     assert result.exit_code == 0, result.output
     assert len(cloud.executions) == 1
 
 
-def test_a_definition_that_is_refused(cloud: GoogleCloud, pairsift: Pairsift, monkeypatch: Any) -> None:
+def test_rejected_definition(cloud: GoogleCloud, pairsift: Pairsift, monkeypatch: Any) -> None:
     def refuse(named: Any, query: Any, body: Any) -> Any:
         return 200, {"name": "operations/1", "done": True, "error": {"code": 3, "message": "parse error in line 3"}}
 
     monkeypatch.setattr(cloud, "_workflows_operations_get", refuse)
     result = pairsift(*LAUNCH)
-    assert result.exit_code == 1 and "workflows refused the definition: parse error in line 3" in said(result)
+    assert result.exit_code == 1 and "workflows rejected the definition: parse error in line 3" in output(result)
     assert cloud.executions == {}
 
 
-def test_a_workflow_is_followed_through_its_jobs(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+def test_workflow_is_followed_through_its_jobs(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     for stage in STAGES:
         cloud.add_job(job_name("gs://my-bucket/out", stage), {}, "JOB_STATE_QUEUED")
         scripted(cloud, name=job_name("gs://my-bucket/out", stage))
     cloud.execution_states = [*["ACTIVE"] * 20, "SUCCEEDED"]
-    told = events(pairsift(*LAUNCH, *FOLLOW, "--json"))
-    ended = [event for event in told if event["event"] == "ended"]
+    lines = events(pairsift(*LAUNCH, *FOLLOW, "--json"))
+    ended = [event for event in lines if event["event"] == "ended"]
     assert [event.get("job", event.get("workflow")) for event in ended] == [
         *(job_name("gs://my-bucket/out", stage) for stage in STAGES),
         run_name("gs://my-bucket/out"),
     ]
     assert [event["counters"].get("samples_done") for event in ended[:3]] == [1151] * 3
-    assert [name for name, _ in itertools.groupby(event["state"] for event in told[1:])][-2:] == ["active", "succeeded"]
+    assert [name for name, _ in itertools.groupby(line["state"] for line in lines[1:])][-2:] == ["active", "succeeded"]
 
 
-def test_a_workflow_that_fails(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+def test_failed_workflow(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     cloud.execution_states = ["ACTIVE", "FAILED"]
     cloud.execution_error = {"payload": '"pairsift-x-cross-modality ended as JOB_STATE_FAILED"'}
     result = pairsift(*LAUNCH, *FOLLOW)
     assert result.exit_code == 1
-    assert f"{run_name('gs://my-bucket/out')} failed: " in said(result)
-    assert "ended as JOB_STATE_FAILED" in said(result)
+    assert f"{run_name('gs://my-bucket/out')} failed: " in output(result)
+    assert "ended as JOB_STATE_FAILED" in output(result)

@@ -1,4 +1,4 @@
-"""`pairsift schedule`, against a server that answers as the APIs do."""
+"""Tests of `pairsift schedule` against a local server that answers like the APIs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def events(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_a_schedule_starts_what_a_launch_starts(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+def test_schedule_starts_the_same_execution_as_launch(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     dry = pairsift(*WEEKLY, "--time-zone", "Europe/Berlin", "--dry-run", "--json")
     assert cloud.sent == []
     result = pairsift(*WEEKLY, "--time-zone", "Europe/Berlin")
     assert result.exit_code == 0, result.output
-    assert f"created {NAME}: runs at 0 3 * * 1 (Europe/Berlin), the next at 2026-11-30T03:00:00Z" in result.stdout
+    assert f"created {NAME}: runs at 0 3 * * 1 (Europe/Berlin), next at 2026-11-30T03:00:00Z" in result.stdout
     upload, workflow, schedule = events(dry.stdout)
     assert upload["url"].startswith(f"{cloud.url}/storage/upload/")
     assert [workflow["body"]] == cloud.bodies("workflows.create")
@@ -54,7 +54,7 @@ def test_a_schedule_starts_what_a_launch_starts(cloud: GoogleCloud, pairsift: Pa
     assert execution["labels"][BY] == "schedule" != launched["labels"][BY]
 
 
-def test_a_second_schedule_of_the_same_output_changes_the_first(cloud: GoogleCloud, pairsift: Pairsift) -> None:
+def test_second_schedule_of_an_output_updates_the_first(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     assert pairsift(*WEEKLY).exit_code == 0
     cloud.schedules[PATH]["state"] = "PAUSED"
     result = pairsift(*SCHEDULE, "--cron", "30 4 * * 2,5")
@@ -65,7 +65,7 @@ def test_a_second_schedule_of_the_same_output_changes_the_first(cloud: GoogleClo
     assert len(cloud.schedules) == len(cloud.workflows) == 1
 
 
-def test_two_who_make_the_schedule_at_once(cloud: GoogleCloud, pairsift: Pairsift, waits: list[float]) -> None:
+def test_schedule_created_concurrently(cloud: GoogleCloud, pairsift: Pairsift, waits: list[float]) -> None:
     cloud.fail("jobs.create", Answer(503, "lost on the way", does_it=True))
     result = pairsift(*WEEKLY)
     assert result.exit_code == 0, result.output
@@ -79,7 +79,7 @@ def test_deleting(cloud: GoogleCloud, pairsift: Pairsift) -> None:
     dry = pairsift(*delete, "--dry-run")
     assert dry.stdout.split() == ["DELETE", f"{cloud.url}/cloudscheduler/v1/{PATH}"]
     assert list(cloud.schedules) == [PATH]
-    assert f"deleted the schedule {NAME}; what runs goes on" in pairsift(*delete).stdout
+    assert f"deleted the schedule {NAME}; active runs continue" in pairsift(*delete).stdout
     assert cloud.schedules == {}
     result = pairsift(*delete)
     assert result.exit_code == 0 and f"there is no schedule {NAME}" in result.stdout
@@ -106,7 +106,7 @@ def test_wrong_use(cloud: GoogleCloud, pairsift: Pairsift, more: list[str], mess
     assert cloud.sent == []
 
 
-def test_a_schedule_needs_whom_to_act_as(cloud: GoogleCloud, pairsift: Pairsift, place: Path) -> None:
+def test_schedule_needs_a_service_account(cloud: GoogleCloud, pairsift: Pairsift, place: Path) -> None:
     content = yaml.safe_load((place / "dataflow.yaml").read_text())
     del content["service_account"]
     (place / "dataflow.yaml").write_text(yaml.safe_dump(content))
@@ -119,7 +119,7 @@ def test_a_schedule_needs_whom_to_act_as(cloud: GoogleCloud, pairsift: Pairsift,
     ("weekly", "cron"),
     [("Mon 03:00", "0 3 * * 1"), ("sunday 23:59", "59 23 * * 0"), ("SAT  7:05", "5 7 * * 6")],
 )
-def test_a_week_s_moment(pairsift: Pairsift, weekly: str, cron: str) -> None:
+def test_weekly_time(pairsift: Pairsift, weekly: str, cron: str) -> None:
     *_, request = events(pairsift(*SCHEDULE, "--weekly", weekly, "--dry-run", "--json").stdout)
     assert request["body"]["schedule"] == cron
 
@@ -132,10 +132,10 @@ def test_a_week_s_moment(pairsift: Pairsift, weekly: str, cron: str) -> None:
         ("workflows.create", Answer(403, "no"), "--role=roles/workflows.editor` grants it"),
         ("workflows.get", Answer(403, "off", "SERVICE_DISABLED", {"service": "workflows.googleapis.com"}),
          "run `gcloud services enable workflows.googleapis.com --project=my-project`"),
-        ("jobs.create", Answer(404, "no such location"), "whether its region has cloudscheduler"),
+        ("jobs.create", Answer(404, "no such location"), "that its region offers cloudscheduler"),
     ],
 )  # fmt: skip
-def test_a_refusal_says_what_to_do_next(
+def test_error_says_what_to_do_next(
     cloud: GoogleCloud, pairsift: Pairsift, method: str, answer: Answer, advice: str
 ) -> None:
     cloud.fail(method, answer)

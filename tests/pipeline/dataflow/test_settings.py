@@ -1,4 +1,4 @@
-"""The launch settings: what cannot run is told before anything is launched, all of it at once."""
+"""Tests of the launch settings, whose faults are all reported before anything is launched."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLE = Path(__file__).parents[3] / "templates" / "dataflow.yaml"
 
 
 def content(**changes: Any) -> dict[str, Any]:
-    """The example's content, `changed`."""
+    """Return the content of the example with `changes`."""
     return changed(EXAMPLE, changes)
 
 
@@ -37,14 +37,14 @@ def faults(**changes: Any) -> list[str]:
     return caught.value.faults
 
 
-def test_the_example_loads() -> None:
+def test_example_is_valid() -> None:
     loaded = load_dataflow_settings(str(EXAMPLE))
     assert loaded.cross_modality.machine_type == "g2-standard-8"
     assert loaded.accelerator is not None
     assert loaded.accelerator.type == "nvidia-l4"
 
 
-def test_every_fault_comes_at_once() -> None:
+def test_all_faults_are_reported_at_once() -> None:
     found = faults(project="My Project", region="Iowa", temp_location="/tmp/x", zones=3, single_modality__disk_gb=5)
     assert sorted(fault.split(":")[0] for fault in found) == [
         "project", "region", "single_modality.disk_gb", "temp_location", "zones",
@@ -56,7 +56,7 @@ def test_every_fault_comes_at_once() -> None:
     [
         ({"project": ...}, "project", "missing"),
         ({"image": "pairsift"}, "image", "pattern"),
-        ({"image": "europe-docker.pkg.dev/p/r/pairsift"}, "image", "pattern"),  # without a tag it is another tomorrow
+        ({"image": "europe-docker.pkg.dev/p/r/pairsift"}, "image", "pattern"),  # without a tag, the image may change
         ({"templates": "s3://bucket"}, "templates", "pattern"),
         ({"service_account": "me@example.com"}, "service_account", "pattern"),
         ({"labels": {"team": "Vision"}}, "labels.team", "pattern"),
@@ -69,11 +69,11 @@ def test_every_fault_comes_at_once() -> None:
         ({"accelerator__type": "nvidia-l40"}, "accelerator.type", "nvidia-tesla-t4"),
         ({"accelerator__count": 2}, "accelerator.count", "1"),
         ({"gpus": "both"}, "gpus", "'all_workers' or 'right_fitting'"),
-        ({"accelerator__type": "nvidia-tesla-t4"}, "settings", "what starts with n1-"),
-        ({"cross_modality__spot": True}, "settings", "FlexRS has none"),
+        ({"accelerator__type": "nvidia-tesla-t4"}, "settings", "use a machine type starting with n1-"),
+        ({"cross_modality__spot": True}, "settings", "FlexRS has no GPUs"),
     ],
 )
-def test_a_fault_names_its_place_and_what_is_allowed(changes: dict[str, Any], where: str, message: str) -> None:
+def test_fault_names_the_setting_and_what_is_allowed(changes: dict[str, Any], where: str, message: str) -> None:
     (fault,) = faults(**changes)
     assert fault.startswith(f"{where}: ")
     assert message in fault
@@ -87,12 +87,12 @@ def test_a_fault_names_its_place_and_what_is_allowed(changes: dict[str, Any], wh
         ("a3-highgpu-1g", 26),
     ],
 )  # fmt: skip
-def test_vcpus_follow_from_the_machine_type(machine_type: str, vcpus: int) -> None:
+def test_vcpus_of_a_machine_type(machine_type: str, vcpus: int) -> None:
     assert vcpus_of(machine_type) == vcpus
 
 
 @pytest.mark.parametrize("machine_type", ["e2-small", "n2-standard-0", "n2-standard", "g2-standard-8 ", "", "n2"])
-def test_a_machine_type_that_does_not_tell_is_refused(machine_type: str) -> None:
+def test_machine_type_without_a_known_number_of_vcpus_is_refused(machine_type: str) -> None:
     with pytest.raises(ValueError, match="for example"):
         vcpus_of(machine_type)
 
@@ -109,13 +109,13 @@ def test_each_stage_has_its_own_machines() -> None:
     assert not found.workers(ALL_STAGES).spot
 
 
-def test_right_fitting_leaves_gpus_to_the_models() -> None:
+def test_right_fitting_restricts_gpus_to_the_models() -> None:
     assert settings(gpus="right_fitting").workers(CROSS_MODALITY).machine_type == "n2-standard-8"
     without = settings(gpus="right_fitting", accelerator=..., cross_modality__machine_type="n2-standard-32")
     assert without.workers(CROSS_MODALITY).machine_type == "n2-standard-32"
 
 
-def test_gpu_parameters_say_all_that_a_launcher_needs() -> None:
+def test_gpu_parameters_are_sufficient_for_the_launcher() -> None:
     found = settings(gpus="right_fitting").gpu_parameters
     assert found["gpus"] == "right_fitting"
     assert GpuWorker.parse(found["accelerator"]) == GpuWorker("nvidia-l4", "g2-standard-8", "5xx")
@@ -129,11 +129,11 @@ def test_gpu_parameters_say_all_that_a_launcher_needs() -> None:
         ("nvidia-l4", "for example type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"),
         ("type:nvidia-l4;count:2;machine_type:g2-standard-24;install-nvidia-driver", "count:1"),
         ("type:nvidia-l5;count:1;machine_type:g2-standard-8;install-nvidia-driver", "nvidia-tesla-t4"),
-        ("type:nvidia-l4;count:1;machine_type:n1-standard-8;install-nvidia-driver", "what starts with g2-"),
+        ("type:nvidia-l4;count:1;machine_type:n1-standard-8;install-nvidia-driver", "a machine type starting with g2-"),
         ("type:nvidia-l4;count:1;machine_type:g2-small;install-nvidia-driver", "for example: n2-standard-8"),
     ],
 )
-def test_an_accelerator_that_cannot_be_is_refused(option: str, message: str) -> None:
+def test_invalid_accelerator_is_refused(option: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GpuWorker.parse(option)
 
@@ -143,6 +143,6 @@ def test_an_accelerator_that_cannot_be_is_refused(option: str, message: str) -> 
     [("nvidia-tesla-t4", "fp16"), ("nvidia-tesla-v100", "fp16"), ("nvidia-l4", "bf16"), ("nvidia-tesla-a100", "bf16"),
      ("nvidia-h100-80gb", "bf16")],
 )  # fmt: skip
-def test_the_precision_follows_from_the_gpu(gpu: str, precision: str) -> None:
-    """bf16 is native from Ampere on (compute capability 8.0); T4 and V100 are older."""
+def test_precision_of_each_gpu(gpu: str, precision: str) -> None:
+    """bf16 is native since Ampere (compute capability 8.0); T4 and V100 are older."""
     assert GpuWorker(gpu, "").precision == precision

@@ -1,4 +1,4 @@
-"""What is deployed: the templates' metadata and specs, and the workflow."""
+"""Tests of the metadata and specs of the templates, and of the workflow definition."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def metadata(template: str) -> dataflow_v1beta3.TemplateMetadata:
 
 
 def options() -> dict[str, Any]:
-    """Those that the launcher takes, and their defaults; not the one that a template's own spec sets."""
+    """Return the launcher's options and their defaults, without the one that a template's spec sets."""
     parser = argparse.ArgumentParser()
     PairsiftOptions._add_argparse_args(parser)
     return {
@@ -44,7 +44,7 @@ def options() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_the_parameters_are_the_launcher_s_options(template: str) -> None:
+def test_parameters_match_the_options_of_the_launcher(template: str) -> None:
     found = metadata(template)
     assert [parameter.name for parameter in found.parameters] == list(options())
     for parameter in found.parameters:
@@ -59,10 +59,10 @@ def allows(template: str, name: str, value: str) -> bool:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_the_defaults_are_the_launcher_s(template: str) -> None:
+def test_defaults_match_those_of_the_launcher(template: str) -> None:
     raw = {one["name"]: one for one in json.loads((FOLDER / f"{template}.json").read_text())["parameters"]}
     assert raw["keep_versions"]["defaultValue"] == options()["keep_versions"] == str(versions.KEPT)
-    if template != "all_stages":  # which has but one choice
+    if template != "all_stages":  # which allows only one value
         assert raw["gpus"]["defaultValue"] == options()["gpus"]
 
 
@@ -79,24 +79,24 @@ def test_the_defaults_are_the_launcher_s(template: str) -> None:
     ],
 )
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_what_a_parameter_may_be(template: str, name: str, good: str, bad: str) -> None:
+def test_allowed_parameter_values(template: str, name: str, good: str, bad: str) -> None:
     assert allows(template, name, good)
     assert not allows(template, name, bad)
 
 
-def test_all_stages_as_one_job_have_gpus_by_right_fitting_only() -> None:
+def test_job_of_all_stages_allows_gpus_only_with_right_fitting() -> None:
     assert allows("cross_modality", "gpus", "all_workers")
     assert not allows("all_stages", "gpus", "all_workers")
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_what_the_settings_give_is_allowed(template: str) -> None:
+def test_values_from_the_settings_are_allowed(template: str) -> None:
     for name, value in settings(gpus="right_fitting").gpu_parameters.items():
         assert allows(template, name, value)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_spec_names_the_image_twice_and_the_stage(template: str) -> None:
+def test_spec_contains_the_image_twice_and_the_stage(template: str) -> None:
     loaded = load_dataflow_settings(str(EXAMPLE))
     found = dataflow_v1beta3.ContainerSpec.from_json(json.dumps(spec(loaded, template)), ignore_unknown_fields=False)
     assert found.image == found.default_environment.sdk_container_image == loaded.image
@@ -105,14 +105,14 @@ def test_a_spec_names_the_image_twice_and_the_stage(template: str) -> None:
     assert found.metadata == metadata(template)
 
 
-def test_specs_are_written_where_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_specs_are_written_to_the_folder_in_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     written: dict[str, Any] = {}
     monkeypatch.setattr(files, "write_json", written.__setitem__)
     specs.main([str(EXAMPLE)])
     assert list(written) == [f"gs://my-bucket/templates/{template}.json" for template in TEMPLATES]
 
 
-def test_faulty_settings_write_no_spec(tmp_path: Path) -> None:
+def test_invalid_settings_write_no_spec(tmp_path: Path) -> None:
     (tmp_path / "d.yaml").write_text("project: Mine\n")
     command = [sys.executable, "-m", "pipeline.dataflow.template.specs", str(tmp_path / "d.yaml")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -139,7 +139,7 @@ _ENDS = {"end", "break", "continue"}
 
 
 def faults(workflow: dict[str, Any]) -> list[str]:
-    """What of the definition names nothing: steps, subworkflows, arguments, functions and variables."""
+    """Return undefined names in the workflow: steps, subworkflows, arguments, functions and variables."""
     found: list[str] = []
 
     def expressions(value: Any) -> Iterator[str]:
@@ -208,7 +208,7 @@ def faults(workflow: dict[str, Any]) -> list[str]:
     return found
 
 
-def test_the_workflow_names_only_what_is_there() -> None:
+def test_workflow_has_no_undefined_names() -> None:
     assert faults(WORKFLOW) == []
     assert set(WORKFLOW) == {"main", "start_job", "wait_for_job"}
 
@@ -229,13 +229,13 @@ def _step(workflow: dict[str, Any], subworkflow: str, name: str) -> dict[str, An
         (lambda w: _step(w, "wait_for_job", "read").update(assigns=[]), "key ['assigns'] in read"),
     ],
 )
-def test_what_is_not_there_would_be_seen(spoil: Callable[[dict[str, Any]], object], fault: str) -> None:
+def test_undefined_names_are_detected(spoil: Callable[[dict[str, Any]], object], fault: str) -> None:
     spoilt = copy.deepcopy(WORKFLOW)
     spoil(spoilt)
     assert any(found.startswith(fault) for found in faults(spoilt))
 
 
-def test_every_request_of_the_workflow_goes_to_dataflow_as_the_workflow_s_account() -> None:
+def test_workflow_only_calls_dataflow_with_its_own_account() -> None:
     calls = re.findall(r"call: (http\.\w+)\n(?:.*\n)*?.*url: \$\{(.+)\}\n.*auth:\n.*type: (\w+)", _text())
     assert [(call, scheme) for call, _, scheme in calls] == [
         ("http.post", "OAuth2"), ("http.get", "OAuth2"), ("http.get", "OAuth2"), ("http.get", "OAuth2"),

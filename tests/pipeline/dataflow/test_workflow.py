@@ -1,5 +1,7 @@
-"""templates/workflow.yaml with the argument that `pairsift launch` gives it, run against a server that answers as
-Dataflow does. The language is read as its reference has it; the service itself is not here."""
+"""Tests that interpret templates/workflow.yaml, with the argument of `pairsift launch`, against a local server.
+
+The server answers like Dataflow. `workflow_language` interprets the definition in place of Cloud Workflows.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ NAMES = [job_name("gs://my-bucket/out", stage) for stage in STAGES]
 
 @pytest.fixture
 def run(cloud: GoogleCloud, pairsift: Pairsift) -> Any:
-    """Runs what was started."""
+    """Run the execution that `pairsift launch` has started."""
     assert pairsift("launch", "recipe.yaml", *PLACES).exit_code == 0
     (definition,), (execution,) = cloud.bodies("workflows.create"), cloud.bodies("executions.create")
     cloud.sent.clear()
@@ -29,7 +31,7 @@ def run(cloud: GoogleCloud, pairsift: Pairsift) -> Any:
     return lambda: execute(yaml.safe_load(definition["sourceContents"]), json.loads(execution["argument"]), cloud)
 
 
-def test_the_stages_run_in_turn_and_each_is_waited_for(cloud: GoogleCloud, run: Any) -> None:
+def test_stages_run_in_sequence(cloud: GoogleCloud, run: Any) -> None:
     addresses = run()
     assert cloud.ids() == ["flexTemplates.launch", "jobs.get", "jobs.get", "jobs.get"] * 3
     assert [body["launchParameter"]["jobName"] for body in cloud.bodies("flexTemplates.launch")] == NAMES
@@ -38,21 +40,21 @@ def test_the_stages_run_in_turn_and_each_is_waited_for(cloud: GoogleCloud, run: 
 
 
 @pytest.mark.parametrize("end", ["FAILED", "CANCELLED", "DRAINED", "UPDATED"])
-def test_a_job_that_does_not_end_well_ends_the_execution(cloud: GoogleCloud, run: Any, end: str) -> None:
+def test_failed_job_ends_the_execution(cloud: GoogleCloud, run: Any, end: str) -> None:
     cloud.states[NAMES[1]] = ["JOB_STATE_RUNNING", f"JOB_STATE_{end}"]
     with pytest.raises(Raised, match=f"job {NAMES[1]} ended as JOB_STATE_{end}; https://console"):
         run()
     assert [job["name"] for job in cloud.jobs.values()] == NAMES[:2]
 
 
-def test_a_job_that_runs_already_is_waited_for(cloud: GoogleCloud, run: Any, pairsift: Pairsift) -> None:
+def test_running_job_is_adopted(cloud: GoogleCloud, run: Any, pairsift: Pairsift) -> None:
     assert pairsift("launch", "recipe.yaml", *PLACES, "--stage", "single_modality").exit_code == 0
     run()
     assert [job["name"] for job in cloud.jobs.values()] == NAMES
 
 
 @pytest.mark.parametrize("labels", [{REQUEST: "0" * 32, BY: "ada"}, {}])
-def test_a_job_of_other_parameters_is_not(cloud: GoogleCloud, run: Any, labels: dict[str, str]) -> None:
+def test_running_job_with_other_parameters_is_an_error(cloud: GoogleCloud, run: Any, labels: dict[str, str]) -> None:
     cloud.add_job(NAMES[0], labels, "JOB_STATE_RUNNING")
     cloud.states[NAMES[0]] = []
     with pytest.raises(Raised, match=f"job {NAMES[0]} runs with other parameters"):
@@ -60,7 +62,7 @@ def test_a_job_of_other_parameters_is_not(cloud: GoogleCloud, run: Any, labels: 
     assert len(cloud.jobs) == 1
 
 
-def test_a_job_that_does_not_show_its_labels_yet_is_asked_again(
+def test_job_without_labels_yet_is_requested_again(
     cloud: GoogleCloud, run: Any, pairsift: Pairsift, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pairsift("launch", "recipe.yaml", *PLACES, "--stage", "single_modality").exit_code == 0
@@ -79,13 +81,13 @@ def test_a_job_that_does_not_show_its_labels_yet_is_asked_again(
     assert [job["name"] for job in cloud.jobs.values()] == NAMES
 
 
-def test_an_answer_that_is_lost_starts_nothing_twice(cloud: GoogleCloud, run: Any) -> None:
+def test_lost_answer_does_not_start_a_second_job(cloud: GoogleCloud, run: Any) -> None:
     cloud.fail("flexTemplates.launch", Answer(503, "lost on the way", does_it=True))
     run()
     assert [job["name"] for job in cloud.jobs.values()] == NAMES
 
 
-def test_what_is_refused_ends_the_execution(cloud: GoogleCloud, run: Any) -> None:
+def test_refused_launch_ends_the_execution(cloud: GoogleCloud, run: Any) -> None:
     cloud.fail("flexTemplates.launch", Answer(403))
     with pytest.raises(Raised, match="403"):
         run()

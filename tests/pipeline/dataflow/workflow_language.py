@@ -1,5 +1,7 @@
-"""As much of Cloud Workflows' language as templates/workflow.yaml uses, by its reference pages: enough to run it here
-against a server that answers as Dataflow does. Expressions of the language that are used are Python's too."""
+"""An interpreter for the part of Cloud Workflows' language that templates/workflow.yaml uses.
+
+It follows the language's reference and evaluates expressions as Python, which is valid for the expressions used here.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ _DATAFLOW = "https://dataflow.googleapis.com/"
 
 
 class Raised(Exception):
-    """What a step raised, and nobody caught: text, or a map with `code` and `message`."""
+    """An uncaught error of a step: text, or a map with `code` and `message`."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -22,7 +24,7 @@ class Raised(Exception):
 
 
 class _Map(dict):
-    """A map whose keys are read as `map.key`; one that is not there is an error, as in the language."""
+    """A map with keys accessed as `map.key`. As in the language, a missing key is an error."""
 
     def __getattr__(self, key: str) -> Any:
         try:
@@ -32,7 +34,7 @@ class _Map(dict):
 
 
 def execute(definition: dict[str, Any], argument: Any, cloud: GoogleCloud) -> Any:
-    """The result of an execution. Raises Raised where it fails."""
+    """Run a definition and return its result. Raises Raised if it fails."""
     return _Execution(definition, cloud).call("main", [_maps(argument)])
 
 
@@ -47,7 +49,7 @@ class _Execution:
         return result
 
     def _steps(self, steps: list[dict[str, Any]], scope: dict[str, Any]) -> tuple[str | None, Any]:
-        """Where to go on (`return`, a step's name further out, or None for the next one), and what is returned."""
+        """Run steps; return the jump target (`return`, the name of an outer step, or None) and the returned value."""
         names = [next(iter(step)) for step in steps]
         at = 0
         while at < len(steps):
@@ -80,7 +82,7 @@ class _Execution:
             for each in self._value(step["for"]["in"], scope):
                 inner = {**scope, step["for"]["value"]: each}
                 where, result = self._steps(step["for"]["steps"], inner)
-                scope.update({name: inner[name] for name in scope})  # variables of outside are shared
+                scope.update({name: inner[name] for name in scope})  # variables of the outer scope are shared
                 if where is not None:
                     return where, result
         for case in step.get("switch", []):

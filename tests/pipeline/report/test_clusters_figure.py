@@ -1,5 +1,4 @@
-"""The picture of the clusters: what it shows, that it can be read at any number of clusters, and that it is the same
-every time."""
+"""Tests of the figure of the clusters: its content, its layout at any number of clusters, and its reproducibility."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ def row(cluster: int, size: int, importance: float, copies: int, **similarities:
 
 
 def many(count: int, tasks: tuple[str, ...] = ("digits", "animals"), first: int = 0) -> list[dict[str, Any]]:
-    """Clusters of many sizes, of which CIDS likes some fifty times as much as others; each twelfth is empty."""
+    """Return clusters of many sizes. CIDS weights some fifty times as much as others; every twelfth is empty."""
     rng = np.random.default_rng(0)
     sizes = np.where(np.arange(count) % 12 == 11, 0, rng.integers(1, 200, count))
     similarity = {task: rng.uniform(0, 0.4, count) for task in tasks}
@@ -51,7 +50,7 @@ def many(count: int, tasks: tuple[str, ...] = ("digits", "animals"), first: int 
 
 
 def drawn(rows: list[dict[str, Any]]) -> Figure:
-    """The figure with everything where it comes to lie."""
+    """Return the figure after its layout."""
     with style.context(["default", _STYLE]):
         figure = clusters_figure(rows)
         FigureCanvasAgg(figure).draw()
@@ -74,23 +73,23 @@ def tick_labels(figure: Figure) -> list[str]:
     return [label.get_text() for label in lowest(figure).get_xticklabels()]
 
 
-def test_bars_are_shares_of_samples_and_of_copies_most_wanted_first() -> None:
+def test_bars_show_shares_of_samples_and_copies_sorted_by_importance() -> None:
     figure = drawn([
         row(0, 60, 0.2, 10, digits=0.1), row(1, 10, 0.5, 25, digits=0.9), row(2, 0, 0.0, 0, digits=0.95),
         row(3, 30, 0.3, 15, digits=0.5),
     ])  # fmt: skip
     before, after = (c for c in figure.axes[0].containers if isinstance(c, BarContainer))
-    assert tick_labels(figure) == ["1", "3", "0"]  # p(c) a sample; the empty one is left out
+    assert tick_labels(figure) == ["1", "3", "0"]  # by p(c) per sample, without the empty cluster
     assert [bar.get_height() for bar in before] == pytest.approx([0.1, 0.3, 0.6])
     assert [bar.get_height() for bar in after] == pytest.approx([0.5, 0.3, 0.2])
     shown = texts(figure)
     assert {"×5.0", "×1.0", "×0.33", "before: 100 samples", "after: 50 copies"} <= set(shown)
     assert "digits\n0.30 → 0.62" in shown  # .1·.9 + .3·.5 + .6·.1; .5·.9 + .3·.5 + .2·.1
     assert any(text.startswith("Cluster importance before") for text in shown)
-    assert all(axes.get_ylabel() for axes in (figure.axes[0], figure.axes[-1]))  # shares; the colours' cosine
+    assert all(axes.get_ylabel() for axes in (figure.axes[0], figure.axes[-1]))  # shares; the cosine of the colour bar
 
 
-def test_many_clusters_become_a_curve_whose_area_is_the_share_of_the_copies() -> None:
+def test_area_of_the_curve_of_many_clusters_is_the_share_of_the_copies() -> None:
     rows = many(5000)
     axes = drawn(rows).axes[0]
     area, aim = steps_of(axes)
@@ -100,7 +99,7 @@ def test_many_clusters_become_a_curve_whose_area_is_the_share_of_the_copies() ->
         assert np.all(np.diff(edges) > 0) and edges[-1] == pytest.approx(1)
         assert np.sum(heights * np.diff(edges)) == pytest.approx(1)
     heights, edges, _ = aim.get_data()
-    assert np.all(np.diff(heights) <= 1e-9)  # most wanted first
+    assert np.all(np.diff(heights) <= 1e-9)  # in descending order
     wanted = sorted((r for r in rows if r["size"]), key=lambda r: -r["importance"] / r["size"])
     samples = sum(r["size"] for r in rows)
     cumulated = np.cumsum([r["size"] for r in wanted]) / samples
@@ -109,7 +108,7 @@ def test_many_clusters_become_a_curve_whose_area_is_the_share_of_the_copies() ->
     assert np.sum((heights * np.diff(edges))[:50]) == pytest.approx(upper_half / sum(r["copies"] for r in rows))
 
 
-def test_one_giant_among_small_ones_is_one_wide_step() -> None:
+def test_large_cluster_among_small_ones_is_one_wide_step() -> None:
     figure = drawn([*many(200), row(200, 1_000_000, 0.5, 100, digits=0.0, animals=0.0)])
     edges = steps_of(figure.axes[0])[0].get_data()[1]
     assert np.diff(edges).max() > 0.95
@@ -119,7 +118,7 @@ def test_one_giant_among_small_ones_is_one_wide_step() -> None:
     many(1), many(3), many(24), many(27), many(27, first=999_000), many(28), many(1000), many(24, ()), many(1000, ()),
     many(24, tuple(f"a task whose name is long {n}" for n in range(60))), [{**r, "copies": 0} for r in many(24)],
 ])  # fmt: skip
-def test_nothing_overlaps_or_leaves_the_picture(rows: list[dict[str, Any]]) -> None:
+def test_no_text_overlaps_or_exceeds_the_figure(rows: list[dict[str, Any]]) -> None:
     figure = drawn(rows)
     page, all_of_it = figure.bbox_inches, figure.get_tightbbox()
     assert all_of_it.x0 >= -0.01 and all_of_it.x1 <= page.x1 + 0.01
@@ -133,25 +132,25 @@ def test_nothing_overlaps_or_leaves_the_picture(rows: list[dict[str, Any]]) -> N
         assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
-def test_where_nothing_came_so_far_the_picture_says_so() -> None:
+def test_figure_without_samples() -> None:
     for rows in ([], [row(0, 0, 0.0, 0)]):
         assert any("No sample" in text for text in texts(drawn(rows)))
 
 
-def test_the_same_bytes_for_the_same_rows_whatever_their_order_and_the_users_settings() -> None:
+def test_bytes_do_not_depend_on_the_order_of_rows_or_matplotlib_settings() -> None:
     for count in (24, 500):
         rows = many(count)
         svg = clusters_svg(rows)
         with matplotlib.rc_context({"font.size": 30.0, "svg.hashsalt": None, "text.usetex": True}):
             assert clusters_svg(random.Random(0).sample(rows, count)) == svg
         assert b"date" not in svg.lower()
-    assert matplotlib.rcParams["svg.hashsalt"] is None  # nothing is left behind
+    assert matplotlib.rcParams["svg.hashsalt"] is None  # global settings are unchanged
 
 
 @pytest.mark.parametrize("name", [
     "$x_", "$\\frac$", "a$b$c", "<script>alert(1)</script>", "]]>", "--><b>", "a\nb\x00", "数字", "\u202egnp.exe", "",
 ])  # fmt: skip
-def test_a_tasks_name_is_only_a_name(name: str) -> None:
+def test_task_name_is_not_interpreted(name: str) -> None:
     rows = many(3, (name,))
     shown = [text.splitlines()[0] for text in texts(drawn(rows)) if "→" in text and "samples" not in text]
     assert len(shown) == 1 and shown[0].isprintable()
@@ -161,7 +160,7 @@ def test_a_tasks_name_is_only_a_name(name: str) -> None:
     assert not found & {f"{SVG}script", f"{SVG}b", "script", "b"}
 
 
-def test_a_long_name_is_cut() -> None:
+def test_long_name_is_shortened() -> None:
     assert f"{'x' * 31}…" in "\n".join(texts(drawn(many(3, ("x" * 500,)))))
 
 
@@ -169,11 +168,11 @@ def test_more_tasks_than_fit_are_counted() -> None:
     assert any("; 5 more tasks not shown" in text for text in texts(drawn(many(24, tuple(map(str, range(45)))))))
 
 
-def test_it_stays_small_at_any_number_of_clusters() -> None:
+def test_file_size_is_bounded() -> None:
     assert len(clusters_svg(many(50_000))) < 200_000
 
 
-def test_it_is_written_where_the_table_is(tmp_path: Path) -> None:
+def test_figure_is_written_next_to_the_table(tmp_path: Path) -> None:
     layout = Layout(str(tmp_path))
     rows = many(24)
     assert list(WriteClusters(layout).process(rows)) == [layout.clusters]

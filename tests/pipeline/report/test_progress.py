@@ -1,4 +1,4 @@
-"""The line that a run shows."""
+"""Tests of the progress of a run."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ SHARDS = [Shard(f"{n:05d}", f"/p/{n:05d}.tar", "f") for n in range(4)]
         (Counts(1, 1500, 1000), 4, 10.0, "single_modality: 1/4 shards, 1,500 samples, 150/s, 10 s, about 17 s left"),
         (Counts(4, 4000, 4000), 4, 40.0, "single_modality: 4/4 shards, 4,000 samples, 100/s, 40 s"),
         (Counts(0, 0, 0), 0, 0.1, "single_modality: 0/0 shards, 0 samples, 0/s, 0 s"),
-        # The unfinished shards are larger than the finished one led to expect: no negative time.
+        # The unfinished shards are larger than the finished one: the time left is not negative.
         (Counts(1, 900, 100), 4, 10.0, "single_modality: 1/4 shards, 900 samples, 90/s, 10 s, about 0 s left"),
         (Counts(1, 0, 0), 4, 10.0, "single_modality: 1/4 shards, 0 samples, 0/s, 10 s"),
     ],
 )
-def test_the_line_of_a_stage_with_shards(counts: Counts, shards: int, seconds: float, line: str) -> None:
+def test_line_of_a_per_shard_stage(counts: Counts, shards: int, seconds: float, line: str) -> None:
     assert describe(STAGE, counts, shards, seconds) == line
 
 
-def test_the_line_of_a_stage_over_all_rows() -> None:
+def test_line_of_a_stage_over_all_rows() -> None:
     assert describe("distribution_alignment", Counts(0, 0, 0), 4, 12.4) == "distribution_alignment: 12 s"
 
 
@@ -51,7 +51,7 @@ def finished_before(layout: Layout, shard: Shard) -> None:
     tables.write_table(layout.single_modality(shard.name), [], tables.single_modality_schema())
 
 
-def test_a_stage_is_told_in_plain_lines(tmp_path: Path) -> None:
+def test_plain_lines(tmp_path: Path) -> None:
     out, layout = io.StringIO(), Layout(str(tmp_path))
     with Progress(Console(file=out, width=200)).stage(STAGE, layout, SHARDS):
         for shard in SHARDS:
@@ -60,7 +60,7 @@ def test_a_stage_is_told_in_plain_lines(tmp_path: Path) -> None:
     assert "\x1b" not in out.getvalue()
 
 
-def test_machines_get_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(Console(file=io.StringIO()), as_json=True).stage(STAGE, Layout(str(tmp_path)), SHARDS):
         pass
     (line,) = capsys.readouterr().out.splitlines()
@@ -69,7 +69,7 @@ def test_machines_get_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "0/4 shards" in event["message"]
 
 
-def test_what_was_finished_before_does_not_count(tmp_path: Path) -> None:
+def test_earlier_work_is_not_counted(tmp_path: Path) -> None:
     out, layout = io.StringIO(), Layout(str(tmp_path))
     finished_before(layout, SHARDS[0])
     with Progress(Console(file=out, width=200)).stage(STAGE, layout, SHARDS):
@@ -79,7 +79,7 @@ def test_what_was_finished_before_does_not_count(tmp_path: Path) -> None:
     assert line.startswith("single_modality: 1/3 shards, 30 samples, ")
 
 
-def test_a_shard_that_is_done_again_counts(tmp_path: Path) -> None:
+def test_reprocessed_shard_is_counted(tmp_path: Path) -> None:
     out, layout = io.StringIO(), Layout(str(tmp_path))
     for shard in SHARDS:
         finished_before(layout, shard)
@@ -90,7 +90,7 @@ def test_a_shard_that_is_done_again_counts(tmp_path: Path) -> None:
     assert out.getvalue().splitlines()[1].startswith("single_modality: 1/2 shards, 50 samples, ")
 
 
-def test_counts_that_are_just_being_written_are_passed_over(tmp_path: Path) -> None:
+def test_partially_written_counts_are_ignored(tmp_path: Path) -> None:
     out, layout = io.StringIO(), Layout(str(tmp_path))
     with Progress(Console(file=out, width=200)).stage(STAGE, layout, SHARDS):
         work(layout, SHARDS[0], 30, False)
@@ -98,7 +98,7 @@ def test_counts_that_are_just_being_written_are_passed_over(tmp_path: Path) -> N
     assert "0/4 shards, 30 samples" in out.getvalue()
 
 
-def test_a_stage_that_fails_is_not_told_as_done(tmp_path: Path) -> None:
+def test_failed_stage_is_not_reported_as_done(tmp_path: Path) -> None:
     def failing() -> None:
         with Progress(Console(file=out)).stage(STAGE, Layout(str(tmp_path)), SHARDS):
             raise RuntimeError("boom")

@@ -1,4 +1,4 @@
-"""Resharding: every copy once, copies far apart, the pool's own bytes, and no tar that is not whole."""
+"""Tests of resharding: every copy once, copies far apart, file contents unchanged, and only complete tars."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipeline.reshard import command as reshard_module
 from pipeline.reshard import subset as subset_module
 from pipeline.reshard import tars as resharded_module
 from pipeline.reshard.command import reshard
-from pipeline.reshard.copy_placement import Spread, segments
+from pipeline.reshard.copy_placement import CopyPlacement, split_by_shard
 from pipeline.reshard.subset import SubsetChecksum, read_subset
 from pipeline.sinks.subset import subset_rows
 from pipeline.sources.webdataset import list_shards, read_samples
@@ -44,29 +44,29 @@ from transforms.storage import files
 DEMO_POOL = importlib.resources.files("pipeline") / "demo" / "pool"
 
 
-# The plan ---------------------------------------------------------------------------------------------------------
+# Copy placement ---------------------------------------------------------------------------------------------------
 
 Row = tuple[int, int]  # sample, copy
 COPIES = st.lists(st.one_of(st.integers(1, 3), st.integers(1, 12)), min_size=1, max_size=80)
 
 
-def rows_of_tar(spread: Spread, copies: Sequence[int], tar: int) -> list[Row]:
+def rows_of_tar(placement: CopyPlacement, copies: Sequence[int], tar: int) -> list[Row]:
     rows = [
-        (sample, stretch.copy)
-        for stretch in spread.stretches(tar)
-        for sample in range(stretch.start, stretch.stop)
-        if copies[sample] > stretch.copy
+        (sample, range_.copy)
+        for range_ in placement.ranges(tar)
+        for sample in range(range_.start, range_.stop)
+        if copies[sample] > range_.copy
     ]
-    return sorted(rows, key=lambda row: (spread.position(*row), row[0]))
+    return sorted(rows, key=lambda row: (placement.position(*row), row[0]))
 
 
-def planned(copies: Sequence[int], samples_per_shard: int) -> tuple[Spread, list[list[Row]]]:
-    spread = Spread.plan(len(copies), max(copies), sum(copies), samples_per_shard)
-    return spread, [rows_of_tar(spread, copies, tar) for tar in range(spread.tars)]
+def planned(copies: Sequence[int], samples_per_shard: int) -> tuple[CopyPlacement, list[list[Row]]]:
+    placement = CopyPlacement.plan(len(copies), max(copies), sum(copies), samples_per_shard)
+    return placement, [rows_of_tar(placement, copies, tar) for tar in range(placement.tars)]
 
 
 @given(COPIES, st.integers(1, 30))
-def test_each_copy_stands_where_the_formula_says(copies: list[int], samples_per_shard: int) -> None:
+def test_positions_follow_the_formula(copies: list[int], samples_per_shard: int) -> None:
     _, tars = planned(copies, samples_per_shard)
     expected: list[list[tuple[Fraction, Row]]] = [[] for _ in tars]
     for sample, count in enumerate(copies):
@@ -77,32 +77,32 @@ def test_each_copy_stands_where_the_formula_says(copies: list[int], samples_per_
 
 
 @given(COPIES, st.integers(1, 30))
-def test_copies_are_as_far_apart_as_promised(copies: list[int], samples_per_shard: int) -> None:
-    spread, tars = planned(copies, samples_per_shard)
+def test_copies_are_at_least_the_stated_distance_apart(copies: list[int], samples_per_shard: int) -> None:
+    placement, tars = planned(copies, samples_per_shard)
     rows = [row for tar in tars for row in tar]
-    assert least_apart((sample, place) for place, (sample, _) in enumerate(rows)) >= spread.least_rows_apart
-    found = least_apart((sample, place) for place, tar in enumerate(tars) for sample, _ in tar)
-    assert found >= spread.least_tars_apart >= 1
+    assert least_apart((sample, index) for index, (sample, _) in enumerate(rows)) >= placement.least_rows_apart
+    found = least_apart((sample, index) for index, tar in enumerate(tars) for sample, _ in tar)
+    assert found >= placement.least_tars_apart >= 1
 
 
 @given(COPIES, st.integers(1, 30))
-def test_no_tar_is_empty_and_the_average_is_what_was_asked_for(copies: list[int], samples_per_shard: int) -> None:
-    spread, tars = planned(copies, samples_per_shard)
+def test_no_tar_is_empty_and_the_average_size_is_as_requested(copies: list[int], samples_per_shard: int) -> None:
+    placement, tars = planned(copies, samples_per_shard)
     assert all(tars)
     wanted = math.ceil(sum(copies) / samples_per_shard)
     if max(copies) <= wanted <= len(copies):
-        assert spread.tars == wanted
+        assert placement.tars == wanted
 
 
 @given(COPIES, st.integers(1, 30))
-def test_a_copy_s_samples_are_consecutive_but_for_one_wrap(copies: list[int], samples_per_shard: int) -> None:
-    spread, tars = planned(copies, samples_per_shard)
+def test_samples_of_one_copy_are_consecutive_except_for_one_wrap(copies: list[int], samples_per_shard: int) -> None:
+    placement, tars = planned(copies, samples_per_shard)
     for tar in range(len(tars)):
-        per_copy = Counter(stretch.copy for stretch in spread.stretches(tar))
+        per_copy = Counter(range_.copy for range_ in placement.ranges(tar))
         assert max(per_copy.values()) <= 2
-        for copy, stretches in itertools.groupby(spread.stretches(tar), key=lambda stretch: stretch.copy):
-            numbers = [sample for stretch in stretches for sample in range(stretch.start, stretch.stop)]
-            positions = [spread.position(sample, copy) for sample in numbers]
+        for copy, ranges in itertools.groupby(placement.ranges(tar), key=lambda range_: range_.copy):
+            numbers = [sample for range_ in ranges for sample in range(range_.start, range_.stop)]
+            positions = [placement.position(sample, copy) for sample in numbers]
             assert positions == sorted(set(positions))
 
 
@@ -110,27 +110,27 @@ def test_a_copy_s_samples_are_consecutive_but_for_one_wrap(copies: list[int], sa
     ("copies", "rows_apart", "tars_apart"),
     [([7], 1, 1), ([2, 1, 1], 2, 1), ([5] + [1] * 99, 20, 2), ([1] * 60 + [4] + [1] * 2, 16, 1)],
 )
-def test_the_bound_and_that_it_can_be_reached(copies: list[int], rows_apart: int, tars_apart: int) -> None:
-    spread, tars = planned(copies, 10)
-    assert (spread.least_rows_apart, spread.least_tars_apart) == (rows_apart, tars_apart)
+def test_distance_bound_is_tight(copies: list[int], rows_apart: int, tars_apart: int) -> None:
+    placement, tars = planned(copies, 10)
+    assert (placement.least_rows_apart, placement.least_tars_apart) == (rows_apart, tars_apart)
     rows = [row for tar in tars for row in tar]
-    assert least_apart((sample, place) for place, (sample, _) in enumerate(rows)) == rows_apart
-    assert least_apart((sample, place) for place, tar in enumerate(tars) for sample, _ in tar) == tars_apart
+    assert least_apart((sample, index) for index, (sample, _) in enumerate(rows)) == rows_apart
+    assert least_apart((sample, index) for index, tar in enumerate(tars) for sample, _ in tar) == tars_apart
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any), st.integers(1, 5), st.integers(1, 9))
-def test_segments_are_the_stretches_cut_where_shards_end(shards: list[int], most: int, per_shard: int) -> None:
-    spread = Spread.plan(sum(shards), most, sum(shards) * most, per_shard)
-    home = [(shard, place) for shard, count in enumerate(shards) for place in range(count)]
-    for tar in range(spread.tars):
+def test_split_by_shard_splits_ranges_at_shard_boundaries(shards: list[int], most: int, per_shard: int) -> None:
+    placement = CopyPlacement.plan(sum(shards), most, sum(shards) * most, per_shard)
+    home = [(shard, index) for shard, count in enumerate(shards) for index in range(count)]
+    for tar in range(placement.tars):
         expected = [
-            (stretch.copy, *home[sample])
-            for stretch in spread.stretches(tar)
-            for sample in range(stretch.start, stretch.stop)
+            (range_.copy, *home[sample])
+            for range_ in placement.ranges(tar)
+            for sample in range(range_.start, range_.stop)
         ]
         found = [
             (part.copy, part.shard, sample - part.first)
-            for part in segments(spread.stretches(tar), shards)
+            for part in split_by_shard(placement.ranges(tar), shards)
             for sample in range(part.start, part.stop)
         ]
         assert found == expected
@@ -140,7 +140,7 @@ def test_segments_are_the_stretches_cut_where_shards_end(shards: list[int], most
 
 
 @given(st.dictionaries(st.integers(0, 2**128 - 1).map(uid), st.integers(1, 9), max_size=30), st.integers(1, 7))
-def test_a_subset_is_read_in_parts(
+def test_subset_is_read_in_chunks(
     tmp_path_factory: pytest.TempPathFactory, copies: dict[str, int], read_rows: int
 ) -> None:
     path = str(tmp_path_factory.mktemp("subset") / "subset.npy")
@@ -150,18 +150,18 @@ def test_a_subset_is_read_in_parts(
         subset = read_subset(path)
     assert (subset.samples, subset.most_copies) == (len(copies), max(copies.values(), default=0))
     assert (
-        subset.tally
+        subset.checksum
         == SubsetChecksum.of(copies.items())
         == sum(map(SubsetChecksum.of, [[pair] for pair in copies.items()]), SubsetChecksum())
     )
-    assert subset.tally.rows == sum(copies.values())
+    assert subset.checksum.rows == sum(copies.values())
 
 
-# A whole run's subset ---------------------------------------------------------------------------------------------
+# The subset of a run ----------------------------------------------------------------------------------------------
 
 
 def finished_run(output: Path, pool: Path, copies_of: Callable[[str], int]) -> None:
-    """What a run over `pool` leaves, with copies chosen by the test."""
+    """Write the outputs of a run over `pool`, with copies chosen by the test."""
     layout, chosen = Layout(str(output)), []
     for shard in list_shards(str(pool)):
         rows = []
@@ -228,7 +228,7 @@ def test_rows_by_uid_are_the_subset(run: Path, resharded: Path) -> None:
     assert set(keys) == {f"{uid_}-{copy}" for uid_, count in subset.items() for copy in range(count)}
 
 
-def test_rows_stand_in_the_order_of_the_plan(pool: Path, run: Path, resharded: Path) -> None:
+def test_rows_are_in_the_order_of_the_placement(pool: Path, run: Path, resharded: Path) -> None:
     layout = Layout(str(run))
     shards = [tables.read_table(layout.decisions(shard.name)) for shard in list_shards(str(pool))]
     chosen = [row for rows in shards for row in rows if row["copies"]]
@@ -243,7 +243,7 @@ def test_rows_stand_in_the_order_of_the_plan(pool: Path, run: Path, resharded: P
     }
 
 
-def test_every_file_of_a_sample_is_the_pool_s_own(pool: Path, resharded: Path) -> None:
+def test_files_are_identical_to_those_of_the_pool(pool: Path, resharded: Path) -> None:
     originals: dict[str, dict[str, bytes]] = {}
     for shard in list_shards(str(pool)):
         with tarfile.open(shard.path) as tar:
@@ -263,7 +263,7 @@ def test_every_file_of_a_sample_is_the_pool_s_own(pool: Path, resharded: Path) -
     assert all(content == originals[key.partition("-")[0]] for key, content in found.items())
 
 
-def test_our_own_reader_reads_them_without_a_dead_letter(run: Path, resharded: Path) -> None:
+def test_resharded_tars_are_read_without_dead_letters(run: Path, resharded: Path) -> None:
     found = [sample for shard in list_shards(str(resharded)) for sample in read_samples(shard, BOUNDS, "test")]
     assert all(isinstance(sample, Sample) for sample in found)
     assert len(found) == len(np.load(run / "subset.npy"))
@@ -271,16 +271,16 @@ def test_our_own_reader_reads_them_without_a_dead_letter(run: Path, resharded: P
 
 def test_copies_in_the_tars_are_far_apart(run: Path, resharded: Path) -> None:
     rows = [
-        (sample.annotation.uid, place)
-        for place, shard in enumerate(list_shards(str(resharded)))
+        (sample.annotation.uid, index)
+        for index, shard in enumerate(list_shards(str(resharded)))
         for sample in read_samples(shard, BOUNDS, "test")
         if isinstance(sample, Sample)
     ]
     subset = read_subset(str(run / "subset.npy"))
-    spread = Spread.plan(subset.samples, subset.most_copies, subset.tally.rows, 100)
-    assert spread.least_rows_apart > 100
-    assert least_apart((uid_, row) for row, (uid_, _) in enumerate(rows)) >= spread.least_rows_apart
-    assert least_apart(rows) >= spread.least_tars_apart >= 2
+    placement = CopyPlacement.plan(subset.samples, subset.most_copies, subset.checksum.rows, 100)
+    assert placement.least_rows_apart > 100
+    assert least_apart((uid_, row) for row, (uid_, _) in enumerate(rows)) >= placement.least_rows_apart
+    assert least_apart(rows) >= placement.least_tars_apart >= 2
 
 
 def test_names_sizes_and_headers(resharded: Path) -> None:
@@ -304,7 +304,7 @@ def test_bytes_do_not_depend_on_worker_processes_or_the_order_of_shards(
     assert tree(tmp_path / "reversed") == tree(resharded)
 
 
-def test_a_rerun_writes_nothing_and_opens_no_tar(
+def test_rerun_writes_nothing_and_opens_no_tar(
     pool: Path, run: Path, resharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -323,7 +323,7 @@ def test_a_rerun_writes_nothing_and_opens_no_tar(
     assert {name: (resharded / name).stat().st_mtime_ns for name in written} == written
 
 
-# What goes wrong --------------------------------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------------------------------------
 
 
 def small_pool(folder: Path, shards: int = 3, samples: int = 8) -> dict[str, Members]:
@@ -341,7 +341,7 @@ def small_pool(folder: Path, shards: int = 3, samples: int = 8) -> dict[str, Mem
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small pool and its finished run: 24 samples, one of them (the last of shard 1) with two copies."""
+    """A folder with a small pool and its finished run: 24 samples, the last one of shard 1 with two copies."""
     small_pool(tmp_path / "pool")
     twice = [s for s in read_samples(list_shards(str(tmp_path / "pool"))[1], BOUNDS, "test") if isinstance(s, Sample)]
     finished_run(tmp_path / "out", tmp_path / "pool", lambda uid_: 1 + (uid_ == twice[-1].annotation.uid))
@@ -354,7 +354,7 @@ def pairsift(*more: str, out: str = "out", pool: str = "pool", output: str = "ta
     return CliRunner().invoke(app, [*arguments, *more])
 
 
-def test_what_is_told(place: Path) -> None:
+def test_output(place: Path) -> None:
     events = [json.loads(line) for line in pairsift("--json").stdout.splitlines()]
     assert [event["event"] for event in events] == ["stage_done", "done"]
     assert events[0]["message"].startswith("reshard: 5/5 tars")
@@ -370,26 +370,26 @@ def test_what_is_told(place: Path) -> None:
     ]
 
 
-def test_no_sample_twice(place: Path) -> None:
+def test_output_without_repeated_samples(place: Path) -> None:
     finished_run(place / "out", place / "pool", lambda uid_: 1)
     assert "no sample occurs twice" in pairsift().stdout
 
 
-def told(result: Result) -> str:
+def error_of(result: Result) -> str:
     assert result.exit_code == 1
     assert "Traceback" not in result.stderr
     return " ".join(result.stderr.split())
 
 
-def only_whole_tars(folder: Path) -> set[str]:
-    """The tars there; nothing but them, what names the resharding, and what it can go on from."""
+def only_complete_tars(folder: Path) -> set[str]:
+    """Return the tars, after checking that the folder has no other files than those needed to resume."""
     found = set(tars(folder))
     assert tree(folder).keys() == found | {"reshard.json", *(f".places/{shard}.parquet" for shard in range(3))}
     return found
 
 
-def test_samples_that_changed_cost_their_own_tars(place: Path) -> None:
-    assert pairsift(output="whole", per_shard=1).exit_code == 0
+def test_changed_samples_affect_only_their_own_tars(place: Path) -> None:
+    assert pairsift(output="complete", per_shard=1).exit_code == 0
     changed = {"k1.jpg": sample_members("x", seed=99)[0][1], "k2.txt": b"other"}
     content = [
         (name, changed.get(name, file))
@@ -397,61 +397,62 @@ def test_samples_that_changed_cost_their_own_tars(place: Path) -> None:
         if name != "k3.jpg" and not name.startswith("k4.")
     ]
     (place / "pool" / "1.tar").write_bytes(tar_bytes([*content, ("k7.png", b"x")]))
-    message = told(pairsift(per_shard=1))
-    assert "6 of 24 tars could not be written" in message  # of k7 there are two copies
+    message = error_of(pairsift(per_shard=1))
+    assert "6 of 24 tars could not be written" in message  # k7 has two copies
     for named in (
-        "shard 1, key 'k1': has another image",
-        "shard 1, key 'k2': has another caption",
-        "shard 1, key 'k3': has no image or no caption any more",
-        "shard 1, key 'k4': not in the tar any more",
+        "shard 1, key 'k1': the image has changed since the run",
+        "shard 1, key 'k2': the caption has changed since the run",
+        "shard 1, key 'k3': no longer has an image and a caption",
+        "shard 1, key 'k4': no longer in the tar",
         "shard 1, key 'k7': duplicate_member: a second image: k7.png",
     ):
         assert named in message
-    assert len(only_whole_tars(place / "tars")) == 18
+    assert len(only_complete_tars(place / "tars")) == 18
 
-    small_pool(place / "pool")  # as it was judged
+    small_pool(place / "pool")  # restores the pool
     assert pairsift(per_shard=1).exit_code == 0
-    assert tree(place / "tars") == tree(place / "whole")
+    assert tree(place / "tars") == tree(place / "complete")
 
 
-def test_samples_that_stand_elsewhere_in_their_tar(place: Path) -> None:
-    assert pairsift(output="whole").exit_code == 0
+def test_samples_that_moved_within_their_tar(place: Path) -> None:
+    assert pairsift(output="complete").exit_code == 0
     content = small_pool(place / "pool")["1.tar"]
     (place / "pool" / "1.tar").write_bytes(tar_bytes([*content[12:], *content[:12]]))
     assert pairsift().exit_code == 0
-    assert tree(place / "tars") == tree(place / "whole")
+    assert tree(place / "tars") == tree(place / "complete")
 
 
-def test_a_tar_that_changes_while_it_is_resharded(place: Path) -> None:
+def test_tar_that_changes_during_resharding(place: Path) -> None:
     (place / "pool" / "2.tar").rename(place / "2.tar")
-    assert "pool no longer has" in told(pairsift(per_shard=1))  # what is in the other tars is known by now
+    assert "no longer in the pool" in error_of(pairsift(per_shard=1))  # finds the offsets of the other shards
     (place / "2.tar").rename(place / "pool" / "2.tar")
     (place / "tars" / "00009.tar").unlink()
     path = place / "pool" / "1.tar"
     before, content = path.stat(), path.read_bytes()
     path.write_bytes(content.replace(b"caption 1 1", b"CAPTION 1 1"))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert "00009.tar: shard 1, key 'k1': its txt has changed just now" in told(pairsift(per_shard=1))
-    assert len(only_whole_tars(place / "tars")) == 23
+    message = error_of(pairsift(per_shard=1))
+    assert "00009.tar: shard 1, key 'k1': the txt has changed while this command was running" in message
+    assert len(only_complete_tars(place / "tars")) == 23
 
 
-def test_a_tar_that_breaks_off(place: Path) -> None:
+def test_truncated_tar(place: Path) -> None:
     content = (place / "pool" / "1.tar").read_bytes()
     (place / "pool" / "1.tar").write_bytes(content[: len(content) // 2])
-    message = told(pairsift(per_shard=1))
-    assert re.search(r"shard 1, key 'k[34]': the tar is broken at byte \d+", message)
-    assert {"00007.tar", "00016.tar"} <= only_whole_tars(place / "tars")  # of the shards before and after
+    message = error_of(pairsift(per_shard=1))
+    assert re.search(r"shard 1, key 'k[34]': the tar is damaged at byte \d+", message)
+    assert {"00007.tar", "00016.tar"} <= only_complete_tars(place / "tars")  # tars of the shards before and after
 
 
-def test_a_shard_that_is_gone(place: Path) -> None:
+def test_missing_shard(place: Path) -> None:
     (place / "pool" / "1.tar").unlink()
-    message = told(pairsift(per_shard=1))
+    message = error_of(pairsift(per_shard=1))
     assert "9 of 24 tars could not be written" in message
-    assert "shard 1, key 'k0': the pool no longer has that shard" in message
-    assert len(only_whole_tars(place / "tars")) == 15
+    assert "shard 1, key 'k0': the shard is no longer in the pool" in message
+    assert len(only_complete_tars(place / "tars")) == 15
 
 
-def test_a_shard_of_which_nothing_is_wanted_may_be_gone(place: Path) -> None:
+def test_missing_shard_without_selected_samples(place: Path) -> None:
     gone = {s.annotation.uid for s in read_samples(list_shards("pool")[1], BOUNDS, "test") if isinstance(s, Sample)}
     finished_run(place / "out", place / "pool", lambda uid_: int(uid_ not in gone))
     (place / "pool" / "1.tar").unlink()
@@ -459,7 +460,7 @@ def test_a_shard_of_which_nothing_is_wanted_may_be_gone(place: Path) -> None:
     assert sum(json.loads((place / "tars" / "sizes.json").read_text()).values()) == 16
 
 
-def test_decisions_that_are_not_the_subset_s(place: Path) -> None:
+def test_decisions_that_do_not_match_the_subset(place: Path) -> None:
     subset = np.load("out/subset.npy")
     others = subset.copy()
     others["f1"][0] += 1
@@ -467,15 +468,18 @@ def test_decisions_that_are_not_the_subset_s(place: Path) -> None:
         np.save("out/subset.npy", rows)
         result = pairsift(output=f"tars{len(rows)}")
         assert result.exit_code == 1
-        assert "both must come from one finished run" in " ".join(result.stderr.split())
+        assert "both must come from the same finished run" in " ".join(result.stderr.split())
         assert not tars(place / f"tars{len(rows)}")
         shutil.rmtree(place / f"tars{len(rows)}")
 
 
-def test_a_row_that_is_not_written_is_noticed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resharded_module, "segments", lambda *given: itertools.islice(segments(*given), 1, None))
-    assert "subset.npy 25, or of other samples" in told(pairsift())
-    assert only_whole_tars(place / "tars")
+def test_row_that_is_not_written_is_detected(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_the_first(*arguments: Any) -> Any:
+        return itertools.islice(split_by_shard(*arguments), 1, None)
+
+    monkeypatch.setattr(resharded_module, "split_by_shard", without_the_first)
+    assert "subset.npy holds 25, or rows of different samples" in error_of(pairsift())
+    assert only_complete_tars(place / "tars")
 
 
 def wrong_use(place: Path, message: str, *more: str, **changes: Any) -> None:
@@ -489,10 +493,10 @@ def wrong_use(place: Path, message: str, *more: str, **changes: Any) -> None:
 def test_wrong_use(place: Path) -> None:
     wrong_use(place, "out2: holds no finished run", out="out2")
     wrong_use(place, "nowhere: contains no *.tar", pool="nowhere")
-    wrong_use(place, "lies in the pool", output="pool/tars")
-    wrong_use(place, "lies in the pool", output="pool")
-    wrong_use(place, "lies in the pool", pool="pool/**.tar", output="pool/tars")
-    wrong_use(place, "lies in the pool", pool="*/*.tar")
+    wrong_use(place, "is inside the pool", output="pool/tars")
+    wrong_use(place, "is inside the pool", output="pool")
+    wrong_use(place, "is inside the pool", pool="pool/**.tar", output="pool/tars")
+    wrong_use(place, "is inside the pool", pool="*/*.tar")
     wrong_use(place, "out: is not empty and holds no run of pairsift", output="out")
     wrong_use(place, "foo:// is not supported", output="foo://x")
     wrong_use(place, "--samples-per-shard", per_shard=0)
@@ -512,12 +516,12 @@ def test_wrong_use(place: Path) -> None:
         (np.array([{}], object), "not rows of u8,u8"),
     ],
 )
-def test_a_subset_that_is_none(place: Path, content: np.ndarray, message: str) -> None:
+def test_invalid_subset(place: Path, content: np.ndarray, message: str) -> None:
     np.save("out/subset.npy", content)
     wrong_use(place, message)
 
 
-def test_a_subset_that_breaks_off(place: Path) -> None:
+def test_truncated_subset(place: Path) -> None:
     subset = (place / "out" / "subset.npy").read_bytes()
     for length in (len(subset) - 16, len(subset) - 5, 100, 4, 0):
         (place / "out" / "subset.npy").write_bytes(subset[:length])
@@ -525,6 +529,6 @@ def test_a_subset_that_breaks_off(place: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"recipe": {"pool": {"max_image_bytes": -1}}}'])
-def test_a_run_with_a_broken_manifest(place: Path, content: str) -> None:
+def test_run_with_an_invalid_manifest(place: Path, content: str) -> None:
     (place / "out" / "manifest.json").write_text(content)
     wrong_use(place, "out: holds no finished run")

@@ -621,9 +621,7 @@ def test_long_tar_path_gives_a_valid_file_name(tmp_path: Path) -> None:
             files.write_bytes(path, b"x")
 
 
-def test_shard_names_do_not_depend_on_how_the_pool_path_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shard_names_do_not_depend_on_the_form_of_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["00000.tar", "sub/00001.tar"]
     write_pool(tmp_path / "pool", {name: [] for name in names})
     (tmp_path / "beside").mkdir()
