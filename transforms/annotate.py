@@ -39,14 +39,14 @@ class AnnotateSamples(beam.DoFn):
         self._annotator: Annotator | None = None
 
     def process(self, batch: SampleBatch) -> Iterator[SampleBatch]:
-        if not batch.samples:
-            yield batch
-            return
-        annotator = self._annotator or self._load()
+        annotator = self._annotator
+        if annotator is None and batch.samples:
+            annotator = self._load()
         samples: list[Sample] = []
         letters: list[DeadLetter] = []
         with timed_ms(batch_ms(self._name)):
             for sample in batch:
+                assert annotator is not None
                 try:
                     samples.append(sample.annotated(**annotator.columns(sample)))
                 except MemoryError:  # not the sample's fault

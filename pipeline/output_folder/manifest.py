@@ -76,8 +76,10 @@ def identities_from(earlier: Mapping[str, Any], recipe: Recipe) -> dict[str, Any
         if ours is None or theirs is None or ours.computing != theirs.computing:
             continue
         kept = earlier["models"][score.stage]
-        names = (score.name, EMBEDDING) if score.name == "flipped_clip" else (score.name,)
-        found[score.stage] |= {name: kept[name] for name in names if name in kept}
+        if score.name in kept:
+            found[score.stage][score.name] = kept[score.name]
+    if "flipped_clip" in found[CROSS_MODALITY]:  # last, as in `identities`: equal runs have equal manifests
+        found[CROSS_MODALITY][EMBEDDING] = earlier["models"][CROSS_MODALITY][EMBEDDING]
     found[DISTRIBUTION_ALIGNMENT] |= _alignment_identities(recipe, found[CROSS_MODALITY].get(EMBEDDING))
     return found
 

@@ -17,6 +17,7 @@ from transforms.models.blip import BlipHandler
 from transforms.models.blip2 import Blip2Handler
 from transforms.models.clip import ClipHandler
 from transforms.models.handler import SampleBatchHandler
+from transforms.models.precision import resolve
 
 
 def assert_bits_stay(handler: SampleBatchHandler) -> None:
@@ -35,13 +36,27 @@ def _all_threads(_one_thread: None) -> None:
     torch.set_num_threads(2)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "precision"), [("ViT-B-32", "fp32"), ("ViT-B-32", "bf16"), ("ViT-L-14", "bf16")]
-)
+FASTEST = resolve("auto", "cpu")
+# A CPU without native bf16 emulates it: minutes for each of these models. Such a machine tests fp32 here, and bf16 in
+# `make test-large`.
+PRECISIONS = [FASTEST] if FASTEST == "bf16" else [FASTEST, pytest.param("bf16", marks=pytest.mark.large)]
+
+LARGER = () if FASTEST == "bf16" else (pytest.mark.slow,)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("architecture", ["ViT-B-32", "ViT-L-14"])
 def test_clip(tmp_path: Path, architecture: str, precision: str):
     random_models.save_open_clip(tmp_path / "clip", open_clip.get_model_config(architecture))
     settings = FlippedClipSettings(model=str(tmp_path / "clip"), min=0.0, batch_size=4)
     assert_bits_stay(ClipHandler(settings, "cpu", precision))
+
+
+@pytest.mark.skipif(FASTEST == "fp32", reason="test_clip has it")
+def test_clip_in_fp32(tmp_path: Path):
+    random_models.save_open_clip(tmp_path / "clip", open_clip.get_model_config("ViT-B-32"))
+    settings = FlippedClipSettings(model=str(tmp_path / "clip"), min=0.0, batch_size=4)
+    assert_bits_stay(ClipHandler(settings, "cpu", "fp32"))
 
 
 def test_siglip(tmp_path: Path):
@@ -50,11 +65,14 @@ def test_siglip(tmp_path: Path):
     assert_bits_stay(ClipHandler(settings, "cpu", "bf16"))
 
 
-@pytest.mark.parametrize("vision", [{}, random_models.LARGE_VISION], ids=["base", "large"])
-def test_blip_itm(tmp_path: Path, vision: dict):
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "vision", [pytest.param({}, id="base"), pytest.param(random_models.LARGE_VISION, id="large", marks=LARGER)]
+)
+def test_blip_itm(tmp_path: Path, vision: dict, precision: str):
     random_models.save_itm(tmp_path / "itm", ["a", "red", "square", "number", "picture", "of"], **vision)
     settings = ImageTextMatchingSettings(model=str(tmp_path / "itm"), min=0.0, batch_size=2)
-    assert_bits_stay(BlipHandler(settings, "cpu", None, "bf16"))
+    assert_bits_stay(BlipHandler(settings, "cpu", None, precision))
 
 
 @pytest.mark.large
