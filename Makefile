@@ -19,7 +19,7 @@ test: .venv/installed lint
 
 # Repeats faster tests at a larger size or in another setting.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m 'slow and not large'
 
 # Other random inputs each time; FUZZ_EXAMPLES says how many of each sort (docs/reliability.md).
 fuzz: .venv/installed
