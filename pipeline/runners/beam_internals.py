@@ -7,7 +7,10 @@ release, so a new one is tried by running that test.
 from __future__ import annotations
 
 import abc
+import functools
 import threading
+import types
+import weakref
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ from apache_beam.runners.portability.fn_api_runner.worker_handlers import (
 )
 from apache_beam.runners.portability.local_job_service import BeamJob, LocalJobServicer
 from apache_beam.runners.portability.portable_runner import JobServiceHandle, PortableRunner
+from apache_beam.transforms import core
 from google.protobuf import json_format
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ __all__ = [
     "connection_thread",
     "dataflow_bytes",
     "job_of_service",
+    "memoise_inspection",
     "pending_answers",
     "pool_address",
     "without_time_limit",
@@ -53,6 +58,50 @@ __all__ = [
 # LocalJobServicer     the base class of the job service.
 # PortableRunner,      `create_job_service` and `create_job_service_handle` are overridden, to run that service in this
 # JobServiceHandle     process and to wait for a job of any length.
+
+
+def _arguments_memoised(inspect: Any) -> Any:
+    """Wrap `get_function_args_defaults` of Beam so that each function is inspected once."""
+    known: weakref.WeakKeyDictionary[Any, dict[bool, Any]] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(inspect)
+    def arguments(function: Any) -> tuple[list[str], list[Any]]:
+        bound = isinstance(function, types.MethodType)
+        try:
+            found = known.setdefault(function.__func__ if bound else function, {})
+        except TypeError:  # a function of C code may have no weak references
+            return inspect(function)
+        if bound not in found:
+            found[bound] = inspect(function)
+        names, defaults = found[bound]
+        return list(names), list(defaults)
+
+    return arguments
+
+
+def _views_memoised(view_as: Any) -> Any:
+    """Wrap `PipelineOptions.view_as` so that each view of an options object is built once. Views share their values."""
+    known: weakref.WeakKeyDictionary[PipelineOptions, dict[type, Any]] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(view_as)
+    def memoised(options: PipelineOptions, view: type) -> Any:
+        found = known.setdefault(options, {})
+        if view not in found:
+            found[view] = view_as(options, view)
+        return found[view]
+
+    return memoised
+
+
+@functools.cache
+def memoise_inspection() -> None:
+    """Make Beam inspect each function, and parse each view of the options, once per process.
+
+    Beam inspects every method of every DoFn dozens of times and builds a command-line parser for every step. Together
+    they took almost half of the CPU time of a run with nothing to do (7.5 s, then 4.1 s, on one machine).
+    """
+    core.get_function_args_defaults = _arguments_memoised(core.get_function_args_defaults)
+    PipelineOptions.view_as = _views_memoised(PipelineOptions.view_as)
 
 
 def workers_of_job(handler: GrpcWorkerHandler) -> list[Any]:

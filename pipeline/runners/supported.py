@@ -24,7 +24,13 @@ from apache_beam.options.pipeline_options import (
 )
 from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
 
-from pipeline.runners.beam_internals import FnApiRunner, JobServiceHandle, PortableRunner, without_time_limit
+from pipeline.runners.beam_internals import (
+    FnApiRunner,
+    JobServiceHandle,
+    PortableRunner,
+    memoise_inspection,
+    without_time_limit,
+)
 from pipeline.runners.job_service import JobService
 from transforms.core.errors import UsageError
 
@@ -95,6 +101,7 @@ def has_metrics(beam_options: list[str]) -> bool:
 
 def pipeline_of(beam_options: list[str]) -> beam.Pipeline:
     """An empty pipeline on the runner that `beam_options` name, by default the local runner."""
+    memoise_inspection()
     # Not Beam's DirectRunner, which first tries to download another runner.
     ours = {Kind.LOCAL: FnApiRunner, Kind.PORTABLE: _PortableRunner}.get(_kind(beam_options))
     return beam.Pipeline(runner=ours() if ours else None, options=PipelineOptions(beam_options))

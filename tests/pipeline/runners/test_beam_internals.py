@@ -9,7 +9,7 @@ from typing import Any
 
 import apache_beam as beam
 import pytest
-from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, PortableOptions
 from apache_beam.portability import common_urns, python_urns
 from apache_beam.portability.api import beam_fn_api_pb2, beam_provision_api_pb2, beam_runner_api_pb2
 from apache_beam.runners import DataflowRunner
@@ -21,6 +21,7 @@ from apache_beam.runners.portability.fn_api_runner.worker_handlers import (
     WorkerHandlerManager,
 )
 from apache_beam.runners.portability.local_job_service import BeamJob
+from apache_beam.transforms import core
 
 from pipeline.runners import beam_internals, workers
 from pipeline.runners.job_service import JobService
@@ -47,6 +48,38 @@ def handlers() -> Any:
     finally:
         workers._ExternalWorker.start_worker = started  # type: ignore[method-assign]
         manager._grpc_server.close()
+
+
+class _DoFn(beam.DoFn):
+    def process(self, element: int, given: int = 3, window: Any = beam.DoFn.WindowParam) -> list[int]:
+        return [element + given]
+
+
+def test_functions_and_views_are_inspected_once() -> None:
+    inspected: list[Any] = []
+    plain = inspect.unwrap(core.get_function_args_defaults)
+    arguments = beam_internals._arguments_memoised(lambda function: inspected.append(function) or plain(function))
+    for _ in range(2):
+        assert arguments(_DoFn().process) == (["element", "given", "window"], [3, beam.DoFn.WindowParam])
+        assert arguments(_DoFn.process) == (["self", "element", "given", "window"], [3, beam.DoFn.WindowParam])
+        assert arguments((1).__add__) == plain((1).__add__) == (["value"], [])  # has no weak references
+    assert len(inspected) == 4
+    arguments(_DoFn().process)[0].clear()
+    assert arguments(_DoFn().process)[0] == ["element", "given", "window"]
+
+    view_as = beam_internals._views_memoised(inspect.unwrap(PipelineOptions.view_as))
+    options, others = PipelineOptions(["--job_name=a"]), PipelineOptions(["--job_name=b"])
+    view = view_as(options, GoogleCloudOptions)
+    assert view is view_as(options, GoogleCloudOptions)
+    view.job_name = "c"
+    assert [view_as(one, GoogleCloudOptions).job_name for one in (options, others)] == ["c", "b"]
+
+
+def test_beam_calls_what_is_memoised() -> None:
+    beam_internals.memoise_inspection()
+    assert core.get_function_args_defaults.__wrapped__ and PipelineOptions.view_as.__wrapped__  # type: ignore
+    assert "get_function_args_defaults(f)" in inspect.getsource(core.get_function_arguments)
+    assert sorted([1, 2] | beam.ParDo(_DoFn(), 5)) == [6, 7]
 
 
 def test_our_handlers_replace_those_of_beam() -> None:
