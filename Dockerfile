@@ -7,7 +7,7 @@
 ARG PROCESSOR=gpu
 ARG BEAM_VERSION=2.77.0
 
-# The workers' boot binary, and for what it is made.
+# The workers' boot binary, and the versions of Python and Beam that it was built for.
 FROM apache/beam_python3.11_sdk:${BEAM_VERSION} AS beam
 RUN python -c "import platform, apache_beam; print(platform.python_version()[:4], apache_beam.__version__)" \
     > /opt/apache/beam/made_for
@@ -23,7 +23,7 @@ ARG PROCESSOR
 COPY . .
 RUN tools/install_package.sh /opt/venv "${PROCESSOR}"
 
-# A stage of its own, so that other code brings no gigabytes anew.
+# A separate stage, so that a code change does not download the models again.
 FROM base AS models
 ARG MODELS=""
 COPY constraints.txt tools/fetch_models.sh ./
@@ -37,14 +37,14 @@ COPY --from=models /models /models
 COPY --from=packages /opt/venv /opt/venv
 COPY templates/main.py main.py
 COPY tools/check_package.sh /tmp/check_package.sh
-# The workers use these packages as they are, and no environment on top of them.
+# Workers use these packages directly, without another environment on top.
 ENV PATH=/opt/venv/bin:${PATH} \
     RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT=1 \
     FLEX_TEMPLATE_PYTHON_PY_FILE=/template/main.py \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     HF_HUB_DISABLE_TELEMETRY=1
-# As a user without rights: nothing of ours needs any. Dataflow starts containers as root, and that has to stay, because
-# what its host mounts into them (logs, the worker's folder) belongs to root.
+# The check runs as an unprivileged user, because pairsift needs no privileges. The image keeps root as its user: Dataflow
+# starts containers as root and mounts folders owned by root (logs, the worker's folder).
 RUN useradd --create-home pairsift \
     && su pairsift --command "sh /tmp/check_package.sh /opt/venv /template/main.py /opt/apache/beam/made_for" \
     && rm /tmp/check_package.sh

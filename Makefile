@@ -4,7 +4,7 @@ DEMO_OUTPUT ?= out/demo
 .PHONY: demo test test-slow test-large test-portable chaos fuzz lint constraints tfio test-tfio constraints-tfio bench-peers image-check \
 	templates clean
 
-# Installs once; again only when what is to be installed has changed.
+# Installs only if setup.py or constraints.txt has changed.
 .venv/installed: setup.py constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || { python=$$(tools/find_python.sh) && "$$python" -m venv .venv; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -17,23 +17,23 @@ demo: .venv/installed
 test: .venv/installed lint
 	$(BIN)/python -m pytest -n 2
 
-# Repeats faster tests at a larger size or in another setting.
+# Tests that repeat faster ones at a larger size or with other settings.
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m 'slow and not large'
 
-# Other random inputs each time; FUZZ_EXAMPLES says how many of each sort (docs/reliability.md).
+# Different random inputs each time; FUZZ_EXAMPLES sets how many of each kind (docs/reliability.md).
 fuzz: .venv/installed
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-20000} $(BIN)/python -m pytest -n 0 tests/hostile/test_fuzz.py
 
-# BLIP-2 at full size: 10 GB of memory and of disk.
+# BLIP-2 at full size. Needs 10 GB of memory and 10 GB of disk.
 test-large: .venv/installed
 	$(BIN)/python -m pytest -n 0 -m large
 
-# All that can die on the portable path (docs/runners.md).
+# Kills each process of a run on the portable runner (docs/runners.md).
 test-portable: .venv/installed
 	$(BIN)/python -m pytest -n 0 -m '' tests/integration/test_portable.py
 
-# Kills many runs at seeded moments and compares what they leave in the end (docs/reliability.md): CHAOS_SEED=1 make chaos
+# Kills many runs at seeded moments and compares their final outputs (docs/reliability.md): CHAOS_SEED=1 make chaos
 chaos: .venv/installed
 	$(BIN)/python -m pytest -n 0 -s -m chaos tests/integration/test_chaos.py tests/integration/test_faults.py
 
@@ -44,16 +44,17 @@ lint: .venv/installed
 	$(BIN)/hadolint --ignore DL3059 Dockerfile
 	$(BIN)/shellcheck tools/*.sh
 
-# The documentation as a site, in out/docs.
+# Builds the documentation site into out/docs.
 .PHONY: docs
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Pins every package that setup.py asks for, the dev extra included.
+# Pins every package that setup.py requires, including the dev extra.
 constraints: .venv/installed
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --extra dev --no-header --no-annotate --output-file constraints.txt setup.py
 
-# The environment that decodes what Pillow cannot read (docs/task-centroids.md): TensorFlow 2.16, which cannot live beside Beam.
+# The environment that decodes formats that Pillow cannot read (docs/task-centroids.md). Its TensorFlow 2.16 conflicts with
+# Beam.
 tfio: .tfio/installed
 
 .tfio/installed: constraints-tfio.txt | .venv/installed
@@ -68,8 +69,9 @@ test-tfio: .tfio/installed
 constraints-tfio: .venv/installed
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --no-header --no-annotate --output-file constraints-tfio.txt --group tfio
 
-# What benchmarks/models.py compares with, each in an environment of its own. Data-juicer's documented extra for models
-# (`generic`) pins transformers 4.57.1; clip-retrieval's CLIP imports pkg_resources, which setuptools 81 dropped; torch is the one that everybody here is measured with.
+# The tools that benchmarks/models.py compares with, each in its own environment. Data-juicer's documented extra for models
+# (`generic`) pins transformers 4.57.1. clip-retrieval's CLIP imports pkg_resources, which setuptools 81 removed. All are
+# measured with the same version of torch.
 bench-peers: .venv/installed .bench/clip-retrieval/installed .bench/data-juicer/installed
 
 .bench/clip-retrieval/installed:
@@ -84,15 +86,16 @@ bench-peers: .venv/installed .bench/clip-retrieval/installed .bench/data-juicer/
 		transformers==4.57.1 'ray[default]>=2.51' simhash-pybind imagededup fasttext-predict
 	touch $@
 
-# What can be checked of the image without an engine, beside `make lint`: the Dockerfile's own install and check steps in
-# an environment of their own (5 GB of packages, minutes). PROCESSOR=cpu leaves CUDA out.
+# Runs the Dockerfile's install and check steps in a separate environment (5 GB of packages, minutes). Together with
+# `make lint`, this is all that can be checked without a container engine. PROCESSOR=cpu omits CUDA.
 PROCESSOR ?= gpu
 image-check:
 	rm -rf .image build
 	tools/install_package.sh .image $(PROCESSOR)
 	tools/check_package.sh $(CURDIR)/.image $(CURDIR)/templates/main.py
 
-# The specs of the flex templates, to where the launch settings say (docs/dataflow.md): make templates SETTINGS=my.yaml
+# Writes the specs of the flex templates to the folder in the launch settings (docs/dataflow.md):
+# make templates SETTINGS=my.yaml
 templates: .venv/installed
 	$(BIN)/python -m pipeline.dataflow.template.specs $(SETTINGS)
 

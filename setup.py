@@ -1,4 +1,4 @@
-"""Packaging of pairsift. Versions are pinned in constraints.txt; the ranges here say what is known to be needed."""
+"""Packaging of pairsift. Versions are pinned in constraints.txt; the ranges here are the minimum requirements."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ setup(
         "nltk>=3.10",
         "numpy>=2",
         "open_clip_torch>=3.3",
-        "opencv-python-headless>=4.14,<5",  # 5.0's wheel holds no cascades
+        "opencv-python-headless>=4.14,<5",  # 5.0's wheel contains no cascades
         "pillow>=12",
         "pyarrow",
         "pydantic>=2.14",

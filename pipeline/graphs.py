@@ -18,7 +18,7 @@ from apache_beam.pvalue import AsSingleton
 from pipeline.output_folder import tables
 from pipeline.output_folder.accounting import ReconcilePool
 from pipeline.output_folder.layout import Layout
-from pipeline.output_folder.pending import CrossModalityWork, PoolWideWork, SingleModalityWork
+from pipeline.output_folder.pending import FeatureCache, PoolWideCache, ScoreCache
 from pipeline.sinks.clusters import WriteClusters
 from pipeline.sinks.decisions import WriteDecisions, WriteFunnel, add_tallies
 from pipeline.sinks.pool_wide import WritePoolWide
@@ -70,19 +70,19 @@ class Job:
     checks_before: bool = False
 
     @property
-    def single_modality_work(self) -> SingleModalityWork:
+    def feature_cache(self) -> FeatureCache:
         """What stage 1 has to do on a shard."""
-        return SingleModalityWork(self.recipe, self.layout, self.identities)
+        return FeatureCache(self.recipe, self.layout, self.identities)
 
     @property
-    def pool_wide_work(self) -> PoolWideWork:
+    def pool_wide_cache(self) -> PoolWideCache:
         """What the passes over the whole pool are made from."""
-        return PoolWideWork(self.recipe, self.layout, self.identities, self.shards)
+        return PoolWideCache(self.recipe, self.layout, self.identities, self.shards)
 
     @property
-    def cross_modality_work(self) -> CrossModalityWork:
+    def score_cache(self) -> ScoreCache:
         """What stage 2 has to do on a shard."""
-        return CrossModalityWork(self.recipe, self.layout, self.identities)
+        return ScoreCache(self.recipe, self.layout, self.identities)
 
 
 class Incomplete(ValueError):
@@ -91,18 +91,18 @@ class Incomplete(ValueError):
 
 def single_modality(start: beam.PCollection, job: Job) -> beam.PCollection:
     """Stage 1. One fused stage per shard: read, decode small, annotate, write. Then passes over slim rows of all."""
-    work = job.single_modality_work
+    features = job.feature_cache
 
     read = (
         start
         | "Shards" >> ListShards(job.layout)
-        | "Read shards" >> ReadShards(work, job.recipe.pool, READ_BATCH, DRAFT_SIDE_PX)
+        | "Read shards" >> ReadShards(features, job.recipe.pool, READ_BATCH, DRAFT_SIDE_PX)
     )
     batches = read[ReadShards.BATCHES] | "Image features" >> ImageFeatures()
     for score in catalogue.per_sample_scores():
         batches = _annotated(batches, score, job.recipe)
     written = batches | "Write features" >> beam.ParDo(
-        WriteShardTable(job.layout, work, Layout.single_modality, tables.single_modality_schema())
+        WriteShardTable(job.layout, features, Layout.single_modality, tables.single_modality_schema())
     )
     shards = (read[ReadShards.FINISHED], written) | "All shards" >> beam.Flatten() | "Tables are there" >> _barrier()
     reconciled = shards | "Reconcile with the tars" >> ReconcilePool(job.layout)
@@ -129,14 +129,14 @@ def _pool_wide(shards: beam.PCollection, job: Job) -> beam.PCollection:
         WritePoolWide.SHARDS: shards,
         WritePoolWide.ROWS: rows,
         WritePoolWide.DEAD_LETTERS: named[UniqueUids.REPEATED],
-    } | "Write pool-wide" >> WritePoolWide(job.layout, pool_samples, job.pool_wide_work.cache_key)
+    } | "Write pool-wide" >> WritePoolWide(job.layout, pool_samples, job.pool_wide_cache.cache_key)
 
 
 def cross_modality(start: beam.PCollection, job: Job) -> beam.PCollection:
     """Stage 2. The models, and nothing else, run on GPUs."""
     shards = start | "Shards" >> ListShards(job.layout)
     if job.checks_before:
-        shards |= "Features are there" >> beam.Map(_with_features, job.single_modality_work, job.pool_wide_work)
+        shards |= "Features are there" >> beam.Map(_with_features, job.feature_cache, job.pool_wide_cache)
     scored = ScoreShards(job)
     if job.accelerator:
         scored = scored.with_resource_hints(accelerator=job.accelerator)
@@ -160,10 +160,10 @@ class ScoreShards(beam.PTransform):
 
     def expand(self, shards: beam.PCollection[Shard]) -> beam.PCollection[Shard]:
         job = self._job
-        models, work = job.recipe.cross_modality, job.cross_modality_work
+        models, scores = job.recipe.cross_modality, job.score_cache
 
         read = shards | "Read kept" >> ReadShards(
-            work,
+            scores,
             job.recipe.pool,
             models.flipped_clip.batch_size,
             load_prepare=functools.partial(load_prepare, models),
@@ -178,7 +178,7 @@ class ScoreShards(beam.PTransform):
         for score in catalogue.scores_of(CROSS_MODALITY):
             batches = _annotated(batches, score, job.recipe)
         return batches | "Write scores" >> beam.ParDo(
-            WriteShardTable(job.layout, work, Layout.cross_modality, tables.cross_modality_schema())
+            WriteShardTable(job.layout, scores, Layout.cross_modality, tables.cross_modality_schema())
         )
 
 
@@ -187,7 +187,7 @@ def count_missing(start: beam.PCollection, job: Job) -> beam.PCollection:
     return (
         start
         | "Shards" >> ListShards(job.layout)
-        | "Count unscored" >> beam.Map(_count_wanted, job.cross_modality_work)
+        | "Count unscored" >> beam.Map(_count_wanted, job.score_cache)
         | "Add counts" >> beam.CombineGlobally(sum)
         | "Write count" >> beam.Map(_write_count, job.layout)
     )
@@ -200,7 +200,7 @@ def distribution_alignment(start: beam.PCollection, job: Job) -> beam.PCollectio
 
     shards = start | "Shards" >> ListShards(layout)
     if job.checks_before:
-        earlier = job.single_modality_work, job.pool_wide_work, job.cross_modality_work
+        earlier = job.feature_cache, job.pool_wide_cache, job.score_cache
         shards |= "Scores are there" >> beam.Map(_with_scores, *earlier)
     thresholds = shards | "Thresholds" >> ReadThresholds(layout, job.recipe)
     candidates = shards | "Read candidates" >> ReadCandidates(layout, job.recipe, work, thresholds)
@@ -280,7 +280,7 @@ def _barrier() -> beam.PTransform:
     return beam.Reshuffle()
 
 
-def _with_features(shard: Shard, features: SingleModalityWork, pool_wide: PoolWideWork) -> Shard:
+def _with_features(shard: Shard, features: FeatureCache, pool_wide: PoolWideCache) -> Shard:
     shard = Shard(*shard)
     if not (features.is_complete(shard) and pool_wide.is_complete(shard)):
         raise Incomplete(f"shard {shard.name}: has no features for this recipe; run stage {SINGLE_MODALITY} first")
@@ -288,7 +288,7 @@ def _with_features(shard: Shard, features: SingleModalityWork, pool_wide: PoolWi
 
 
 def _with_scores(
-    shard: Shard, features: SingleModalityWork, pool_wide: PoolWideWork, scores: CrossModalityWork
+    shard: Shard, features: FeatureCache, pool_wide: PoolWideCache, scores: ScoreCache
 ) -> Shard:
     shard = _with_features(shard, features, pool_wide)
     missing = scores.count_wanted(shard)
@@ -304,8 +304,8 @@ def _publish(cleared: None, layout: Layout, publication: Publication) -> None:
     publish(layout, publication)
 
 
-def _count_wanted(shard: Shard, work: CrossModalityWork) -> int:
-    return work.count_wanted(Shard(*shard))
+def _count_wanted(shard: Shard, scores: ScoreCache) -> int:
+    return scores.count_wanted(Shard(*shard))
 
 
 def _write_count(count: int, layout: Layout) -> None:

@@ -9,6 +9,6 @@ from transforms.core.errors import UsageError
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     try:
-        logging.info("%s is handed over", build_and_submit(sys.argv[1:]))
+        logging.info("submitted %s", build_and_submit(sys.argv[1:]))
     except UsageError as error:
-        sys.exit(f"pairsift: {error}")  # status 1: to the service, every other status is one too
+        sys.exit(f"pairsift: {error}")  # status 1; the service does not distinguish failures by status

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Fetches models from their hub, each at a commit, without weights in other formats than safetensors:
+# Downloads models from their hub, each at a commit, with weights in safetensors format only:
 #   fetch_models.sh FOLDER ORG/NAME@COMMIT …
 set -eu
 folder=$1

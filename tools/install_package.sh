@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs this package with pinned packages into a new environment, as the image has it:
+# Creates an environment with this package and its pinned dependencies, as in the image:
 #   tools/install_package.sh FOLDER gpu|cpu|cu126
 set -eu
 folder=$1 processor=$2
@@ -15,7 +15,7 @@ pinned() { sed -n "s/^$1==//p" constraints.txt; }
 
 python=$(tools/find_python.sh)
 "$python" -m venv "$folder"
-if [ "$processor" != gpu ]; then # PyPI's torch brings CUDA 13 along
+if [ "$processor" != gpu ]; then # PyPI's torch includes CUDA 13
     "$folder/bin/python" -m pip install --quiet --constraint constraints.txt \
         --extra-index-url "https://download.pytorch.org/whl/$processor" \
         "torch==$(pinned torch)+$processor" "torchvision==$(pinned torchvision)+$processor"

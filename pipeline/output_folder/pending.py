@@ -52,7 +52,7 @@ class ShardTable(NamedTuple):
     samples_back: int = 0
 
 
-class SingleModalityWork:
+class FeatureCache:
     """Stage 1 looks at all of a shard, unless its table is there already."""
 
     stage = SINGLE_MODALITY
@@ -93,11 +93,11 @@ class SingleModalityWork:
         return ShardTable(rows, letters, self.cache_key(shard), halvings)
 
 
-class PoolWideWork:
+class PoolWideCache:
     """What only the whole pool can tell hangs on every shard, and on which samples the other rules keep."""
 
     def __init__(self, recipe: Recipe, layout: Layout, identities: Mapping[str, Any], shards: Sequence[Shard]) -> None:
-        features = SingleModalityWork(recipe, layout, identities)
+        features = FeatureCache(recipe, layout, identities)
         found = sorted((shard.name, features.cache_key(shard)) for shard in shards)
         self._layout, self.cache_key = layout, {"pool": _digest(found, recipe.single_modality.model_dump())}
 
@@ -117,7 +117,7 @@ class _Known:
     has_others: bool
 
 
-class CrossModalityWork:
+class ScoreCache:
     """Stage 2 looks at what stage 1 kept and a score is missing of, and keeps all scores that are there.
 
     A score does not depend on its batch-mates, so scores of several runs stand in one table as if made at once.

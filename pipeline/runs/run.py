@@ -87,7 +87,7 @@ def _check_earlier_stages(stages: list[str], job: graphs.Job) -> None:
     """Raise UsageError if `stages` read tables of an earlier stage that is not run now, and some shard has no valid
     table of that stage."""
     last = max(STAGES.index(stage) for stage in stages)
-    features, over_pool, scores = job.single_modality_work, job.pool_wide_work, job.cross_modality_work
+    features, over_pool, scores = job.feature_cache, job.pool_wide_cache, job.score_cache
     is_complete: dict[str, Callable[[Shard], bool]] = {
         SINGLE_MODALITY: lambda shard: features.is_complete(shard) and over_pool.is_complete(shard),
         # Which scores are needed depends on stage 1, which may be about to run.

@@ -53,7 +53,7 @@ def select(
     pool = earlier["pool"]
     command = shlex.join(["pairsift", "run", recipe_path, "--input", pool, "--output", output])
     job = graphs.Job(settled, shards, layout, found)
-    features = job.single_modality_work
+    features = job.feature_cache
     unfinished = files.each(output, features.is_complete, shards).count(False)
     if unfinished:
         raise UsageError(
@@ -69,7 +69,7 @@ def select(
                 raise UsageError(
                     f"{output}: {missing} samples have no score that this recipe needs; compute them: {command}"
                 )
-            unscored = files.each(output, aside.cross_modality_work.is_begun, shards).count(False)
+            unscored = files.each(output, aside.score_cache.is_begun, shards).count(False)
             if unscored:  # shards of which no sample is kept
                 raise UsageError(
                     f"{output}: {unscored} of {len(shards)} shards have no scores yet; compute them: {command}"
@@ -107,8 +107,8 @@ def _with_precision(recipe: Recipe, earlier: dict[str, Any]) -> Recipe:
 
 def _pool_wide_aside(job: graphs.Job, beam_options: list[str]) -> graphs.Job:
     """The job with valid pool-wide tables for its recipe; missing ones are computed into `select_work`."""
-    work = job.pool_wide_work
-    if all(files.each(job.layout.output, work.is_complete, job.shards)):
+    cache = job.pool_wide_cache
+    if all(files.each(job.layout.output, cache.is_complete, job.shards)):
         return job
     aside = dataclasses.replace(job, layout=dataclasses.replace(job.layout, pool_wide_folder=job.layout.select_work))
     run_graph(graphs.pool_wide, aside, beam_options)

@@ -22,15 +22,15 @@ class UnfusedStage(RuntimeError):
     """A shard's batches did not reach the writer in order: the runner did not fuse read, annotate and write."""
 
 
-class Work(Protocol):
-    """What makes a shard's table of what a stage found."""
+class TableBuilder(Protocol):
+    """Builds the table of a shard from the results of a stage."""
 
     stage: str
 
     def table(
         self, shard: Shard, rows: list[dict[str, Any]], letters: list[DeadLetter], halvings: Mapping[str, int]
     ) -> ShardTable:
-        """What is to be written."""
+        """Return the table to write."""
 
 
 class WriteShardTable(beam.DoFn):
@@ -44,11 +44,11 @@ class WriteShardTable(beam.DoFn):
     def __init__(
         self,
         layout: Layout,
-        work: Work,
+        builder: TableBuilder,
         path_of: Callable[[Layout, str], str],
         schema: pa.Schema,
     ) -> None:
-        self._layout, self._work, self._path_of, self._schema = layout, work, path_of, schema
+        self._layout, self._builder, self._path_of, self._schema = layout, builder, path_of, schema
 
     def start_bundle(self) -> None:
         self._shard: Shard | None = None
@@ -80,10 +80,10 @@ class WriteShardTable(beam.DoFn):
 
     def _write(self, last: SampleBatch) -> Shard:
         shard = last.shard
-        reconcile_shard(shard, self._work.stage, last.due, self._rows, self._letters)
-        table = self._work.table(shard, self._rows, self._letters, last.attempt.halvings)
+        reconcile_shard(shard, self._builder.stage, last.due, self._rows, self._letters)
+        table = self._builder.table(shard, self._rows, self._letters, last.attempt.halvings)
         # Dead letters first: the table's presence is what says that the shard is finished.
-        tables.write_dead_letters(self._layout.dead_letters(self._work.stage, shard.name), table.dead_letters)
+        tables.write_dead_letters(self._layout.dead_letters(self._builder.stage, shard.name), table.dead_letters)
         path = self._path_of(self._layout, shard.name)
         known_before = len(table.rows) + len(table.dead_letters) - len(self._rows) - len(self._letters)
         due = len(last.due) + known_before
@@ -98,7 +98,7 @@ class WriteShardTable(beam.DoFn):
 
     def _report_progress(self, done: str = "") -> None:
         assert self._shard is not None
-        path = self._layout.progress(self._work.stage, self._shard.name)
+        path = self._layout.progress(self._builder.stage, self._shard.name)
         files.make_folder(path.rsplit("/", 1)[0])
         # What is only shown fails nothing: that the disk is full is told by the table that cannot be written.
         with contextlib.suppress(OSError), open(path, "w") as file:

@@ -35,8 +35,8 @@ DECODE_THREADS = min(8, len(os.sched_getaffinity(0)))
 _Wanted = dict[str, Annotation] | None
 
 
-class Work(Protocol):
-    """The work a stage has to do on a shard.
+class PendingReads(Protocol):
+    """What a stage still has to read of a shard.
 
     The worker determines it from the existing tables when it reaches the shard, not when the graph is built.
     """
@@ -69,7 +69,7 @@ class ReadShards(beam.PTransform):
 
     def __init__(
         self,
-        work: Work,
+        pending: PendingReads,
         bounds: PoolSettings,
         batch_size: int,
         draft_side_px: int | None = None,
@@ -77,7 +77,7 @@ class ReadShards(beam.PTransform):
         in_turns: bool = False,
     ) -> None:
         super().__init__()
-        self._read = _ReadShard(work, bounds, batch_size, draft_side_px, load_prepare, in_turns)
+        self._read = _ReadShard(pending, bounds, batch_size, draft_side_px, load_prepare, in_turns)
 
     def expand(self, shards: beam.PCollection) -> beam.pvalue.DoOutputsTuple:
         read = beam.ParDo(self._read).with_output_types(SampleBatch)
@@ -87,32 +87,32 @@ class ReadShards(beam.PTransform):
 class _ReadShard(beam.DoFn):
     def __init__(
         self,
-        work: Work,
+        pending: PendingReads,
         bounds: PoolSettings,
         batch_size: int,
         draft_side_px: int | None,
         load_prepare: Callable[[], Prepare] | None,
         alternate: bool,
     ) -> None:
-        self._work, self._bounds = work, bounds
+        self._pending, self._bounds = pending, bounds
         self._batch_size, self._draft_side_px = batch_size, draft_side_px
         self._load_prepare, self._map = load_prepare, map_alternating if alternate else map_prefetched
         self._prepare: Prepare | None = None
 
     def process(self, shard: Shard) -> Iterator[SampleBatch | beam.pvalue.TaggedOutput]:
         shard = Shard(*shard)
-        if self._work.is_complete(shard):
+        if self._pending.is_complete(shard):
             counter(SHARDS_FINISHED_BEFORE).inc()
             yield beam.pvalue.TaggedOutput(ReadShards.FINISHED, shard)
             return
         if self._load_prepare and self._prepare is None:
             self._prepare = self._load_prepare()
-        with decoder_for(self._work.in_progress(shard), self._bounds.max_decode_seconds) as decode:
+        with decoder_for(self._pending.in_progress(shard), self._bounds.max_decode_seconds) as decode:
             yield from self._read(shard, decode)
 
     def _read(self, shard: Shard, decode: Decode) -> Iterator[SampleBatch]:
         """Yield the batches of a shard. Starts over with smaller batches if a model runs out of GPU memory."""
-        wanted, attempt = self._work.wanted(shard), Attempt()
+        wanted, attempt = self._pending.wanted(shard), Attempt()
         decoding = _Decoding(decode)
         while True:
             if wanted is None or wanted:
@@ -138,12 +138,12 @@ class _ReadShard(beam.DoFn):
 
     def _samples(self, shard: Shard, wanted: _Wanted, reading: Reading) -> Iterator[Sample | DeadLetter]:
         if wanted is None:
-            yield from read_samples(shard, self._bounds, self._work.stage, reading)
+            yield from read_samples(shard, self._bounds, self._pending.stage, reading)
             check_unchanged(shard)
             return
         missing = dict(wanted)
         # Ignore broken samples that are not wanted: stage 1, which reads the complete shard, has reported them.
-        for found in read_samples(shard, self._bounds, self._work.stage, reading) if wanted else ():
+        for found in read_samples(shard, self._bounds, self._pending.stage, reading) if wanted else ():
             key = found.key if isinstance(found, DeadLetter) else found.annotation.key
             annotation = missing.pop(key, None)
             if annotation is not None and isinstance(found, Sample):
@@ -154,7 +154,7 @@ class _ReadShard(beam.DoFn):
             check_unchanged(shard)
         for annotation in missing.values():
             message = "stage 1 read this sample, but it is now missing from the tar or incomplete"
-            yield dead_letter(annotation, self._work.stage, "vanished", message)
+            yield dead_letter(annotation, self._pending.stage, "vanished", message)
 
     def _decoded(self, decode: Decode, sample: Sample | DeadLetter) -> Sample | DeadLetter:
         if isinstance(sample, DeadLetter):
@@ -164,7 +164,7 @@ class _ReadShard(beam.DoFn):
                 sample.image_bytes, self._bounds.max_image_pixels, self._draft_side_px
             )
         except UndecodableImage as error:
-            return dead_letter(sample.annotation, self._work.stage, error.reason, str(error))
+            return dead_letter(sample.annotation, self._pending.stage, error.reason, str(error))
         annotation = sample.annotation.with_columns(width_px=width, height_px=height)
         decoded = Sample(annotation, sample.metadata, sample.image_bytes, pixels)
         return self._prepare(decoded) if self._prepare else decoded

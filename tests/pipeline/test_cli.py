@@ -288,7 +288,7 @@ def test_a_tar_whose_name_is_no_utf8_is_in_the_run(place: Path) -> None:
 def test_select_after_a_run_that_has_just_ended(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pairsift(*run_arguments()).exit_code == 0
     monkeypatch.setattr("pipeline.runs.select.identities_from", lambda earlier, recipe: KNOWN)
-    monkeypatch.setattr("pipeline.output_folder.pending.SingleModalityWork.is_complete", lambda work, shard: True)
+    monkeypatch.setattr("pipeline.output_folder.pending.FeatureCache.is_complete", lambda cache, shard: True)
     meanwhile(monkeypatch, lambda: write_listing(Layout("out"), []))
     result = pairsift("select", str(DEMO_RECIPE), "--output", "out")
     assert result.exit_code == 2 and "another run has just ended there" in " ".join(result.stderr.split())

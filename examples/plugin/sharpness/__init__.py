@@ -1,4 +1,4 @@
-"""A rule for pairsift in a package of its own: blurred images are dropped. The threshold is ours."""
+"""A pairsift rule in its own package: it drops blurred images. The threshold is our choice."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class SharpnessSettings(Settings):
-    """The lowest variance of the Laplacian that is kept, after a box blur of `blur_px`."""
+    """The minimum variance of the Laplacian after a box blur of `blur_px` pixels."""
 
-    only_decide = frozenset({"min_variance"})  # another `blur_px` changes the column, another threshold does not
+    only_decide = frozenset({"min_variance"})  # `blur_px` changes the column, the threshold does not
 
     min_variance: float = Field(50.0, ge=0.0)
     blur_px: int = Field(1, ge=1, le=15)
@@ -34,7 +34,7 @@ class SharpnessAnnotator:
         self._cv2 = cv2
 
     def columns(self, sample: Sample) -> dict[str, Any]:
-        """The column of one sample; `sample.pixels` are RGB uint8, (height, width, 3)."""
+        """Return the column of one sample. `sample.pixels` is RGB uint8 (height, width, 3)."""
         grey = self._cv2.cvtColor(sample.pixels, self._cv2.COLOR_RGB2GRAY)
         smooth = self._cv2.blur(grey, (self._settings.blur_px, self._settings.blur_px))
         return {"sharpness_variance": float(self._cv2.Laplacian(smooth, self._cv2.CV_64F).var())}

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.output_folder import tables
 from pipeline.output_folder.layout import Layout
-from pipeline.output_folder.pending import CrossModalityWork, PoolWideWork, SingleModalityWork, as_asked
+from pipeline.output_folder.pending import FeatureCache, PoolWideCache, ScoreCache, as_asked
 from tests.helpers import annotation, recipe, uid
 from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY, STAGES
 from transforms.core.records import DeadLetter, Shard
@@ -21,11 +21,11 @@ PROMPTS = {"min_probability": 0.5}
 
 
 def single(**changes: Any) -> dict[str, str]:
-    return SingleModalityWork(recipe(**changes), Layout("/out"), KNOWN).cache_key(SHARD)
+    return FeatureCache(recipe(**changes), Layout("/out"), KNOWN).cache_key(SHARD)
 
 
 def cross(**changes: Any) -> dict[str, str]:
-    return CrossModalityWork(recipe(**changes), Layout("/out"), KNOWN).cache_key(SHARD)
+    return ScoreCache(recipe(**changes), Layout("/out"), KNOWN).cache_key(SHARD)
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
@@ -87,19 +87,19 @@ def test_the_share_of_prompts_that_is_asked_for_only_decides() -> None:
 def test_another_file_behind_a_name_is_another_model() -> None:
     known = KNOWN | {CROSS_MODALITY: {"digit": {"sha256": "x"}}, SINGLE_MODALITY: {"pos_pattern": {"sha256": "x"}}}
     layout = Layout("/out")
-    assert changed(cross(), CrossModalityWork(recipe(), layout, known).cache_key(SHARD)) == {"digit"}
-    assert changed(single(), SingleModalityWork(recipe(), layout, known).cache_key(SHARD)) == {"pos_pattern"}
+    assert changed(cross(), ScoreCache(recipe(), layout, known).cache_key(SHARD)) == {"digit"}
+    assert changed(single(), FeatureCache(recipe(), layout, known).cache_key(SHARD)) == {"pos_pattern"}
 
 
 def test_a_changed_shard_is_looked_at_again_wherever_it_and_the_outputs_lie() -> None:
-    work, elsewhere = (SingleModalityWork(recipe(), Layout(output), KNOWN) for output in ("/out", "/elsewhere"))
-    assert changed(work.cache_key(SHARD), work.cache_key(SHARD._replace(fingerprint="2"))) == {"shard"}
-    assert elsewhere.cache_key(SHARD._replace(path="/elsewhere/00000.tar")) == work.cache_key(SHARD)
+    cache, elsewhere = (FeatureCache(recipe(), Layout(output), KNOWN) for output in ("/out", "/elsewhere"))
+    assert changed(cache.cache_key(SHARD), cache.cache_key(SHARD._replace(fingerprint="2"))) == {"shard"}
+    assert elsewhere.cache_key(SHARD._replace(path="/elsewhere/00000.tar")) == cache.cache_key(SHARD)
 
 
 def test_what_only_the_pool_can_tell_hangs_on_every_shard_and_on_stage_1_s_thresholds() -> None:
     def over(*shards: Shard, **changes: Any) -> dict[str, str]:
-        return PoolWideWork(recipe(**changes), Layout("/out"), KNOWN, shards).cache_key
+        return PoolWideCache(recipe(**changes), Layout("/out"), KNOWN, shards).cache_key
 
     other = Shard("00001", "/p/00001.tar", "1")
     assert over(SHARD, other) == over(other, SHARD) == over(SHARD, other, seed=4)
@@ -134,40 +134,40 @@ def scored(layout: Layout, key: str, **scores: Any) -> dict[str, Any]:
 
 def write(
     layout: Layout, rows: list[dict[str, Any]], letters: tuple[DeadLetter, ...] = (), **changes: Any
-) -> CrossModalityWork:
+) -> ScoreCache:
     """What stage 2 leaves having found `rows`."""
-    work = CrossModalityWork(recipe(**changes), layout, KNOWN)
-    table = work.table(SHARD, rows, list(letters), {})
+    cache = ScoreCache(recipe(**changes), layout, KNOWN)
+    table = cache.table(SHARD, rows, list(letters), {})
     tables.write_dead_letters(layout.dead_letters(CROSS_MODALITY, "00000"), table.dead_letters)
     tables.write_table(layout.cross_modality("00000"), table.rows, tables.cross_modality_schema(), table.cache_key)
-    return work
+    return cache
 
 
-def work(layout: Layout, **changes: Any) -> CrossModalityWork:
-    return CrossModalityWork(recipe(**changes), layout, KNOWN)
+def cache(layout: Layout, **changes: Any) -> ScoreCache:
+    return ScoreCache(recipe(**changes), layout, KNOWN)
 
 
 def test_stage_2_wants_what_stage_1_kept(layout: Layout) -> None:
-    wanted = work(layout).wanted(SHARD)
+    wanted = cache(layout).wanted(SHARD)
     assert {key: a.uid for key, a in wanted.items()} == {"k0": uid(0), "k2": uid(2), "k4": uid(4)}
-    assert not work(layout).is_complete(SHARD)
+    assert not cache(layout).is_complete(SHARD)
 
 
 def test_only_what_is_missing_is_wanted(layout: Layout) -> None:
     done = write(layout, [scored(layout, key) for key in ("k0", "k2", "k4")], **HIGH)
     assert done.is_complete(SHARD)
     assert not done.is_complete(SHARD._replace(fingerprint="2"))
-    assert set(work(layout, **HIGH, **ONE_WORD).wanted(SHARD)) == {"k1", "k3"}
-    assert set(work(layout, **LOW).wanted(SHARD)) == {"k0", "k2", "k4"}
-    assert {a.flipped_clip_cosine for a in work(layout, **LOW).wanted(SHARD).values()} == {0.25}
-    assert work(layout, **HIGH, distribution_alignment__max_copies=20, seed=3).is_complete(SHARD)
+    assert set(cache(layout, **HIGH, **ONE_WORD).wanted(SHARD)) == {"k1", "k3"}
+    assert set(cache(layout, **LOW).wanted(SHARD)) == {"k0", "k2", "k4"}
+    assert {a.flipped_clip_cosine for a in cache(layout, **LOW).wanted(SHARD).values()} == {0.25}
+    assert cache(layout, **HIGH, distribution_alignment__max_copies=20, seed=3).is_complete(SHARD)
 
 
 def test_merged_scores_stand_as_if_made_at_once(layout: Layout, tmp_path: Path) -> None:
     whole = {"match_probability": 0.75, "digit_probability": 0.5}
     write(layout, [scored(layout, key) for key in ("k4", "k0", "k2")], **HIGH)
     more = [scored(layout, "k0", **whole), scored(layout, "k3", **whole), scored(layout, "k1", **whole)]
-    table = work(layout, **LOW, **ONE_WORD).table(SHARD, more, [], {})
+    table = cache(layout, **LOW, **ONE_WORD).table(SHARD, more, [], {})
     assert table.samples_back == 2
     at_once = [scored(layout, f"k{n}", **(whole if n in (0, 1, 3) else {})) for n in range(5)]
     assert table.rows == at_once
@@ -180,7 +180,7 @@ def test_merged_scores_stand_as_if_made_at_once(layout: Layout, tmp_path: Path) 
 
 def test_smaller_batch_shapes_are_remembered_as_long_as_their_model_stays(layout: Layout) -> None:
     def table(halvings: dict[str, int], **changes: Any) -> dict[str, int]:
-        found = work(layout, **changes).table(SHARD, [scored(layout, "k0")], [], halvings)
+        found = cache(layout, **changes).table(SHARD, [scored(layout, "k0")], [], halvings)
         path = layout.cross_modality("00000")
         tables.write_table(path, found.rows, tables.cross_modality_schema(), found.cache_key, found.halvings)
         return dict(found.halvings)
@@ -194,11 +194,11 @@ def test_another_model_loses_its_own_scores_only(layout: Layout) -> None:
     whole = {"match_probability": 0.75, "digit_probability": 0.5}
     write(layout, [scored(layout, key, **whole) for key in ("k0", "k2", "k4")], **LOW)
     other = {"cross_modality__image_text_matching": {"model": "other", "min": 0.0071}}
-    wanted = work(layout, **LOW, **other).wanted(SHARD)
+    wanted = cache(layout, **LOW, **other).wanted(SHARD)
     assert {(a.flipped_clip_cosine, a.match_probability, a.digit_probability) for a in wanted.values()} == {
         (0.25, None, 0.5)
     }
-    without = work(layout, **LOW, cross_modality__image_text_matching=...)
+    without = cache(layout, **LOW, cross_modality__image_text_matching=...)
     assert without.is_complete(SHARD)
     assert without.table(SHARD, [], [], {}).rows[0]["match_probability"] == 0.75
 
@@ -212,7 +212,7 @@ def test_what_broke_is_tried_again_only_where_another_model_may_be_asked(
     letter = DeadLetter("00000", "k2", uid(2), CROSS_MODALITY, reason, "m")
     done = write(layout, [scored(layout, key) for key in ("k0", "k4")], (letter,), **HIGH)
     assert done.is_complete(SHARD)
-    higher = work(layout, cross_modality__flipped_clip__min=0.6)
+    higher = cache(layout, cross_modality__flipped_clip__min=0.6)
     assert set(higher.wanted(SHARD)) == wanted_again
     assert higher.is_complete(SHARD) is not bool(wanted_again)
 
@@ -220,20 +220,20 @@ def test_what_broke_is_tried_again_only_where_another_model_may_be_asked(
 def test_a_dead_letter_of_a_sample_that_stage_1_drops_now_goes(layout: Layout) -> None:
     letter = DeadLetter("00000", "k1", uid(1), CROSS_MODALITY, "undecodable_image", "m")
     write(layout, [scored(layout, key) for key in ("k0", "k2", "k3", "k4")], (letter,), **HIGH, **ONE_WORD)
-    stricter = work(layout, **HIGH)
+    stricter = cache(layout, **HIGH)
     assert not stricter.is_complete(SHARD)
     assert stricter.wanted(SHARD) == {}
     write(layout, [], **HIGH)
     assert stricter.is_complete(SHARD)
-    assert set(work(layout, **HIGH, **ONE_WORD).wanted(SHARD)) == {"k1"}
+    assert set(cache(layout, **HIGH, **ONE_WORD).wanted(SHARD)) == {"k1"}
 
 
 def test_a_sample_that_broke_on_a_rule_that_is_off_now_has_no_features_yet(layout: Layout) -> None:
-    with_language = SingleModalityWork(recipe(), layout, KNOWN)
+    with_language = FeatureCache(recipe(), layout, KNOWN)
     tables.write_table(
         layout.single_modality("00000"), [], tables.single_modality_schema(), with_language.cache_key(SHARD)
     )
-    without = SingleModalityWork(recipe(single_modality__language=...), layout, KNOWN)
+    without = FeatureCache(recipe(single_modality__language=...), layout, KNOWN)
     assert without.is_complete(SHARD)
     letter = DeadLetter("00000", "k2", uid(2), SINGLE_MODALITY, "language_failed", "m")
     tables.write_dead_letters(layout.dead_letters(SINGLE_MODALITY, "00000"), [letter])

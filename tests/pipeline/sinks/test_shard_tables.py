@@ -15,7 +15,7 @@ from pipeline.output_folder.accounting import Unaccounted
 from pipeline.output_folder.layout import Layout
 from pipeline.sinks.shard_tables import UnfusedStage, WriteShardTable
 from tests.helpers import uid, whole_sample
-from tests.pipeline.sources.test_shards import FakeWork
+from tests.pipeline.sources.test_shards import FakeCache
 from transforms.core.records import DeadLetter, SampleBatch, Shard
 
 STAGE = "single_modality"
@@ -44,7 +44,7 @@ def due(*batches: SampleBatch) -> list[SampleBatch]:
 
 def writer(folder: Path) -> WriteShardTable:
     return WriteShardTable(
-        Layout(str(folder)), FakeWork(STAGE), Layout.single_modality, tables.single_modality_schema()
+        Layout(str(folder)), FakeCache(STAGE), Layout.single_modality, tables.single_modality_schema()
     )
 
 

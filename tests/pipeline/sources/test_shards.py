@@ -22,8 +22,8 @@ from transforms.storage import files
 
 
 @dataclasses.dataclass
-class FakeWork:
-    """A `Work` whose answers the test sets."""
+class FakeCache:
+    """A `PendingReads` and `TableBuilder` whose answers the test sets."""
 
     stage: str = "a_stage"
     finished: frozenset[str] = frozenset()
@@ -45,10 +45,10 @@ class FakeWork:
 
 
 def read(
-    work: FakeWork, shards: list[Shard], batch_size: int = 2, draft: int | None = None, bounds: PoolSettings = BOUNDS
+    cache: FakeCache, shards: list[Shard], batch_size: int = 2, draft: int | None = None, bounds: PoolSettings = BOUNDS
 ) -> tuple[list[SampleBatch], list[Shard]]:
     """Run the DoFn that the transform wraps; return its batches and the finished shards."""
-    transform = ReadShards(work, bounds, batch_size, draft)
+    transform = ReadShards(cache, bounds, batch_size, draft)
     batches, finished = [], []
     for shard in shards:
         for out in transform._read.process(shard):
@@ -74,7 +74,7 @@ def samples(*keys: str) -> Members:
 def test_all_batches_but_the_last_are_full(tmp_path: Path, count: int, sizes: list[int]) -> None:
     keys = [f"k{9 - n}" for n in range(count)]
     shards = write_pool(tmp_path, {"a.tar": samples(*keys)})
-    batches, finished = read(FakeWork(), shards)
+    batches, finished = read(FakeCache(), shards)
     assert finished == []
     assert [len(batch) for batch in batches] == sizes
     assert [batch.index for batch in batches] == list(range(len(sizes)))
@@ -85,7 +85,7 @@ def test_all_batches_but_the_last_are_full(tmp_path: Path, count: int, sizes: li
 
 def test_a_batch_belongs_to_one_shard(tmp_path: Path) -> None:
     shards = write_pool(tmp_path, {"a.tar": samples("a0", "a1", "a2"), "b.tar": samples("b0")})
-    batches, _ = read(FakeWork(), shards)
+    batches, _ = read(FakeCache(), shards)
     assert [(batch.shard.name, batch.index, batch.last, names(batch)) for batch in batches] == [
         ("a", 0, False, ["a0", "a1"]), ("a", 1, True, ["a2"]), ("b", 0, True, ["b0"])
     ]  # fmt: skip
@@ -95,7 +95,7 @@ def test_samples_are_decoded(tmp_path: Path) -> None:
     big = encode(picture(900, 700), "JPEG")
     shards = write_pool(tmp_path, {"a.tar": [("k.jpg", big), ("k.txt", b"c"), ("k.json", b'{"a": 1}')]})
     for draft, shape in ((None, (700, 900, 3)), (320, (350, 450, 3))):
-        ((batch,), _) = read(FakeWork(), shards, draft=draft)
+        ((batch,), _) = read(FakeCache(), shards, draft=draft)
         (sample,) = batch
         assert sample.pixels is not None
         assert sample.pixels.shape == shape
@@ -110,7 +110,7 @@ def broken(key: str) -> Members:
 
 def test_dead_letters_travel_in_batches_and_do_not_count_towards_their_size(tmp_path: Path) -> None:
     members = [*broken("x0"), *samples("k0"), *broken("x1"), ("x2.txt", b"c"), *samples("k1", "k2"), *broken("x3")]
-    batches, _ = read(FakeWork(), write_pool(tmp_path, {"a.tar": members}))
+    batches, _ = read(FakeCache(), write_pool(tmp_path, {"a.tar": members}))
     assert [names(batch) for batch in batches] == [["k0", "k1"], ["k2"]]
     letters = [letter for batch in batches for letter in batch.dead_letters]
     assert [(letter.key, letter.reason) for letter in letters] == [
@@ -122,7 +122,7 @@ def test_dead_letters_travel_in_batches_and_do_not_count_towards_their_size(tmp_
 def test_shard_without_valid_samples_still_has_a_last_batch(tmp_path: Path) -> None:
     write_pool(tmp_path, {"a.tar": broken("x0"), "b.tar": []})
     (tmp_path / "c.tar").write_bytes(b"not a tar")
-    batches, _ = read(FakeWork(), list_shards(str(tmp_path)))
+    batches, _ = read(FakeCache(), list_shards(str(tmp_path)))
     assert [(b.shard.name, b.index, b.last, len(b), [x.reason for x in b.dead_letters]) for b in batches] == [
         ("a", 0, True, 0, ["undecodable_image"]), ("b", 0, True, 0, []), ("c", 0, True, 0, ["broken_tar"])
     ]  # fmt: skip
@@ -130,14 +130,14 @@ def test_shard_without_valid_samples_still_has_a_last_batch(tmp_path: Path) -> N
 
 def test_image_above_the_pixel_limit(tmp_path: Path) -> None:
     shards = write_pool(tmp_path, {"a.tar": samples("k")})
-    ((batch,), _) = read(FakeWork(), shards, bounds=PoolSettings(max_image_pixels=96 * 64 - 1))
+    ((batch,), _) = read(FakeCache(), shards, bounds=PoolSettings(max_image_pixels=96 * 64 - 1))
     assert [letter.reason for letter in batch.dead_letters] == ["image_too_large"]
 
 
 def test_finished_shard_is_reported_and_not_opened(tmp_path: Path) -> None:
     gone = Shard("gone", str(tmp_path / "gone.tar"), "f")
     (here,) = write_pool(tmp_path, {"here.tar": samples("k")})
-    batches, finished = read(FakeWork(finished=frozenset({"gone"})), [gone, here])
+    batches, finished = read(FakeCache(finished=frozenset({"gone"})), [gone, here])
     assert finished == [gone]
     assert [batch.shard for batch in batches] == [here]
 
@@ -146,7 +146,7 @@ def test_only_wanted_samples_are_read_and_keep_their_annotations(tmp_path: Path)
     shards = write_pool(tmp_path, {"a.tar": [*samples("k0"), *broken("k1"), *samples("k2", "k3")]})
     wants = {key: annotation(uid=uid(n), shard="a", key=key, caption="as stage 1 read it", language="de")
              for n, key in enumerate(("k3", "k0"))}  # fmt: skip
-    ((batch,), _) = read(FakeWork(wants=wants), shards)
+    ((batch,), _) = read(FakeCache(wants=wants), shards)
     assert names(batch) == ["k0", "k3"]  # in tar order
     assert batch.dead_letters == ()  # stage 1 has reported k1
     for sample in batch:
@@ -156,7 +156,7 @@ def test_only_wanted_samples_are_read_and_keep_their_annotations(tmp_path: Path)
 
 def test_tar_is_not_opened_if_no_sample_is_wanted(tmp_path: Path) -> None:
     gone = Shard("gone", str(tmp_path / "gone.tar"), "f")
-    ((batch,), finished) = read(FakeWork(wants={}), [gone])
+    ((batch,), finished) = read(FakeCache(wants={}), [gone])
     assert finished == []
     assert (batch.shard, batch.index, batch.last, len(batch), batch.dead_letters) == (gone, 0, True, 0, ())
 
@@ -165,7 +165,7 @@ def test_wanted_sample_that_is_missing_or_damaged_is_a_dead_letter(tmp_path: Pat
     members = [*samples("k0"), *broken("k1"), ("k2.jpg", b"x"), *samples("k4")]
     (shard,) = write_pool(tmp_path, {"a.tar": members})
     wants = {f"k{n}": annotation(uid=uid(n), shard="a", key=f"k{n}") for n in range(5)}
-    batches, _ = read(FakeWork(wants=wants), [shard])
+    batches, _ = read(FakeCache(wants=wants), [shard])
     assert [key for batch in batches for key in names(batch)] == ["k0", "k4"]
     letters = [letter for batch in batches for letter in batch.dead_letters]
     assert {(letter.key, letter.uid, letter.reason, letter.stage, letter.shard) for letter in letters} == {
@@ -180,12 +180,12 @@ def test_missing_tar_fails_the_run_without_dead_letters(tmp_path: Path) -> None:
     gone = Shard("gone", str(tmp_path / "gone.tar"), "f")
     wants = {f"k{n}": annotation(uid=uid(n), shard="gone", key=f"k{n}") for n in range(3)}
     with pytest.raises(OSError, match=r"gone\.tar"):
-        read(FakeWork(wants=wants), [gone])
+        read(FakeCache(wants=wants), [gone])
 
 
 def test_repeated_key_is_read_once(tmp_path: Path) -> None:
     (shard,) = write_pool(tmp_path, {"a.tar": samples("k0", "k1", "k0")})
-    ((batch,), _) = read(FakeWork(wants={"k0": annotation(uid=uid(1), shard="a", key="k0")}), [shard])
+    ((batch,), _) = read(FakeCache(wants={"k0": annotation(uid=uid(1), shard="a", key="k0")}), [shard])
     assert names(batch) == ["k0"]
     assert batch.dead_letters == ()
 
@@ -196,7 +196,7 @@ def test_tar_that_changes_during_reading_fails_the_run(
     tmp_path: Path, wants: dict[str, Annotation] | None, change: Callable[[Path], None]
 ) -> None:
     (shard,) = write_pool(tmp_path, {"a.tar": samples("k0", "k1", "k2")})
-    batches = ReadShards(FakeWork(wants=wants), BOUNDS, 1)._read.process(shard)
+    batches = ReadShards(FakeCache(wants=wants), BOUNDS, 1)._read.process(shard)
     assert next(batches).last is False
     change(tmp_path / "a.tar")
     with pytest.raises(files.ReadFailed, match=r"a\.tar: changed or was deleted .* repeat the same command to resume"):
@@ -210,8 +210,8 @@ def summary(batch: Any) -> tuple[str, int, bool, int, tuple[DeadLetter, ...]]:
 def test_in_a_pipeline(tmp_path: Path) -> None:
     shards = write_pool(tmp_path, {"a.tar": samples("a0", "a1", "a2"), "b.tar": samples("b0"), "c.tar": []})
     with beam.Pipeline("FnApiRunner") as p:
-        work = FakeWork(finished=frozenset({"b"}))
-        read_ = p | beam.Create(shards) | "Read" >> ReadShards(work, BOUNDS, 2)
+        cache = FakeCache(finished=frozenset({"b"}))
+        read_ = p | beam.Create(shards) | "Read" >> ReadShards(cache, BOUNDS, 2)
         found = read_[ReadShards.BATCHES] | "Summary" >> beam.Map(summary)
         assert_that(found, equal_to([("a", 0, False, 2, ()), ("a", 1, True, 1, ()), ("c", 0, True, 0, ())]), "batches")
         assert_that(read_[ReadShards.FINISHED], equal_to([shards[1]]), "finished")

@@ -15,7 +15,7 @@ from pipeline.output_folder.layout import Layout
 from pipeline.sinks.shard_tables import WriteShardTable
 from pipeline.sources.shards import ReadShards
 from tests.helpers import BOUNDS, sample_members, write_pool
-from tests.pipeline.sources.test_shards import FakeWork
+from tests.pipeline.sources.test_shards import FakeCache
 from tests.transforms.models.model_batches import make_batch, make_sample, scores
 from tests.transforms.models.tiny_models import PROMPT
 from transforms.core import recipe
@@ -44,7 +44,7 @@ def models(clip_folder: Path, itm_folder: Path, digit_folder: Path) -> recipe.Cr
 def stage_2(models: recipe.CrossModalitySettings, shards: list[Shard], output: Path) -> dict[str, list[dict]]:
     layout = Layout(str(output))
     with beam.Pipeline("FnApiRunner") as p:
-        read = p | beam.Create(shards) | ReadShards(FakeWork(), BOUNDS, 4, load_prepare=lambda: load_prepare(models))
+        read = p | beam.Create(shards) | ReadShards(FakeCache(), BOUNDS, 4, load_prepare=lambda: load_prepare(models))
         done = (
             read[ReadShards.BATCHES]
             | "FlippedClip" >> ScoreByModel(FLIPPED_CLIP, models)
@@ -52,7 +52,9 @@ def stage_2(models: recipe.CrossModalitySettings, shards: list[Shard], output: P
             | "ImageTextMatching" >> ScoreByModel(IMAGE_TEXT_MATCHING, models)
             | "Digit" >> ScoreByModel(DIGIT, models)
             | beam.ParDo(
-                WriteShardTable(layout, FakeWork(CROSS_MODALITY), Layout.cross_modality, tables.cross_modality_schema())
+                WriteShardTable(
+                    layout, FakeCache(CROSS_MODALITY), Layout.cross_modality, tables.cross_modality_schema()
+                )
             )
         )
         assert_that(done, equal_to(shards))
