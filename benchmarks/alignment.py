@@ -33,7 +33,7 @@ from pipeline.output_folder import tables
 from pipeline.output_folder.layout import Layout
 from pipeline.output_folder.listing import write_listing
 from pipeline.runners.supported import pipeline_of
-from pipeline.sources.webdataset import list_shards
+from pipeline.sources.pool import list_shards
 from transforms.core import recipe as recipes
 from transforms.cross_modality.digit import DigitSettings
 from transforms.cross_modality.flipped_clip import FlippedClipSettings

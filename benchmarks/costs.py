@@ -41,7 +41,7 @@ from pipeline.output_folder.manifest import identities
 from pipeline.report.progress import Progress
 from pipeline.runners.supported import pipeline_of
 from pipeline.runs.run import run
-from pipeline.sources.webdataset import list_shards
+from pipeline.sources.pool import list_shards
 from transforms.core import recipe as recipes
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, load_recipe
 from transforms.cross_modality.flipped_clip import FlippedClipSettings

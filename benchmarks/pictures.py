@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.decoding.images import UndecodableImage, decode
-from pipeline.sources.webdataset import list_shards, read_samples
+from pipeline.sources.pool import list_shards
+from pipeline.sources.webdataset import read_samples
 from transforms.core.recipe import PoolSettings
 from transforms.core.records import Sample
 

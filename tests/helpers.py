@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from pipeline.sources.webdataset import list_shards
+from pipeline.sources.pool import list_shards
 from transforms.core.recipe import PoolSettings, Recipe, parse_recipe
 from transforms.core.records import Annotation, Sample, Shard
 

@@ -22,7 +22,7 @@ from pipeline.reshard.tars import ReshardedFolder, WriteResharded
 from pipeline.runners.supported import check, pipeline_of
 from pipeline.runners.workers import run_to_end
 from pipeline.runs.claim import check_path, claim
-from pipeline.sources.webdataset import list_shards
+from pipeline.sources.pool import list_shards
 from transforms.core.errors import UsageError
 from transforms.core.recipe import PoolSettings
 from transforms.core.records import Shard

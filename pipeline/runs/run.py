@@ -18,7 +18,7 @@ from pipeline.runs.claim import check_path, check_pool, only_writer, shown
 from pipeline.runs.job import settled_job
 from pipeline.runs.stage import WorkDone, decide, run_stage
 from pipeline.sinks.publication import Publication, vanished
-from pipeline.sources.webdataset import list_shards
+from pipeline.sources.pool import list_shards
 from transforms.core.errors import UsageError
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe, model_files
 from transforms.core.records import Shard

@@ -14,8 +14,9 @@ import apache_beam as beam
 
 from pipeline.decoding.images import UndecodableImage
 from pipeline.decoding.watched_decoder import Decode, decoder_for
+from pipeline.sources.pool import check_unchanged
 from pipeline.sources.prefetch import map_alternating, map_prefetched
-from pipeline.sources.webdataset import Reading, check_unchanged, read_samples
+from pipeline.sources.webdataset import Reading, read_samples
 from transforms.core.metrics import (
     DECODE_BATCH_MS,
     PICTURES_DECODED,

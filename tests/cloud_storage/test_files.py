@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.output_folder import tables
 from pipeline.output_folder.layout import Layout
-from pipeline.sources.webdataset import NoShards, list_shards
+from pipeline.sources.pool import NoShards, list_shards
 from tests.cloud_storage.server import CloudStorage, Request
 from transforms.storage import files
 from transforms.storage.local_copies import local_copy

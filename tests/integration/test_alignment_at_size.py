@@ -15,7 +15,7 @@ from pipeline import graphs
 from pipeline.output_folder.layout import Layout
 from pipeline.output_folder.listing import write_listing
 from pipeline.runners.supported import pipeline_of
-from pipeline.sources.webdataset import list_shards
+from pipeline.sources.pool import list_shards
 
 ROWS = 20_000
 SLOW = pytest.mark.slow  # test_alignment_graph.py compares orders and numbers of workers on few rows

@@ -25,7 +25,8 @@ from pipeline.report.progress import Progress
 from pipeline.reshard.command import reshard
 from pipeline.runs import stage
 from pipeline.sources import listing
-from pipeline.sources.webdataset import list_shards, read_samples
+from pipeline.sources.pool import list_shards
+from pipeline.sources.webdataset import read_samples
 from tests.demo_run import POOL, RECIPE, demo_output, run_demo, snapshot
 from tests.helpers import least_apart
 from transforms.core.recipe import (

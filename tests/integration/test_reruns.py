@@ -25,7 +25,7 @@ from pipeline.runs.run import run
 from pipeline.runs.select import select
 from pipeline.runs.stage import run_graph
 from pipeline.sinks.publication import Publication, publish
-from pipeline.sources.webdataset import list_shards
+from pipeline.sources.pool import list_shards
 from tests.helpers import encode, jpeg, picture, sample_members, write_pool
 from tests.integration.chaos import TWO_WORKERS
 from tests.transforms.models import tiny_models

@@ -38,7 +38,7 @@ from pipeline.runners.beam_internals import dataflow_bytes
 from pipeline.runs.claim import check_path, clear_leftovers
 from pipeline.runs.job import settled_job
 from pipeline.sinks.publication import Publication
-from pipeline.sources.webdataset import list_shards
+from pipeline.sources.pool import list_shards
 from transforms.core.errors import UsageError
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe, load_recipe
 from transforms.core.records import Shard

@@ -26,7 +26,7 @@ from pipeline.dataflow.template import launcher
 from pipeline.output_folder.layout import Layout
 from pipeline.output_folder.listing import write_listing
 from pipeline.output_folder.lock import HeldForJob
-from pipeline.sources.webdataset import list_shards
+from pipeline.sources.pool import list_shards
 from tests.helpers import sample_members, write_pool
 from transforms.core.recipe import SINGLE_MODALITY, STAGES, load_recipe
 from transforms.storage import files

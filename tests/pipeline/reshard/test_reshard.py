@@ -36,7 +36,8 @@ from pipeline.reshard.command import reshard
 from pipeline.reshard.copy_placement import CopyPlacement, split_by_shard
 from pipeline.reshard.subset import SubsetChecksum, read_subset
 from pipeline.sinks.subset import subset_rows
-from pipeline.sources.webdataset import list_shards, read_samples
+from pipeline.sources.pool import list_shards
+from pipeline.sources.webdataset import read_samples
 from tests.helpers import BOUNDS, Members, least_apart, recipe, sample_members, tar_bytes, uid, write_pool
 from transforms.core.records import Sample
 from transforms.storage import files

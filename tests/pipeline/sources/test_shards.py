@@ -13,8 +13,8 @@ import pytest
 from apache_beam.testing.util import assert_that, equal_to
 
 from pipeline.output_folder.pending import ShardTable
+from pipeline.sources.pool import list_shards
 from pipeline.sources.shards import ReadShards
-from pipeline.sources.webdataset import list_shards
 from tests.helpers import BOUNDS, Members, annotation, encode, picture, sample_members, uid, write_pool
 from transforms.core.recipe import PoolSettings
 from transforms.core.records import Annotation, DeadLetter, SampleBatch, Shard
