@@ -1,5 +1,4 @@
-"""Prints the tables that tests record, at the end of the run and also when several processes ran them; what is tried
-again is tried at once."""
+"""Runs the longest files first, prints the tables that tests record, and provides retries without waiting."""
 
 from __future__ import annotations
 
@@ -8,6 +7,13 @@ from typing import Any
 import pytest
 
 from transforms.storage import steady_reader
+
+LONGEST_FIRST = ("tests/integration/", "tests/cloud_storage/", "tests/hostile/", "tests/transforms/models/", "tests/")
+"""So that no process is left working on a long file alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: [item.nodeid.startswith(folder) for folder in LONGEST_FIRST].index(True))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -20,7 +26,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that would have been waited before each new try, which now none waits."""
+    """Skip the waiting before retries. Returns the seconds that would have been waited before each."""
     waited: list[float] = []
     monkeypatch.setattr(steady_reader, "sleep", waited.append)
     return waited

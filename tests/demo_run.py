@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from rich.console import Console
 
 from pipeline.report.progress import Progress
 from pipeline.runs.run import run
+from pipeline.sources.pool import list_shards
 from transforms.core.recipe import STAGES, load_recipe
 
 POOL = importlib.resources.files("pipeline") / "demo" / "pool"
@@ -22,12 +25,22 @@ COMPARED = (
 )  # fmt: skip
 
 
-def run_demo(output: Path, *beam_options: str) -> dict:
-    """Run the demo with the output folder `output` and return its funnel."""
+def run_demo(output: Path, *beam_options: str, pool: Path | str = str(POOL)) -> dict:
+    """Run the demo's recipe on `pool`, with the output folder `output`, and return its funnel."""
     progress = Progress(Console(stderr=True))
-    outcome = run(load_recipe(str(RECIPE)), str(POOL), str(output), list(STAGES), list(beam_options), progress)
+    outcome = run(load_recipe(str(RECIPE)), str(pool), str(output), list(STAGES), list(beam_options), progress)
     assert outcome.funnel is not None
     return outcome.funnel
+
+
+def write_small_pool(folder: Path, samples: int = 40) -> Path:
+    """Write the first samples of each shard of the demo under `folder`."""
+    folder.mkdir(parents=True)
+    for shard in list_shards(str(POOL)):
+        with tarfile.open(shard.path) as tar, tarfile.open(folder / f"{shard.name}.tar", "w") as small:
+            for member in itertools.islice(tar, 3 * samples):
+                small.addfile(member, tar.extractfile(member))
+    return folder
 
 
 def demo_output(folders: pytest.TempPathFactory) -> Path:

@@ -1,4 +1,4 @@
-"""Tests of the demo in Cloud Storage: all inputs and outputs are there, and runs are killed and resumed."""
+"""Tests of a part of the demo in Cloud Storage: all inputs and outputs are there, and runs are killed and resumed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline.runs.claim import check_path
 from pipeline.runs.run import run
 from pipeline.runs.select import select
 from tests.cloud_storage.server import CloudStorage, Request
-from tests.demo_run import POOL, demo_output
+from tests.demo_run import run_demo, write_small_pool
 from tests.helpers import jpeg, recipe, settings
 from tests.integration.chaos import Command
 from transforms.core.errors import UsageError
@@ -52,8 +52,15 @@ def recipe_text(**changes: Any) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_output(tmp_path_factory)
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_pool(tmp_path_factory.mktemp("small") / "pool")
+
+
+@pytest.fixture(scope="module")
+def local(pool: Path) -> Path:
+    """The outputs of a run on local paths."""
+    run_demo(pool.parent / "out", pool=pool)
+    return pool.parent / "out"
 
 
 @dataclasses.dataclass
@@ -66,11 +73,11 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
-def outcome(store: CloudStorage, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def outcome(store: CloudStorage, pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Run a command three times: killed during an upload of stage 2, then during one of stage 3, then undisturbed."""
     demo = Path(str(importlib.resources.files("pipeline"))) / "demo"
     store.buckets[BUCKET] = {}
-    store.put_folder(BUCKET, "pool", Path(str(POOL)))
+    store.put_folder(BUCKET, "pool", pool)
     store.put_folder(BUCKET, "models", demo / "models")
     store.put(BUCKET, "tasks.npz", (demo / "tasks.npz").read_bytes())
     store.put(BUCKET, "recipe.yaml", recipe_text())
@@ -183,9 +190,9 @@ def test_stage_3_alone_requires_the_tables_of_earlier_stages(outcome: Outcome, s
     assert not store.names(BUCKET, "new/")
 
 
-def test_reshard(outcome: Outcome, store: CloudStorage, local: Path, tmp_path: Path) -> None:
+def test_reshard(outcome: Outcome, store: CloudStorage, pool: Path, local: Path, tmp_path: Path) -> None:
     done = [reshard(OUTPUT, f"gs://{BUCKET}/pool", TARS, 50, [], progress()) for _ in range(2)]
-    reshard(str(local), str(POOL), str(tmp_path / "tars"), 50, [], progress())
+    reshard(str(local), str(pool), str(tmp_path / "tars"), 50, [], progress())
     there = {name.removeprefix("tars/"): store.buckets[BUCKET][name].content for name in store.names(BUCKET, "tars/")}
     assert there == {path.name: path.read_bytes() for path in (tmp_path / "tars").iterdir()}
     assert [one.placement.tars for one in done] == [len(there) - 2] * 2  # sizes.json, reshard.json
