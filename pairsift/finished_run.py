@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class FinishedRun:
     """The results under an output folder, local or on `gs://`.
 
-    Raises UsageError where the folder holds no results.
+    Raises UsageError if the folder holds no results.
     """
 
     def __init__(self, output: str) -> None:
@@ -69,7 +69,7 @@ class FinishedRun:
             return np.load(file, allow_pickle=False)
 
     def picture(self, uid: str) -> Image.Image:
-        """The image of a sample, upright, in RGB, read from the pool. Raises KeyError where no sample has this uid."""
+        """The image of a sample, upright, in RGB, read from the pool. Raises KeyError if no sample has this uid."""
         from pipeline.sources.webdataset import read_samples
 
         bounds = self.recipe.pool
@@ -92,7 +92,7 @@ class FinishedRun:
 
 
 def open_run(output: str) -> FinishedRun:
-    """The results of an earlier run. Raises UsageError where the folder holds none."""
+    """The results of an earlier run. Raises UsageError if the folder holds none."""
     return FinishedRun(output)
 
 
@@ -107,7 +107,7 @@ def run(
 ) -> FinishedRun | None:
     """Run a recipe over a pool, like `pairsift run`; results that are still valid are reused.
 
-    Returns None where `stages` ends before stage 3. Raises UsageError for wrong use, with nothing written.
+    Returns None if `stages` ends before stage 3. Raises UsageError for wrong use, with nothing written.
     """
     from pipeline.runs.run import run as run_stages
 

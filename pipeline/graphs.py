@@ -1,4 +1,4 @@
-"""The three graphs, on one page. They are joined only by the tables that they leave under the output folder.
+"""The three graphs, on one page. They are connected only by the tables that they write to the output folder.
 
     pool (tars) --single_modality--> features and pool-wide annotations
                 --cross_modality--> scores and embeddings of what stage 1 kept
@@ -20,7 +20,7 @@ from pipeline.output_folder.accounting import ReconcilePool
 from pipeline.output_folder.layout import Layout
 from pipeline.output_folder.pending import FeatureCache, PoolWideCache, ScoreCache
 from pipeline.sinks.clusters import WriteClusters
-from pipeline.sinks.decisions import WriteDecisions, WriteFunnel, add_tallies
+from pipeline.sinks.decisions import WriteDecisions, WriteFunnel, add_counts
 from pipeline.sinks.pool_wide import WritePoolWide
 from pipeline.sinks.publication import Publication, holds, publish
 from pipeline.sinks.shard_tables import WriteShardTable
@@ -54,11 +54,12 @@ DRAFT_SIDE_PX = 320  # enough for hashes and for faces that fill much of the pic
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that the graphs are built from. `identities` says which models and weights stand behind each stage.
+    """The arguments of the graphs.
 
-    `shards` are those of the pool's listing; a graph holds none of them. `publication`: stage 3 ends by letting readers
-    see its results. `accelerator`: the resource hint of what runs the models. `checks_before`: stages 2 and 3 look
-    themselves whether the stages before them are done, where that is not known before the graph is built.
+    - `shards` are those of the pool's listing; a graph contains none of them. - `identities` are the models and weights
+    behind each stage. - `publication`, if given, makes stage 3 publish its results as its last step. - `accelerator` is
+    the resource hint of the step that runs the models. - `checks_before` makes stages 2 and 3 check at run time that
+    the earlier stages are complete, for runs where this is not known when the graph is built.
     """
 
     recipe: Recipe
@@ -71,26 +72,26 @@ class Job:
 
     @property
     def feature_cache(self) -> FeatureCache:
-        """What stage 1 has to do on a shard."""
+        """The cache of stage 1's features."""
         return FeatureCache(self.recipe, self.layout, self.identities)
 
     @property
     def pool_wide_cache(self) -> PoolWideCache:
-        """What the passes over the whole pool are made from."""
+        """The cache of the pool-wide columns."""
         return PoolWideCache(self.recipe, self.layout, self.identities, self.shards)
 
     @property
     def score_cache(self) -> ScoreCache:
-        """What stage 2 has to do on a shard."""
+        """The cache of stage 2's scores."""
         return ScoreCache(self.recipe, self.layout, self.identities)
 
 
 class Incomplete(ValueError):
-    """A shard that an earlier stage has not done for this recipe."""
+    """An earlier stage has not processed a shard for this recipe."""
 
 
 def single_modality(start: beam.PCollection, job: Job) -> beam.PCollection:
-    """Stage 1. One fused stage per shard: read, decode small, annotate, write. Then passes over slim rows of all."""
+    """Stage 1: reads, decodes, annotates and writes each shard in one fused stage; then passes over all slim rows."""
     features = job.feature_cache
 
     read = (
@@ -110,7 +111,7 @@ def single_modality(start: beam.PCollection, job: Job) -> beam.PCollection:
 
 
 def pool_wide(start: beam.PCollection, job: Job) -> beam.PCollection:
-    """The second half of stage 1 alone, over features that are there."""
+    """Only the second half of stage 1, over existing features."""
     return _pool_wide(start | "Shards" >> ListShards(job.layout), job)
 
 
@@ -133,7 +134,7 @@ def _pool_wide(shards: beam.PCollection, job: Job) -> beam.PCollection:
 
 
 def cross_modality(start: beam.PCollection, job: Job) -> beam.PCollection:
-    """Stage 2. The models, and nothing else, run on GPUs."""
+    """Stage 2: only the models run on GPUs."""
     shards = start | "Shards" >> ListShards(job.layout)
     if job.checks_before:
         shards |= "Features are there" >> beam.Map(_with_features, job.feature_cache, job.pool_wide_cache)
@@ -149,10 +150,11 @@ def _annotated(batches: beam.PCollection, score: Score[Any], recipe: Recipe) -> 
 
 
 class ScoreShards(beam.PTransform):
-    """PCollection[Shard] -> the shards whose scores were written now.
+    """PCollection[Shard] -> the shards whose scores this run has written.
 
-    One fused stage per shard: read what stage 1 kept, decode once, every model, write. Pixels never cross a shuffle, so
-    a GPU hint belongs on all of it."""
+    One fused stage reads the samples that stage 1 kept, decodes them once, runs every model and writes. Pixels never
+    cross a shuffle, so a GPU hint must be set on this whole composite.
+    """
 
     def __init__(self, job: Job) -> None:
         super().__init__()
@@ -167,7 +169,7 @@ class ScoreShards(beam.PTransform):
             job.recipe.pool,
             models.flipped_clip.batch_size,
             load_prepare=functools.partial(load_prepare, models),
-            in_turns=models.device == "cpu",  # where the models take every core there is
+            in_turns=models.device == "cpu",  # the models use all cores
         )
         first, *later = (score for score in catalogue.model_scores() if job.recipe.is_on(score))
         batches = read[ReadShards.BATCHES] | first.label >> ScoreByModel(first, models)
@@ -183,7 +185,7 @@ class ScoreShards(beam.PTransform):
 
 
 def count_missing(start: beam.PCollection, job: Job) -> beam.PCollection:
-    """How many samples lack a score that stage 3 needs, from tables alone."""
+    """Count the samples that lack a score that stage 3 needs, from tables alone."""
     return (
         start
         | "Shards" >> ListShards(job.layout)
@@ -194,7 +196,7 @@ def count_missing(start: beam.PCollection, job: Job) -> beam.PCollection:
 
 
 def distribution_alignment(start: beam.PCollection, job: Job) -> beam.PCollection:
-    """Stage 3. Slim rows and fp16 embeddings, no images: how often each survivor stands in the training subset."""
+    """Stage 3: computes from slim rows and fp16 embeddings how often the training subset contains each survivor."""
     settings, seed, layout = job.recipe.distribution_alignment, job.recipe.seed, job.layout
     work = WorkFolder(layout.alignment_work)
 
@@ -228,7 +230,7 @@ def distribution_alignment(start: beam.PCollection, job: Job) -> beam.PCollectio
         }
         | "Gather shard" >> beam.CoGroupByKey()
         | "Write decisions" >> beam.ParDo(WriteDecisions(layout, job.recipe), AsSingleton(thresholds))
-        | "Add tallies" >> beam.CombineGlobally(add_tallies)
+        | "Add outcome counts" >> beam.CombineGlobally(add_counts)
         | "Write funnel" >> beam.ParDo(WriteFunnel(layout, job.recipe))
     )
     done = (
@@ -241,7 +243,7 @@ def distribution_alignment(start: beam.PCollection, job: Job) -> beam.PCollectio
 
 
 Graph = Callable[[beam.PCollection, Job], beam.PCollection]
-"""From one element, with which it starts, to elements that are all there when its work is done."""
+"""A function that adds a stage after `start`, a single element. Its output is complete when the stage is done."""
 
 GRAPHS: dict[str, Graph] = {
     SINGLE_MODALITY: single_modality,
@@ -251,8 +253,11 @@ GRAPHS: dict[str, Graph] = {
 
 
 def all_stages(start: beam.PCollection, job: Job) -> beam.PCollection:
-    """The three graphs as one. Each starts when the one before it is done with the whole pool, and looks at tables only
-    then; so what is computed, and what is resumed, is as with three jobs."""
+    """The three graphs as one.
+
+    Each starts when the previous one has finished the complete pool, and reads tables only then. It therefore computes
+    and resumes exactly as three jobs do.
+    """
     for stage in STAGES:
         done = start | stage.replace("_", " ").capitalize() >> _Stage(stage, job)
         start = done | f"After {stage}" >> beam.combiners.Count.Globally()
@@ -260,7 +265,7 @@ def all_stages(start: beam.PCollection, job: Job) -> beam.PCollection:
 
 
 class _Stage(beam.PTransform):
-    """A stage's graph as one step."""
+    """The graph of a stage as one step."""
 
     def __init__(self, stage: str, job: Job) -> None:
         super().__init__()
@@ -271,19 +276,19 @@ class _Stage(beam.PTransform):
 
 
 def build(graph: Graph, pipeline: beam.Pipeline, job: Job) -> None:
-    """Put a graph into an empty pipeline."""
+    """Add a graph to an empty pipeline."""
     _ = graph(pipeline | "Start" >> beam.Impulse(), job)
 
 
 def _barrier() -> beam.PTransform:
-    """Nothing after it starts on a shard before that shard's table is written."""
+    """Return a step that breaks fusion, so that later steps start on a shard only after its table is written."""
     return beam.Reshuffle()
 
 
 def _with_features(shard: Shard, features: FeatureCache, pool_wide: PoolWideCache) -> Shard:
     shard = Shard(*shard)
     if not (features.is_complete(shard) and pool_wide.is_complete(shard)):
-        raise Incomplete(f"shard {shard.name}: has no features for this recipe; run stage {SINGLE_MODALITY} first")
+        raise Incomplete(f"shard {shard.name}: no features for this recipe; run stage {SINGLE_MODALITY} first")
     return shard
 
 
@@ -291,11 +296,13 @@ def _with_scores(
     shard: Shard, features: FeatureCache, pool_wide: PoolWideCache, scores: ScoreCache
 ) -> Shard:
     shard = _with_features(shard, features, pool_wide)
+    if not scores.has_scores(shard):
+        raise Incomplete(f"shard {shard.name}: no table of scores yet; run stage {CROSS_MODALITY} first")
     missing = scores.count_wanted(shard)
-    if missing or not scores.is_begun(shard):
+    if missing:
         raise Incomplete(
-            f"shard {shard.name}: {missing} samples have no score that this recipe needs, or it has no table of scores "
-            f"yet; run stage {CROSS_MODALITY} first"
+            f"shard {shard.name}: {missing} samples lack a score that this recipe needs; "
+            f"run stage {CROSS_MODALITY} first"
         )
     return shard
 

@@ -1,1 +1,1 @@
-"""The rules of the recipe: pure functions, each beside the PTransform that wires it."""
+"""The rules of the recipe: pure functions, each next to the PTransform that wires it."""

@@ -1,5 +1,4 @@
-"""Columns of many samples at once, as numpy arrays: what crosses a shuffle where one sample by itself would cost
-several times its bytes."""
+"""Columns of many samples as numpy arrays. They cross a shuffle in a fraction of the bytes that single samples need."""
 
 from __future__ import annotations
 
@@ -19,29 +18,29 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Columns:
-    """Equally long arrays, the fields of a dataclass; element i of each belongs to sample i."""
+    """Base class of dataclasses whose fields are arrays of equal length. Element i of each belongs to sample i."""
 
     def columns(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Each array with its name."""
+        """Yield each array with its name."""
         return ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(next(self.columns())[1])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Plain bytes take a fifth of what a small numpy array does by itself.
+        # Plain bytes take a fifth of the space of a small pickled numpy array.
         return _restored, (type(self), *(_plain(column) for _, column in self.columns()))
 
     def take(self, rows: Any) -> Self:
-        """The samples at `rows`: a slice, a mask or indices."""
+        """Return the samples at `rows`: a slice, a mask or indices."""
         return type(self)(**{name: column[rows] for name, column in self.columns()})
 
     def without(self, *names: str) -> Self:
-        """The same with zeros in the columns of these names, which are of no use any more: sent, they take nothing."""
+        """Return a copy with zeros in the named columns, which then take almost no space in a shuffle."""
         return dataclasses.replace(self, **{name: np.zeros_like(getattr(self, name)) for name in names})  # type: ignore[type-var]
 
     def groups(self, keys: np.ndarray) -> Iterator[tuple[Any, Self]]:
-        """The samples of each key in turn, keys ascending; samples of one key keep their order."""
+        """Yield each key with its samples. Keys ascend; samples of one key keep their order."""
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
         starts = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
@@ -50,16 +49,16 @@ class Columns:
 
     @classmethod
     def joined(cls, parts: Iterable[Self]) -> Self:
-        """All samples of `parts`, at least one part, one after another."""
+        """Concatenate `parts`, of which there must be at least one."""
         columns = zip(*(part.columns() for part in parts), strict=True)
         return cls(**{column[0][0]: np.concatenate([array for _, array in column]) for column in columns})
 
 
 def _plain(column: np.ndarray) -> tuple[str, tuple[int, ...], tuple[int, ...], Any]:
-    """dtype, shape, shape of what is sent, and that: one row where all rows are alike."""
+    """Return dtype, shape, shape of the sent rows, and their content. If all rows are equal, only one is sent."""
     if column.dtype == object:
         return column.dtype.str, column.shape, column.shape, column.tolist()
-    is_one_value = column.dtype.kind != "f" and (column == column[:1]).all()  # 0.0 and -0.0 are two
+    is_one_value = column.dtype.kind != "f" and (column == column[:1]).all()  # because 0.0 equals -0.0
     sent = column[:1] if is_one_value else column
     return column.dtype.str, column.shape, sent.shape, sent.tobytes()
 
@@ -74,24 +73,28 @@ def _array(dtype: str, shape: tuple[int, ...], sent_shape: tuple[int, ...], sent
 
 
 def bucket_count(shards: int) -> int:
-    """Into how many buckets a pool of so many shards is grouped: of some hundred thousand samples each (our choice).
-    No outcome hangs on it."""
+    """Return the number of buckets for a pool of `shards` shards.
+
+    A bucket holds some hundred thousand samples (our choice). The results do not depend on the number.
+    """
     return min(_MAX_BUCKETS, 1 << (shards // _BUCKET_SHARDS).bit_length())
 
 
 def buckets_of(column: np.ndarray, count: int) -> np.ndarray:
-    """int64 (n,) below `count`: the bucket of each value of a column, uint64 or bytes of a multiple of 8."""
+    """Return the bucket of each value, int64 (n,) below `count`. `column` is uint64, or bytes of a multiple of 8."""
     mixed = np.zeros(len(column), np.uint64)
     for word in np.ascontiguousarray(column).view(np.uint64).reshape(len(column), column.itemsize // 8).T:
         mixed ^= word
-        for _ in range(2):  # all bits of the value come to all bits of the mix
+        for _ in range(2):  # so that every bit of the value affects every bit of the mix
             mixed = (mixed ^ mixed >> np.uint64(32)) * _MIX
     return ((mixed ^ mixed >> np.uint64(32)) % np.uint64(count)).astype(np.int64)
 
 
 class Part(beam.DoFn):
-    """Columns -> (key, Columns), by the keys that `keys_of` gives their rows (whole numbers or text as bytes). What
-    comes in one bundle is joined first, because many small parts cost more than few large ones."""
+    """Columns -> (key, Columns): splits rows by the keys that `keys_of` returns for them (integers, or text as bytes).
+
+    The elements of a bundle are joined first, because many small parts cost more than a few large ones.
+    """
 
     def __init__(self, keys_of: Callable[[Any], np.ndarray]) -> None:
         self._keys_of = keys_of

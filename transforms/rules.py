@@ -46,7 +46,7 @@ class ActiveRule(NamedTuple):
 def rules_of(recipe: Recipe, stage: str, thresholds: Thresholds | None = None) -> list[ActiveRule]:
     """The rules of one stage that are on, in the recipe's order.
 
-    `thresholds` holds what each `keep_fraction` amounts to over this pool. Raises KeyError where one is missing.
+    `thresholds` holds what each `keep_fraction` amounts to over this pool. Raises KeyError if one is missing.
     """
     return [ActiveRule(rule, _in_force(rule, recipe, thresholds or {})) for rule in recipe.rules_of(stage)]
 

@@ -39,7 +39,7 @@ def estimate(
     ] = None,
     funnel: Annotated[
         str | None,
-        typer.Option("--funnel", metavar="FILE", help="funnel.json of an earlier run, for what each rule keeps."),
+        typer.Option("--funnel", metavar="FILE", help="funnel.json of an earlier run, for what each rule drops."),
     ] = None,
     measured: Annotated[
         str | None,
@@ -66,7 +66,7 @@ def estimate(
 ) -> None:
     """Estimate hours, cost and storage of a run on Dataflow.
 
-    Also the machines and the bytes through shuffles. Each figure names its source.
+    Also estimates the machines and the shuffled bytes. Each figure names its source.
 
     \b
     Examples:
@@ -91,7 +91,7 @@ def estimate(
 
 def launch(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="Path of the recipe. A local one is uploaded beside the templates.")
+        str, typer.Argument(metavar="RECIPE", help="Path of the recipe. A local one is uploaded next to the templates.")
     ],
     pool: GsPool,
     output: GsOutput,
@@ -108,7 +108,7 @@ def launch(
         bool, typer.Option("--follow", help="Report progress until the end. Ctrl-C leaves the job running.")
     ] = False,
     poll_seconds: Annotated[
-        float, typer.Option(min=0.01, metavar="N", help="Seconds between two queries of --follow.")
+        float, typer.Option(min=0.01, metavar="N", help="Polling interval of --follow in seconds.")
     ] = 20.0,
     keep_versions: KeepVersions = KEPT_VERSIONS,
     dry_run: DryRun = False,
@@ -155,7 +155,7 @@ def schedule(
         str | None, typer.Option(metavar="DAY HH:MM", help='Run once a week, for example "Mon 03:00".')
     ] = None,
     cron: Annotated[
-        str | None, typer.Option(metavar="CRON", help='Run by a cron rule, for example "0 3 * * 1".')
+        str | None, typer.Option(metavar="CRON", help='Run on a cron schedule, for example "0 3 * * 1".')
     ] = None,
     time_zone: Annotated[str, typer.Option(metavar="NAME", help="Time zone of --weekly and --cron.")] = "Etc/UTC",
     keep_versions: KeepVersions = KEPT_VERSIONS,

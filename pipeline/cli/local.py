@@ -40,7 +40,7 @@ def demo(
 
 
 def validate(recipe: RecipePath, as_json: Json = False) -> None:
-    """Check a recipe and report every fault with its place.
+    """Check a recipe and report every fault with its path.
 
     Each line names the setting, the value and what is allowed. Exit status 2 if there are faults.
 

@@ -24,7 +24,7 @@ LaunchSettings = Annotated[
     ),
 ]
 KeepVersions = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Number of past results to keep, the newest included.")
+    int, typer.Option(min=1, metavar="N", help="Number of past results to keep, including the newest.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the requests and send none. Needs no credentials.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]

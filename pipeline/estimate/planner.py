@@ -31,7 +31,7 @@ FP16 = Quantity.constant(2, "bytes/value")
 
 
 def estimate(question: Question) -> Plan:
-    """The plan. Raises CannotEstimate where a figure is missing or has a wrong unit."""
+    """The plan. Raises CannotEstimate if a figure is missing or has a wrong unit."""
     try:
         return _Planner(question).plan()
     except UnitError as error:
@@ -46,7 +46,7 @@ class _Planner:
     # Figures: each method adds one to the plan and returns it as a quantity.
 
     def known(self, name: str, missing: str | None = None) -> Quantity:
-        """An input figure by its name. Raises CannotEstimate with the message `missing` where there is none."""
+        """An input figure by its name. Raises CannotEstimate with the message `missing` if there is none."""
         figure = self.asked.known.get(name)
         if figure is None:
             raise CannotEstimate(

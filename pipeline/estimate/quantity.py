@@ -78,7 +78,7 @@ class Quantity:
         return Quantity(function(self.value, right.value), unit, formula, _sources(self, right), precedence)
 
     def _within(self, precedence: int) -> str:
-        """The formula as an operand, in parentheses where it binds less tightly than `precedence`."""
+        """The formula as an operand, in parentheses if it binds less tightly than `precedence`."""
         return self.formula if self.precedence >= precedence else f"({self.formula})"
 
 

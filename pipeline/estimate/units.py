@@ -65,7 +65,7 @@ class Unit:
         return f"{above or 1}/{below}" if below else above or "no unit"
 
     def convert(self, value: float, to: Unit) -> float:
-        """`value` of this unit in the unit `to`. Raises UnitError where they measure different things."""
+        """`value` of this unit in the unit `to`. Raises UnitError if they measure different things."""
         dimensions: Counter[str] = Counter()
         multiply, divide = 1, 1
         for word, power in (self / to).powers:

@@ -1,4 +1,4 @@
-"""What a reader of a plan must know beside its figures."""
+"""What a reader of a plan must know besides its figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
 """Defaults of the command line that concern an output folder. This module imports nothing, so `--help` starts fast."""
 
 KEPT_VERSIONS = 3
-"""Number of versions of the results to keep, the newest included."""
+"""Number of versions of the results to keep, including the newest."""

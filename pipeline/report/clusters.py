@@ -121,7 +121,7 @@ def _bars(axes: Axes, table: _Table) -> np.ndarray:
     for centre, top, ratio in zip(centres, tops, table.after / table.before, strict=True):
         axes.annotate(_times(ratio), (centre, top), (0, 3), textcoords="offset points", ha="center", fontsize=7)
     axes.margins(x=0.01, y=0.1)
-    axes.set_ylabel("share of the whole (×: after / before)")
+    axes.set_ylabel("share of the total (×: after / before)")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xticks(centres, [str(cluster) for cluster in table.cluster])
     _legend(axes, [before, after, aim])

@@ -91,7 +91,7 @@ def _check_earlier_stages(stages: list[str], job: graphs.Job) -> None:
     is_complete: dict[str, Callable[[Shard], bool]] = {
         SINGLE_MODALITY: lambda shard: features.is_complete(shard) and over_pool.is_complete(shard),
         # Which scores are needed depends on stage 1, which may be about to run.
-        CROSS_MODALITY: scores.is_begun if SINGLE_MODALITY in stages else scores.is_complete,
+        CROSS_MODALITY: scores.has_scores if SINGLE_MODALITY in stages else scores.is_complete,
     }
     for stage in TABLE_OF:
         if stage in stages or STAGES.index(stage) > last:

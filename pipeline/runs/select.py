@@ -61,7 +61,7 @@ def select(
         )
     with only_writer(layout):
         if _newest_run(layout) != (earlier, shards):
-            raise UsageError(f"{output}: another run has just ended there; give the same command again")
+            raise UsageError(f"{output}: another run has just ended there; run the same command again")
         try:
             aside = _pool_wide_aside(job, beam_options)
             missing = _missing(aside, beam_options)
@@ -69,7 +69,7 @@ def select(
                 raise UsageError(
                     f"{output}: {missing} samples have no score that this recipe needs; compute them: {command}"
                 )
-            unscored = files.each(output, aside.score_cache.is_begun, shards).count(False)
+            unscored = files.each(output, aside.score_cache.has_scores, shards).count(False)
             if unscored:  # shards of which no sample is kept
                 raise UsageError(
                     f"{output}: {unscored} of {len(shards)} shards have no scores yet; compute them: {command}"

@@ -1,4 +1,4 @@
-"""Decisions: one row per judged uid, and the tally that the funnel is made of."""
+"""Decisions: one row per judged uid, and the outcome counts from which the funnel is computed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import apache_beam as beam
 from pipeline.output_folder import tables
 from pipeline.output_folder.accounting import Unaccounted, reconcile
 from pipeline.output_folder.layout import POOL_WIDE, Layout
-from pipeline.output_folder.pending import as_asked
-from transforms.core import catalogue
-from transforms.core import metrics as work
+from pipeline.output_folder.pending import restrict_to_recipe
+from transforms.core import catalogue, metrics
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe
 from transforms.core.records import Annotation, DeadLetter
 from transforms.distribution_alignment.records import Placement, Placements
@@ -25,8 +24,8 @@ DEAD_LETTER_STEPS = (SINGLE_MODALITY, POOL_WIDE, CROSS_MODALITY)
 
 IN, DROPPED, DEAD, SURVIVORS, SAMPLES, COPIES = "in", "dropped", "dead_letters", "survivors", "samples", "copies"
 NOT_ASKED, SMALLER_BATCHES = "not_asked", "smaller_batches"
-Tally = dict[tuple[str, str], int]
-"""Counts by (what, rule or reason); what has no finer name is under ""."""
+OutcomeCounts = dict[tuple[str, str], int]
+"""Counts by (outcome, rule or reason); the second is "" for outcomes without one."""
 
 
 def decide(
@@ -36,10 +35,10 @@ def decide(
     recipe: Recipe,
     thresholds: Thresholds,
 ) -> list[dict[str, Any]]:
-    """The decision rows of one shard: a pure function of its annotations, their placements and the recipe.
+    """Return the decision rows of one shard: a pure function of its annotations, their placements and the recipe.
 
-    `unjudged` holds the keys that are dead letters of stage 2. Raises Unaccounted where a sample that no rule dropped
-    has no placement, one that was dropped has, or a placement is nobody's.
+    `unjudged` holds the keys of stage 2's dead letters. Raises Unaccounted if a surviving sample has no placement, a
+    dropped sample has one, or a placement belongs to no sample of the shard.
     """
     placements = dict(placements)
     local = rules_of(recipe, SINGLE_MODALITY)
@@ -54,7 +53,7 @@ def decide(
         placement = placements.pop(annotation.uid, None)
         if (dropped_by is None) != (placement is not None):
             where = f"{annotation.uid} ({annotation.key!a} of shard {annotation.shard})"
-            raise Unaccounted(f"{where}: dropped by {dropped_by}, yet its placement is {placement}")
+            raise Unaccounted(f"{where}: dropped by {dropped_by}, but its placement is {placement}")
         row = tables.annotation_row(annotation)
         row.update(dropped_by=dropped_by, copies=0)
         if placement is not None:
@@ -68,17 +67,17 @@ def decide(
             row["dropped_by"] = first_failing(final, aligned)
         rows.append(row)
     if placements:
-        raise Unaccounted(f"placed, yet not in the shard or not judged: {', '.join(sorted(placements)[:3])}")
+        raise Unaccounted(f"placed, but not in the shard or not judged: {', '.join(sorted(placements)[:3])}")
     return rows
 
 
 def _later_models() -> dict[str, str]:
-    """The models that run after flipped CLIP, with the columns of their scores."""
+    """Return the models that run after flipped CLIP, with the columns of their scores."""
     return {score.name: score.value for score in catalogue.model_scores()[1:] if score.value}
 
 
-def tally(rows: Iterable[dict[str, Any]], letters: Iterable[DeadLetter]) -> Tally:
-    """What became of a shard's samples."""
+def count_outcomes(rows: Iterable[dict[str, Any]], letters: Iterable[DeadLetter]) -> OutcomeCounts:
+    """Count the outcomes of a shard's samples."""
     counts: Counter[tuple[str, str]] = Counter()
     for row in rows:
         counts[(DROPPED, row["dropped_by"]) if row["dropped_by"] else (SURVIVORS, "")] += 1
@@ -91,31 +90,29 @@ def tally(rows: Iterable[dict[str, Any]], letters: Iterable[DeadLetter]) -> Tall
 
 
 class WriteDecisions(beam.DoFn):
-    """(shard name, its placements) -> Tally, once the shard's decisions are written."""
+    """(shard name, its placements) -> OutcomeCounts, after the shard's decisions are written."""
 
     PLACEMENTS, SHARDS = "placements", "shards"
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         self._layout, self._recipe = layout, recipe
 
-    def process(self, group: tuple[str, dict[str, Any]], thresholds: Thresholds) -> Iterator[Tally]:
+    def process(self, group: tuple[str, dict[str, Any]], thresholds: Thresholds) -> Iterator[OutcomeCounts]:
         shard, groups = group
         letters = {
             step: tables.read_dead_letters(self._layout.dead_letters(step, shard)) for step in DEAD_LETTER_STEPS
         }
         rules = rules_of(self._recipe, SINGLE_MODALITY)
         rows = decide(
-            (as_asked(annotation, self._recipe, rules) for annotation in tables.read_annotations(self._layout, shard)),
-            _by_uid(groups[self.PLACEMENTS]),
-            {letter.key for letter in letters[CROSS_MODALITY]},
-            self._recipe,
+            (restrict_to_recipe(annotation, self._recipe, rules) for annotation in tables.read_annotations(self._layout,
+            shard)), _by_uid(groups[self.PLACEMENTS]), {letter.key for letter in letters[CROSS_MODALITY]}, self._recipe,
             thresholds,
         )
-        # A sample that stage 1 drops is not asked for, and what broke when it was is nothing to this recipe.
+        # This recipe does not score samples that stage 1 drops, so failures of their models in other runs are ignored.
         judged = {row["key"] for row in rows}
         letters[CROSS_MODALITY] = [letter for letter in letters[CROSS_MODALITY] if letter.key not in judged]
-        counts = tally(rows, (letter for step in letters.values() for letter in step))
-        # Counted on its own from what stage 1 saw, so that the sum below can really fail.
+        counts = count_outcomes(rows, (letter for step in letters.values() for letter in step))
+        # Counted independently, from the samples that stage 1 read, so that the check below can fail.
         seen = [row["uid"] for row in tables.read_table(self._layout.single_modality(shard), ["uid"])]
         later = (letter.uid for step, found in letters.items() if step != SINGLE_MODALITY for letter in found)
         reconcile(f"decisions of shard {shard}", seen, [*(row["uid"] for row in rows), *later], "uids")
@@ -124,20 +121,20 @@ class WriteDecisions(beam.DoFn):
         counts |= {(SMALLER_BATCHES, rule): 1 for rule in halvings}
         _reconcile(shard, counts)
         tables.write_table(self._layout.decisions(shard), rows, tables.decisions_schema(self._recipe))
-        _count(counts)
+        _update_metrics(counts)
         yield counts
 
 
-def _count(counts: Tally) -> None:
-    """Raise the funnel's counters by a shard's tally."""
-    names = {IN: work.FUNNEL_IN, SURVIVORS: work.FUNNEL_SURVIVORS, SAMPLES: work.FUNNEL_SAMPLES}
-    names |= {COPIES: work.FUNNEL_COPIES}
-    named = {DROPPED: work.funnel_dropped, DEAD: work.funnel_dead_letters}
+def _update_metrics(counts: OutcomeCounts) -> None:
+    """Add a shard's counts to the funnel's metrics."""
+    names = {IN: metrics.FUNNEL_IN, SURVIVORS: metrics.FUNNEL_SURVIVORS, SAMPLES: metrics.FUNNEL_SAMPLES}
+    names |= {COPIES: metrics.FUNNEL_COPIES}
+    named = {DROPPED: metrics.funnel_dropped, DEAD: metrics.funnel_dead_letters}
     for (what, rule), count in counts.items():
         if what in names:
-            work.counter(names[what]).inc(count)
+            metrics.counter(names[what]).inc(count)
         elif what in named:
-            work.counter(named[what](rule)).inc(count)
+            metrics.counter(named[what](rule)).inc(count)
 
 
 def _by_uid(placements: Iterable[Placements]) -> dict[str, Placement]:
@@ -148,23 +145,23 @@ def _by_uid(placements: Iterable[Placements]) -> dict[str, Placement]:
     return found
 
 
-def _reconcile(where: str, counts: Tally) -> None:
+def _reconcile(where: str, counts: OutcomeCounts) -> None:
     """Raise Unaccounted unless in = dropped + survivors + dead letters."""
     explained = sum(n for (what, _), n in counts.items() if what in (DROPPED, SURVIVORS, DEAD))
     if counts.get((IN, ""), 0) != explained:
         raise Unaccounted(f"{where}: {counts.get((IN, ''), 0)} in, but {explained} dropped, kept or dead-lettered")
 
 
-def add_tallies(tallies: Iterable[Tally]) -> Tally:
-    """The sum of tallies; whole numbers, so their order cannot matter."""
+def add_counts(counts: Iterable[OutcomeCounts]) -> OutcomeCounts:
+    """Return the sum of counts. They are integers, so the order does not matter."""
     total: Counter[tuple[str, str]] = Counter()
-    for counts in tallies:
-        total.update(counts)
+    for part in counts:
+        total.update(part)
     return dict(total)
 
 
-def funnel(total: Tally, recipe: Recipe) -> dict[str, Any]:
-    """The content of funnel.json: per rule in = kept + dropped, rule by rule in the order they are applied."""
+def funnel(total: OutcomeCounts, recipe: Recipe) -> dict[str, Any]:
+    """Return the content of funnel.json: for each rule in = kept + dropped, in the order in which rules are applied."""
     _reconcile("the pool", total)
     letters = {reason: n for (what, reason), n in sorted(total.items()) if what == DEAD}
     steps = [rule for stage in STAGES for rule in recipe.rules_of(stage)]
@@ -181,19 +178,19 @@ def funnel(total: Tally, recipe: Recipe) -> dict[str, Any]:
         "survivors": total.get((SURVIVORS, ""), 0),
         "samples": total.get((SAMPLES, ""), 0),
         "copies": total.get((COPIES, ""), 0),
-        # scored by flipped CLIP, and then spared a dearer model by the cascade
+        # scored by flipped CLIP, after which the cascade skipped a more expensive model
         NOT_ASKED: {m: total.get((NOT_ASKED, m), 0) for m in _later_models() if getattr(recipe.cross_modality, m)},
-        # shards scored again at smaller batch shapes, because the GPU had too little memory
+        # shards scored again at smaller batch shapes, because GPU memory ran out
         **({SMALLER_BATCHES: smaller} if smaller else {}),
     }
 
 
 class WriteFunnel(beam.DoFn):
-    """Tally of the whole pool -> funnel.json."""
+    """OutcomeCounts of the complete pool -> funnel.json."""
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         self._layout, self._recipe = layout, recipe
 
-    def process(self, total: Tally) -> Iterator[str]:
+    def process(self, total: OutcomeCounts) -> Iterator[str]:
         files.write_json(self._layout.funnel, funnel(total, self._recipe))
         yield self._layout.funnel

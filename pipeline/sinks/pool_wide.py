@@ -1,4 +1,4 @@
-"""The pool-wide columns of each shard, written beside its features."""
+"""Writes the pool-wide columns of each shard next to its features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from transforms.single_modality.pool_wide import PoolRows
 
 
 class WritePoolWide(beam.PTransform):
-    """{shards, rows, dead letters} -> the table of every shard (also of one without rows), in tar order."""
+    """{shards, rows, dead letters} -> names of the shards, each with its table written in tar order.
+
+    Shards without rows get an empty table.
+    """
 
     SHARDS, ROWS, DEAD_LETTERS = "shards", "rows", "dead_letters"
 

@@ -1,4 +1,4 @@
-"""The end of each per-shard stage: one table and one file of dead letters per shard, written inside the fused stage."""
+"""The last step of a per-shard stage: writes a table and a file of dead letters for each shard, in the fused stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transforms.storage import files
 
 
 class UnfusedStage(RuntimeError):
-    """A shard's batches did not reach the writer in order: the runner did not fuse read, annotate and write."""
+    """The batches of a shard reached the writer out of order: the runner did not fuse read, annotate and write."""
 
 
 class TableBuilder(Protocol):
@@ -34,11 +34,11 @@ class TableBuilder(Protocol):
 
 
 class WriteShardTable(beam.DoFn):
-    """SampleBatch -> Shard, once its table is written.
+    """SampleBatch -> Shard, after its table is written.
 
-    Gathers a shard's rows (slim ones, no pixels) and writes them when its last batch has come. That holds because a
-    fused stage hands the batches of one shard through in order; where a runner breaks the fusion, UnfusedStage is
-    raised, and where a sample got lost on the way, Unaccounted; then nothing is written.
+    Collects the slim rows of a shard, without pixels, and writes them after its last batch. This relies on a fused
+    stage, which passes the batches of a shard in order. Raises UnfusedStage if the runner breaks the fusion, and
+    Unaccounted if a sample is missing; then nothing is written.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class WriteShardTable(beam.DoFn):
         self._letters: list[DeadLetter] = []
 
     def process(self, batch: SampleBatch) -> Iterator[Shard]:
-        if batch.attempt.out_of_memory:  # the reader starts this shard again
+        if batch.attempt.out_of_memory:  # the reader will start this shard again
             self.start_bundle()
             return
         if self._shard is None:
             self._shard = batch.shard
         if batch.shard != self._shard or batch.index != self._next_index:
             raise UnfusedStage(
-                f"batch {batch.index} of shard {batch.shard.name} came where batch {self._next_index} of "
-                f"{self._shard.name} was due; run this stage on a runner that fuses it"
+                f"got batch {batch.index} of shard {batch.shard.name}; expected batch {self._next_index} of "
+                f"{self._shard.name}; run this stage on a runner that fuses it"
             )
         self._next_index += 1
         self._rows += [tables.annotation_row(sample.annotation) for sample in batch]
@@ -82,7 +82,7 @@ class WriteShardTable(beam.DoFn):
         shard = last.shard
         reconcile_shard(shard, self._builder.stage, last.due, self._rows, self._letters)
         table = self._builder.table(shard, self._rows, self._letters, last.attempt.halvings)
-        # Dead letters first: the table's presence is what says that the shard is finished.
+        # Dead letters first, because the presence of the table means that the shard is finished.
         tables.write_dead_letters(self._layout.dead_letters(self._builder.stage, shard.name), table.dead_letters)
         path = self._path_of(self._layout, shard.name)
         known_before = len(table.rows) + len(table.dead_letters) - len(self._rows) - len(self._letters)
@@ -100,6 +100,6 @@ class WriteShardTable(beam.DoFn):
         assert self._shard is not None
         path = self._layout.progress(self._builder.stage, self._shard.name)
         files.make_folder(path.rsplit("/", 1)[0])
-        # What is only shown fails nothing: that the disk is full is told by the table that cannot be written.
+        # Progress is only displayed, so errors are ignored. If the disk is full, writing the table reports it.
         with contextlib.suppress(OSError), open(path, "w") as file:
             file.write(f"{len(self._rows) + len(self._letters)}{done}")

@@ -1,4 +1,4 @@
-"""Reading what earlier stages left: slim rows for the passes over the whole pool."""
+"""Reads the tables of earlier stages: slim rows for the passes over the complete pool."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from apache_beam.pvalue import AsSingleton
 
 from pipeline.output_folder import tables
 from pipeline.output_folder.layout import Layout
-from pipeline.output_folder.pending import as_asked
+from pipeline.output_folder.pending import restrict_to_recipe
 from transforms.core.catalogue import rules_of_stage
 from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY, Recipe
 from transforms.core.records import Annotation, Shard
@@ -25,18 +25,18 @@ from transforms.single_modality.pool_wide import PoolRows
 
 
 class MissingScores(ValueError):
-    """Samples that a rule has to judge and that were never scored."""
+    """A sample that a rule has to judge was never scored."""
 
 
 def count_samples(shard: Shard, layout: Layout) -> int:
-    """The samples of a shard: those with features, and those that broke before."""
+    """Return the number of samples of a shard: those with features, and dead letters of stage 1."""
     name = Shard(*shard).name
     letters = tables.read_dead_letters(layout.dead_letters(SINGLE_MODALITY, name))
     return len(tables.read_table(layout.single_modality(name), ["uid"])) + len(letters)
 
 
 class ReadPoolRows(beam.PTransform):
-    """PCollection[Shard] -> PCollection[PoolRows], those of a shard at a time."""
+    """PCollection[Shard] -> PCollection[PoolRows], one element for each shard that has rows."""
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__()
@@ -76,10 +76,10 @@ class _ReadPoolRows(beam.DoFn):
 
 
 class ReadThresholds(beam.PTransform):
-    """PCollection[Shard] -> one `Thresholds`: the score that each `keep_fraction` amounts to.
+    """PCollection[Shard] -> one `Thresholds`: the score that corresponds to each `keep_fraction`.
 
-    A fraction is taken of the samples that stage 1 keeps and that pass the rules whose models run before, whatever the
-    order of the rules in the recipe, because only those are scored.
+    The fraction refers to the samples that stage 1 keeps and that pass the rules whose models run earlier, because only
+    these are scored. The order of the rules in the recipe does not matter.
     """
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
@@ -107,7 +107,7 @@ def _with_threshold(thresholds: Thresholds, rule: str, found: float | None) -> T
 
 
 class _ReadScores(beam.DoFn):
-    """The scores of one rule, over the samples that stage 1 and the earlier models keep."""
+    """Yields the scores of one rule for the samples that stage 1 and the earlier models keep."""
 
     def __init__(self, layout: Layout, recipe: Recipe, rule: str) -> None:
         self._layout, self._recipe, self._rule = layout, recipe, rule
@@ -117,7 +117,7 @@ class _ReadScores(beam.DoFn):
         index = names.index(self._rule)
         value = rules_of_stage(CROSS_MODALITY)[index].value
         assert value is not None
-        # A rule whose threshold is not known yet, this one included, drops nothing here.
+        # A rule whose threshold is not known yet, including this one, drops nothing here.
         reaching = {**dict.fromkeys(names, KEEP_ALL), **thresholds}
         for annotation in _survivors(
             self._layout, self._recipe, Shard(*shard), reaching, earlier_than=index
@@ -136,13 +136,13 @@ def _survivors(
     with_embeddings: bool = False,
     earlier_than: int | None = None,
 ) -> Iterator[Annotation]:
-    """The scored samples of a shard that no rule of stages 1 and 2 drops. Raises MissingScores."""
+    """Yield the scored samples of a shard that no rule of stages 1 and 2 drops. Raises MissingScores."""
     rules = rules_of(recipe, SINGLE_MODALITY)
     earlier = {rule.name for rule in rules_of_stage(CROSS_MODALITY)[:earlier_than]}
     scored = [rule for rule in rules_of(recipe, CROSS_MODALITY, thresholds) if rule.name in earlier]
     broken = {letter.key for letter in tables.read_dead_letters(layout.dead_letters(CROSS_MODALITY, shard.name))}
     for known in tables.read_annotations(layout, shard.name, with_embeddings=with_embeddings):
-        annotation = as_asked(known, recipe, rules)
+        annotation = restrict_to_recipe(known, recipe, rules)
         if annotation.key in broken or first_failing(annotation, rules) is not None:
             continue
         missing = unscored(annotation, recipe.cross_modality)
@@ -153,8 +153,10 @@ def _survivors(
 
 
 class ReadCandidates(beam.PTransform):
-    """PCollection[Shard] -> PCollection[CandidateShard]: what stages 1 and 2 keep of each, written as arrays to stage
-    3's work folder, where every later step reads them."""
+    """PCollection[Shard] -> PCollection[CandidateShard].
+
+    Writes the samples that stages 1 and 2 keep to stage 3's work folder as arrays, which all later steps read.
+    """
 
     def __init__(self, layout: Layout, recipe: Recipe, work: WorkFolder, thresholds: beam.PCollection) -> None:
         super().__init__()
@@ -180,8 +182,10 @@ class _ReadCandidates(beam.DoFn):
 
 
 def candidates_of(annotations: Sequence[Annotation]) -> Candidates:
-    """The columns that stage 3 works on, of at least one scored sample. Raises ValueError where a cosine is no number
-    or an embedding has another width than the others."""
+    """Return the columns that stage 3 needs, for at least one scored sample.
+
+    Raises ValueError if a cosine is NaN or the embeddings differ in width.
+    """
     for a in annotations:
         assert a.flipped_clip_cosine is not None and a.embedding is not None  # it was scored
         if math.isnan(a.flipped_clip_cosine):
@@ -190,7 +194,7 @@ def candidates_of(annotations: Sequence[Annotation]) -> Candidates:
     if len(widths) > 1 or min(widths) == 0 or min(widths) % 2:
         raise ValueError(
             f"shard {annotations[0].shard}: embeddings of {min(widths)} to {max(widths)} bytes; allowed: fp16 values, "
-            "two bytes each, equally many for every sample; run stage cross_modality again"
+            "two bytes each, the same number for every sample; run stage cross_modality again"
         )
     embeddings = np.frombuffer(b"".join(a.embedding for a in annotations), "<f2")
     return Candidates(

@@ -86,7 +86,7 @@ def test_temporary_errors_are_retried(store: CloudStorage, bucket: str, status: 
 def test_missing_write_permission_says_what_to_do(store: CloudStorage, bucket: str) -> None:
     path = f"gs://{bucket}/a"
     store.fail(is_write, 403)
-    expected = f"{path}: cannot be written: HTTP status 403: told to fail; give this user the right to write there"
+    expected = f"{path}: cannot be written: HTTP status 403: told to fail; allow this user to write there"
     with pytest.raises(files.WriteFailed, match=re.escape(expected)):
         files.write_bytes(path, b"")
     with pytest.raises(files.WriteFailed, match="gs://no-such/a: cannot be written: HTTP status 404: The spec"):

@@ -126,7 +126,7 @@ def test_a_full_disk(case: Case, reference: Reference, tmp_path: Path, share: fl
     size_bytes = int(sum(path.stat().st_size for path in written) * share)
     message = error_of(Run(case, output, before=functools.partial(fill_disk, size_bytes)))
     assert str(output) in message
-    assert ": cannot be written: No space left on device; make room there, then give the same command again" in message
+    assert ": cannot be written: No space left on device; free space there, then run the same command again" in message
     assert not [path for path in output.rglob("*") if files.is_aside(str(path))]
     finishes_like(case, output, reference)
 
@@ -160,7 +160,7 @@ def test_what_may_not_be_written(
     output = tmp_path / "out"
     message = error_of(Run(case, output, before=functools.partial(deny, names, function)))
     assert message.startswith(f"{output}/{where}")
-    assert ": cannot be written: Permission denied; give this user the right to write there, then give" in message
+    assert ": cannot be written: Permission denied; allow this user to write there, then run" in message
     finishes_like(case, output, reference)
 
 

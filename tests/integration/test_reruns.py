@@ -296,7 +296,7 @@ def test_shards_that_were_never_scored_are_told_also_where_nothing_of_them_is_ke
     with pytest.raises(UsageError, match="3 of 3 shards have no scores yet; compute them: pairsift run"):
         select_from(nothing, output)
     job = dataclasses.replace(job_on(nothing, pool, output), checks_before=True)
-    with pytest.raises(Exception, match="it has no table of scores yet; run stage cross_modality first"):
+    with pytest.raises(Exception, match="no table of scores yet; run stage cross_modality first"):
         run_graph(graphs.distribution_alignment, job, [])
 
 
@@ -375,7 +375,7 @@ def test_a_later_stage_whose_job_comes_too_early_says_which_is_missing(
     recipe_with: Callable[..., Recipe], pool: Path, tmp_path: Path
 ) -> None:
     job = dataclasses.replace(job_on(recipe_with(), pool, tmp_path / "out"), checks_before=True)
-    with pytest.raises(graphs.Incomplete, match=r"shard [abc]: has no features .* run stage single_modality first"):
+    with pytest.raises(graphs.Incomplete, match=r"shard [abc]: no features .* run stage single_modality first"):
         run_graph(graphs.cross_modality, job, [])
     run_graph(graphs.single_modality, job, [])
     with pytest.raises(graphs.Incomplete, match=r"shard [abc]: \d samples have no score .* run stage cross_modality"):

@@ -90,7 +90,7 @@ class Score(Generic[AnySettings]):
     annotator: makes what computes the columns from the settings.
     handler: makes a RunInference handler from the stage's section of the recipe. Stage 2 only.
     preparation: makes the `Preparation` of the handler's inputs from the settings.
-    identity: what the columns depend on beside the settings, such as the hash of a model's file. A change of it makes
+    identity: what the columns depend on besides the settings, such as the hash of a model's file. A change of it makes
         kept columns stale. It is part of the manifest. Raises OSError, ValueError, or LookupError for missing files.
     loads_model: whether `annotator` loads a model, which is counted and timed.
     check: raises ValueError if the settings contradict other sections of the same stage.
@@ -148,7 +148,7 @@ class Score(Generic[AnySettings]):
         return self.provider.partition(" ")[0] == PACKAGE
 
     def identity_of(self, settings: AnySettings) -> dict[str, Any]:
-        """What kept columns depend on beside `settings`; with the package and version where it is not built in."""
+        """What stored columns depend on besides `settings`, with package and version if the score is not built in."""
         found = dict(self.identity(settings)) if self.identity else {}
         return found if self.is_built_in else {**found, "package": self.provider}
 
@@ -179,7 +179,7 @@ class Rule(Score[AnySettings]):
         if not callable(self.keeps):
             raise self._fault("`keeps` must be a function of an annotation and the settings")
         if self.threshold is not None and self.threshold not in self.settings.model_fields:
-            raise self._fault(f"threshold is {self.threshold!r}, which is no setting of {self.settings.__name__}")
+            raise self._fault(f"threshold is {self.threshold!r}, which is not a setting of {self.settings.__name__}")
         if (self.threshold is None) != (self.keeps_if is None):
             raise self._fault("give both `threshold` and `keeps_if`, or neither")
 
@@ -187,7 +187,7 @@ class Rule(Score[AnySettings]):
 def load(entry_points: Iterable[importlib.metadata.EntryPoint]) -> tuple[Score[Any], ...]:
     """The scores and rules that `entry_points` name, by stage, order, and name.
 
-    Raises CatalogueError where one cannot be imported, is no `Score`, or takes the name or a column of another.
+    Raises CatalogueError if one cannot be imported, is not a `Score`, or takes the name or a column of another.
     """
     found = sorted(map(_load, entry_points), key=lambda s: (STAGES.index(s.stage), s.order, s.name))
     owner_of: dict[str, Score[Any]] = {}

@@ -186,7 +186,7 @@ class _SingleModality(StageSettings):
 
 
 def _with_sections(name: str, base: type[StageSettings], stage: str) -> type[StageSettings]:
-    """`base` with a section for each score and rule of the stage. Raises CatalogueError where a name is taken."""
+    """`base` with a section for each score and rule of the stage. Raises CatalogueError if a name is taken."""
     sections: dict[str, Any] = {}
     for score in scores_of(stage):
         if score.name in base.model_fields or hasattr(base, score.name):
@@ -244,7 +244,7 @@ class Recipe(Settings):
         return self
 
     def settings_of(self, score: Score[SectionSettings]) -> SectionSettings | None:
-        """The section of a score or rule; None where it is off."""
+        """The section of a score or rule; None if it is off."""
         return getattr(getattr(self, score.stage), score.name)
 
     def is_on(self, score: Score[Any]) -> bool:

@@ -1,7 +1,7 @@
 """The records that flow through the three graphs. All are immutable, and their fields carry units.
 
-An `Annotation` starts with the pool's data of a sample and gains columns from stage to stage. A column that was never
-computed is None. Tables on disk hold groups of its columns (`pipeline.output_folder.tables`).
+An `Annotation` starts with the pool's data of a sample, and each stage adds columns. A column that was never computed
+is None. Tables on disk hold groups of its columns (`pipeline.output_folder.tables`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ _UID = re.compile(r"[0-9a-f]{32}")
 
 
 class Shard(NamedTuple):
-    """One tar of the pool. `name` is its escaped relative path, safe as a file name; `path` opens it;
-    `fingerprint` (size and modification time, or generation) tells whether it changed."""
+    """One tar of the pool.
+
+    `name` is its escaped relative path, safe as a file name. `path` opens it. `fingerprint` (size and modification
+    time, or generation) shows whether it has changed.
+    """
 
     name: str
     path: str
@@ -30,9 +33,9 @@ class Shard(NamedTuple):
 
 
 class DeadLetter(NamedTuple):
-    """A sample or shard that could not be judged: where, in which stage, a reason code, and the message.
+    """A sample or shard that could not be judged: its place, the stage, a reason code and a message.
 
-    `key` and `uid` are empty where the shard itself is what broke.
+    `key` and `uid` are empty if the shard itself is broken.
     """
 
     shard: str
@@ -46,7 +49,7 @@ class DeadLetter(NamedTuple):
 class Annotation:
     """The slim row of one sample: its uid, shard, key and caption, and the columns computed so far.
 
-    A column is read as an attribute. One that was never computed is None; a name that is no column of the catalogue
+    A column is read as an attribute. A column that was never computed is None; a name that is not in the catalogue
     raises AttributeError. Immutable.
     """
 
@@ -60,7 +63,7 @@ class Annotation:
     def __init__(self, uid: str, shard: str, key: str, caption: str, **columns: Any) -> None:
         unknown = columns.keys() - catalogue.columns().keys()
         if unknown:
-            raise TypeError(f"{min(unknown)} is no column of an annotation")
+            raise TypeError(f"{min(unknown)} is not a column of an annotation")
         put = object.__setattr__
         put(self, "uid", uid)
         put(self, "shard", shard)
@@ -90,11 +93,11 @@ class Annotation:
 
     @property
     def row(self) -> dict[str, Any]:
-        """The identity and the columns that are not None, by name."""
+        """Return the identity and the columns that are not None, by name."""
         return {"uid": self.uid, "shard": self.shard, "key": self.key, "caption": self.caption, **self._columns}
 
     def with_columns(self, **columns: Any) -> Annotation:
-        """A copy with further columns, or with other values of some."""
+        """Return a copy with added or replaced columns."""
         return Annotation(**{**self.row, **columns})
 
 
@@ -104,10 +107,10 @@ def _annotation(row: dict[str, Any]) -> Annotation:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """A sample on its way through one fused stage; it never crosses a shuffle.
+    """A sample within one fused stage; it never crosses a shuffle.
 
-    `metadata` is the pool's json (untrusted); `pixels` are RGB uint8 of shape (height, width, 3). `inputs` is what the
-    models of stage 2 look at, by rule, or the error with which making it failed; it stands in place of the pixels.
+    `metadata` is the pool's JSON (untrusted). `pixels` is RGB uint8 (height, width, 3). `inputs` replaces the pixels in
+    stage 2: the input of each model by rule, or the error that its preparation raised.
     """
 
     annotation: Annotation
@@ -117,11 +120,11 @@ class Sample:
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def annotated(self, **columns: Any) -> Sample:
-        """A copy whose annotation knows more."""
+        """Return a copy with more columns in its annotation."""
         return dataclasses.replace(self, annotation=self.annotation.with_columns(**columns)) if columns else self
 
     def without_input(self, rule: str) -> Sample:
-        """A copy that has let go of what `rule`'s model has looked at."""
+        """Return a copy without the input of `rule`'s model, to free its memory."""
         if rule not in self.inputs:
             return self
         return dataclasses.replace(self, inputs={name: value for name, value in self.inputs.items() if name != rule})
@@ -129,17 +132,19 @@ class Sample:
 
 @dataclasses.dataclass(slots=True)
 class Attempt:
-    """One try at a shard, shared by all its batches. `halvings` says how often each rule's batch shape was halved.
+    """One attempt to process a shard, shared by all its batches.
 
-    The one record that is not frozen: a model that runs out of GPU memory names itself here, and because a fused stage
-    passes its elements by reference, the reader sees it when the batch is through, and starts the shard again.
+    `halvings` counts how often each rule's batch shape was halved.
+
+    The only record that is not frozen: when a model runs out of GPU memory, its rule's name is stored here. A fused
+    stage passes elements by reference, so the reader sees the name after the batch and starts the shard again.
     """
 
     halvings: Mapping[str, int] = dataclasses.field(default_factory=dict)
     out_of_memory: str | None = None
 
     def smaller(self) -> Attempt:
-        """The next try, with the batch shape of the rule that ran out of memory halved."""
+        """Return the next attempt, with the batch shape of the rule that ran out of memory halved."""
         assert self.out_of_memory is not None
         return Attempt({**self.halvings, self.out_of_memory: self.halvings.get(self.out_of_memory, 0) + 1})
 
@@ -148,10 +153,10 @@ class Attempt:
 class SampleBatch:
     """Consecutive samples of one shard, in tar order: the element of the per-shard stages.
 
-    `index` counts a shard's batches from 0 and `last` marks its final one, so that the writer at the end of the
-    fused stage can prove that it saw the whole shard. What broke on the way travels along as dead letters. The last
-    one says in `due` which keys the reader met, or was to find, in the order of the tar: each needs a row or a dead
-    letter.
+    `index` counts the batches of a shard from 0, and `last` marks the final one, so that the writer at the end of the
+    fused stage can verify that it received the complete shard. Samples that failed on the way are dead letters of the
+    batch. In the last batch, `due` lists the keys that the reader found or was to find, in tar order: each needs a row
+    or a dead letter.
     """
 
     shard: Shard
@@ -170,11 +175,11 @@ class SampleBatch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the files, the pixels and the models' inputs that it holds."""
+        """Return the size in bytes of the image files, pixels and model inputs in the batch."""
         return sum(map(_nbytes, self))
 
     def replace(self, samples: tuple[Sample, ...], dead_letters: tuple[DeadLetter, ...] = ()) -> SampleBatch:
-        """The batch with other samples and further dead letters."""
+        """Return the batch with other samples and with additional dead letters."""
         return dataclasses.replace(self, samples=samples, dead_letters=self.dead_letters + dead_letters)
 
 
@@ -185,9 +190,10 @@ def _nbytes(sample: Sample) -> int:
 
 
 class SampleBatchCoder(coders.Coder):
-    """Tells how large a batch is without writing it: Beam asks that of the first of each step, and later of some.
+    """Estimates the size of a batch without encoding it. Beam asks for the size of the first batch of each step, and of
+    some later ones.
 
-    Nothing else of it is used on the way from read to write, which is one fused stage.
+    Its other methods are not used between read and write, because that is one fused stage.
     """
 
     def encode(self, batch: SampleBatch) -> bytes:
@@ -197,7 +203,7 @@ class SampleBatchCoder(coders.Coder):
         return _PICKLE.decode(encoded)
 
     def estimate_size(self, batch: SampleBatch) -> int:
-        """`SampleBatch.nbytes`."""
+        """Return `SampleBatch.nbytes`."""
         return batch.nbytes
 
 
@@ -206,7 +212,7 @@ coders.registry.register_coder(SampleBatch, SampleBatchCoder)
 
 
 def uid_of(shard_name: str, key: str, metadata: Mapping[str, Any]) -> str:
-    """The sample's uid: the pool's own where it is 32 hex digits, else the first 32 hex digits of sha256 of
+    """Return the sample's uid: the pool's own if it is 32 hex digits, else the first 32 hex digits of the sha256 of
     `shard name + "/" + key` (our choice; DataComp's subset files need 128-bit uids)."""
     given = metadata.get("uid")
     if isinstance(given, str) and _UID.fullmatch(given.lower()):
@@ -215,5 +221,5 @@ def uid_of(shard_name: str, key: str, metadata: Mapping[str, Any]) -> str:
 
 
 def dead_letter(annotation: Annotation, stage: str, reason: str, message: str) -> DeadLetter:
-    """A dead letter for one sample."""
+    """Return a dead letter for one sample."""
     return DeadLetter(annotation.shard, annotation.key, annotation.uid, stage, reason, message[:500])

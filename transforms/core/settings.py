@@ -1,4 +1,4 @@
-"""Typed, strict settings in YAML files. All faults are reported at once: where, what was given, what is allowed."""
+"""Typed, strict settings in YAML files. All faults are reported at once, with path, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class _UniqueKeysLoader(yaml.SafeLoader):
 def load_settings(path: str, model: type[AnySettings]) -> AnySettings:
     """The settings at `path` (local or `gs://`).
 
-    Raises SettingsError with every fault at once: where it is, what was given, what is allowed.
+    Raises SettingsError with every fault at once: its path, the value, and what is allowed.
     """
     try:
         content = yaml.load(files.read_bytes(path).decode("utf-8"), _UniqueKeysLoader)

@@ -24,7 +24,7 @@ _ALL = 0xFFFFFFFF
 
 
 def keep_fraction_threshold(scores: np.ndarray, fraction: float) -> float | None:
-    """The threshold for scores (n,) that fit in memory, rounded to float32. None where n = 0."""
+    """The threshold for scores (n,) that fit in memory, rounded to float32. None if n = 0."""
     if not len(scores):
         return None
     descending = np.sort(scores.astype(np.float32))[::-1]
@@ -32,7 +32,7 @@ def keep_fraction_threshold(scores: np.ndarray, fraction: float) -> float | None
 
 
 class KeepFractionThreshold(beam.PTransform):
-    """Scores (with float32 precision) → one element: the threshold, or None where there are no scores."""
+    """Scores (with float32 precision) → one element: the threshold, or None if there are no scores."""
 
     def __init__(self, fraction: float) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def lower_half_at(ordered: int, place: Place | None) -> list[int]:
 
 
 def place_in_upper(counts: Mapping[int, int], fraction: float) -> Place | None:
-    """The place of the threshold, from the counts of the upper halves. None where there are no scores."""
+    """The place of the threshold, from the counts of the upper halves. None if there are no scores."""
     if not counts:
         return None
     return Place(*_from_the_top(counts, _index(sum(counts.values()), fraction)))

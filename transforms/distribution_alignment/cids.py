@@ -55,7 +55,7 @@ def load_tasks(path: str) -> dict[str, np.ndarray]:
 def load_tasks_model(path: str) -> dict[str, Any] | None:
     """The identity (see `models.embedding_identity`) of the model that computed the task centroids at `path`.
 
-    None where the file has no `__model__`. Raises ValueError where it is not an identity.
+    None if the file has no `__model__`. Raises ValueError if it is not an identity.
     """
     with _opened(path) as file:
         if MODEL_KEY not in file.files:
@@ -106,7 +106,7 @@ def task_similarity(centroids: np.ndarray, tasks: Mapping[str, np.ndarray]) -> d
 
     Takes unit vectors: cluster centroids float32 (k, d) and, for each task, float32 (m, d). Returns float64 (k,) for
     each task name. Sums are taken in float64 in a fixed order, so the result does not depend on the number of threads.
-    Raises ValueError where d differs.
+    Raises ValueError if d differs.
     """
     similarities = {}
     for task, vectors in sorted(tasks.items()):
@@ -159,7 +159,7 @@ def likeness_shares(similarity: np.ndarray, sizes: np.ndarray, settings: CidsSet
 def task_weights(tasks: Sequence[str], given: Mapping[str, float] | None) -> dict[str, float]:
     """The task weights w_t, scaled so that Σ_t w_t = 1.
 
-    A task that `given` does not name has weight 0. Without `given` all weights are equal. Raises ValueError where
+    A task that `given` does not name has weight 0. Without `given` all weights are equal. Raises ValueError if
     `given` names an unknown task, or where all weights are 0.
     """
     if given is None:
@@ -200,7 +200,7 @@ def allocate(
 
     Takes centroids float32 (k, d), sizes int64 (k,) (n_c) and `tasks` (see `load_tasks`; empty without `cids`).
     `pool_count` is the number of samples in the raw pool, `survivor_count` the number that no rule dropped. Raises
-    `copies.UnreachableTargetError` where the cap is too low for the target.
+    `copies.UnreachableTargetError` if the cap is too low for the target.
     """
     similarities = task_similarity(centroids, tasks)
     shares, weights = {}, {}

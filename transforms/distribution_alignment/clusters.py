@@ -67,7 +67,7 @@ def assign(units: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     (n,).
 
     Centroids within 1e-4 of the best are compared again in float64 in a fixed order, and ties go to the smaller index,
-    so the cluster of a row does not depend on its batch. Raises ValueError where there is no centroid or d differs.
+    so the cluster of a row does not depend on its batch. Raises ValueError if there is no centroid or d differs.
     """
     if len(units) == 0:
         return np.empty(0, np.int64)
@@ -107,7 +107,7 @@ def _assign_block(units: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 def load_centroids(path: str) -> np.ndarray:
     """The centroids float32 (k, d) in the .npy at `path`. A local file is memory-mapped.
 
-    Raises ValueError, with the path, where the file is not a valid `clusters.centroids`.
+    Raises ValueError, with the path, if the file is not a valid `clusters.centroids`.
     """
     allowed = "allowed: a .npy of float32 (k, d) with rows of length 1"
     try:

@@ -74,7 +74,7 @@ def solve_scale(
     """λ, the smallest float for which Σ E reaches `target`, found by bisection to the last bit.
 
     Takes importance float64 (k,), p(c), and sizes int64 (k,), n_c. A cluster with n_c = 0 has no share. Raises
-    UnreachableTargetError where the target is not reached even with every sample at the cap.
+    UnreachableTargetError if the target is not reached even with every sample at the cap.
     """
     if target == 0:
         return 0.0

@@ -11,7 +11,7 @@ import numpy as np
 from transforms.core.recipe import QualityDuplicationSettings
 
 WITHOUT = QualityDuplicationSettings(w1=1.0, w2=1.0)
-"""Equal weights, used where the rule is off."""
+"""Equal weights, used if the rule is off."""
 
 
 def weights(ranks: np.ndarray, size: int, settings: QualityDuplicationSettings) -> np.ndarray:

@@ -15,7 +15,7 @@ _BLOCK_ROWS = 4096
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Rows (n, d) of any float type, divided by their length (computed in float64): float32 (n, d).
 
-    A zero row stays zero. The result for a row does not depend on the other rows. Raises ValueError where a value is
+    A zero row stays zero. The result for a row does not depend on the other rows. Raises ValueError if a value is
     not finite.
     """
     units = np.empty(rows.shape, np.float32)

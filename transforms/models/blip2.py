@@ -155,7 +155,7 @@ def digit_probability(logits: np.ndarray) -> float:
 def _prompt_tokens(model: Any, processor: Any, prompt: str) -> torch.Tensor:
     """Token ids int64 (t,) of `prompt`, preceded by the placeholders that the image features replace.
 
-    Raises ValueError where the number of placeholders is not the model's number of query tokens.
+    Raises ValueError if the number of placeholders is not the model's number of query tokens.
     """
     blank = np.zeros((8, 8, 3), np.uint8)
     tokens = processor(images=blank, text=prompt, return_tensors="pt")["input_ids"][0]

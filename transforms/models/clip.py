@@ -61,7 +61,7 @@ class ClipInput(NamedTuple):
 class ClipPreparation:
     """The image preprocessing and tokenizer of an open_clip model.
 
-    open_clip's own tokenizer is used because the one of transformers skips ftfy. Raises ValueError where the
+    open_clip's own tokenizer is used because the one of transformers skips ftfy. Raises ValueError if the
     preprocessing is not a resize and crop followed by a normalisation.
     """
 
@@ -97,7 +97,7 @@ class ClipPreparation:
         return cls(preprocess, get_tokenizer(source.name), settings.score_unflipped)
 
     def prepare(self, sample: Sample) -> ClipInput:
-        """The model inputs for a decoded sample. Raises ValueError where one side is over 500 times the other."""
+        """The model inputs for a decoded sample. Raises ValueError if one side is over 500 times the other."""
         pixels = pixels_of(sample)
         height, width = pixels.shape[:2]
         if max(height, width) > _MAX_ASPECT * min(height, width):
@@ -117,7 +117,7 @@ class ClipPreparation:
         return self._tokenize(shortened(caption))[0].numpy()
 
     def table_for(self, preprocess: Callable[[Image.Image], torch.Tensor]) -> np.ndarray:
-        """The byte table (see `pictures.byte_table`). Raises ValueError where `preprocess` gives other values."""
+        """The byte table (see `pictures.byte_table`). Raises ValueError if `preprocess` gives other values."""
         return byte_table(
             lambda pixels: self._normalise(Image.fromarray(pixels)).numpy(),
             lambda pixels: self._bytes(Image.fromarray(pixels)),
@@ -133,7 +133,7 @@ class LoadedClip(InMemory):
     """An open_clip model in memory, with its preparation.
 
     `table` is the (3, 256) byte table of the preprocessing (see `pictures.byte_table`), on the model's device and in
-    its dtype. `prompts` are CLIP's digit prompts, the positive ones first; empty where they are off.
+    its dtype. `prompts` are CLIP's digit prompts, the positive ones first; empty if they are off.
     """
 
     model: Any
@@ -165,7 +165,7 @@ class LoadedClip(InMemory):
     def constants(self) -> np.ndarray | None:
         """float32 (k, d), one row for each prompt; its product with an image feature gives CLIP's logits.
 
-        None where there are no prompts.
+        None if there are no prompts.
         """
         return self._prompt_logits
 
@@ -242,7 +242,7 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
     The image is mirrored left to right before any preprocessing. CLIP then cannot match the caption against text in
     the image and has to judge the visual content.
 
-    `embedding` is the L2-normalised image feature as fp16 bytes: of the unflipped view where it is scored, else of the
+    `embedding` is the L2-normalised image feature as fp16 bytes: of the unflipped view if it is scored, else of the
     flipped view, at no extra cost. Task centroids must be of the same kind (`embedding_identity`). The unflipped view
     is the better choice because mirroring distorts digits and letters: two images that differ in their digits may be
     closer to each other once mirrored.

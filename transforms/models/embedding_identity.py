@@ -3,7 +3,7 @@
 They keep embeddings of different models from being compared. `clip.embedding_identity` builds one with the fields
 
 - `model`, `weights` (tag or file) and `revision`, as given in the recipe;
-- `weights_sha256`: sorted hashes of the weight files, empty where the files are not on this machine;
+- `weights_sha256`: sorted hashes of the weight files, empty if the files are not on this machine;
 - `image_tower`: the architecture of the image tower;
 - `preprocessing`: the image preprocessing settings;
 - `image`: "flipped" or "unflipped";
@@ -30,9 +30,9 @@ def parse_identity(text: str) -> dict[str, Any]:
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """The differing fields that make the embeddings of two identities incomparable; empty where they are comparable.
+    """The differing fields that make the embeddings of two identities incomparable; empty if they are comparable.
 
-    Weights are compared by hash where both identities have hashes, because the same model may be loaded from a hub in
+    Weights are compared by hash if both identities have hashes, because the same model may be loaded from a hub in
     one place and from a folder in another; otherwise by model name, tag and revision. Precision may differ: it changes
     embeddings slightly (docs/models.md), but they stay in the same space.
     """

@@ -38,7 +38,7 @@ class LoadedModel(Protocol):
         """Scores of inputs of one shape; the first axis is over the inputs."""
 
     def constants(self) -> Any:
-        """What `SampleBatchHandler.columns` needs besides the scores; None where it needs nothing."""
+        """What `SampleBatchHandler.columns` needs besides the scores; None if it needs nothing."""
 
 
 class InMemory:
@@ -108,7 +108,7 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
     RunInference's own batching is skipped: it mixes shards, and its batches differ from runner to runner. A subclass
     loads its model in `load_on` and turns scores into annotation columns in `columns`.
 
-    `batch_size` is the number of rows in each call of the model. It is halved where a GPU runs out of memory.
+    `batch_size` is the number of rows in each call of the model. It is halved if a GPU runs out of memory.
     """
 
     rule: ClassVar[str]
@@ -223,7 +223,7 @@ def prepared_or_error(model: LoadedModel | Any, sample: Sample) -> Any:
 
 
 def available_device(name: str) -> torch.device:
-    """The device that the recipe names. Raises RuntimeError where it is "cuda" and no GPU is usable.
+    """The device that the recipe names. Raises RuntimeError if it is "cuda" and no GPU is usable.
 
     There is no fallback to the CPU: a run planned for GPUs would silently be a hundred times slower.
     """

@@ -18,7 +18,7 @@ from transforms.core.records import Sample
 
 
 def pixels_of(sample: Sample) -> np.ndarray:
-    """The decoded image, uint8 (h, w, 3). Raises AssertionError where the pipeline has not decoded it."""
+    """The decoded image, uint8 (h, w, 3). Raises AssertionError if the pipeline has not decoded it."""
     if sample.pixels is None:
         raise AssertionError(f"sample {sample.annotation.uid} reached a model without being decoded")
     return sample.pixels
@@ -37,7 +37,7 @@ def byte_table(
     """The preprocessed value of each byte in each channel, float32 (3, 256).
 
     `full` is the model's own preprocessing of an image uint8 (h, w, 3); `shape` is its first part, which returns uint8
-    (3, h, w); `normalise` is the rest. Raises ValueError where the two parts do not reproduce `full` to the bit.
+    (3, h, w); `normalise` is the rest. Raises ValueError if the two parts do not reproduce `full` to the bit.
     """
     table = normalise(np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2))[:, :, 0].astype(np.float32)
     image = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)

@@ -23,7 +23,7 @@ def resolve(precision: str, device: str) -> str:
 
 
 def dtype_on(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype to load weights in, on the worker. Raises RuntimeError where its GPU would only emulate bf16.
+    """The dtype to load weights in, on the worker. Raises RuntimeError if its GPU would only emulate bf16.
 
     For fp32 it also turns TF32 off, for the whole process.
     """

@@ -43,7 +43,7 @@ class ClipSource(NamedTuple):
 
 
 def clip_source(settings: ClipModelSettings) -> ClipSource:
-    """The arguments for open_clip. Raises ValueError where open_clip would silently use random or unsuitable weights.
+    """The arguments for open_clip. Raises ValueError if open_clip would silently use random or unsuitable weights.
 
     A hub model is downloaded, and a Cloud Storage folder is copied, to this machine.
     """
@@ -107,7 +107,7 @@ def pinned(settings: CrossModalitySettings, fetch: bool) -> CrossModalitySetting
     """The settings with the revision of each hub model replaced by its current commit, so that all workers load it.
 
     With `fetch`, missing weights are downloaded too, because an interrupted run resumes only if the hashes of its
-    weights are the same. Raises OSError or ValueError where the hub has no such model.
+    weights are the same. Raises OSError or ValueError if the hub has no such model.
     """
     import open_clip
 
@@ -132,7 +132,7 @@ def pinned(settings: CrossModalitySettings, fetch: bool) -> CrossModalitySetting
 
 
 def _hub_repository(settings: ModelSettings) -> str | None:
-    """The hub repository of the model; None where the model does not come from a hub repository."""
+    """The hub repository of the model; None if the model does not come from a hub repository."""
     if isinstance(settings, ClipModelSettings):
         return settings.model.removeprefix(_HUB) if settings.model.startswith(_HUB) else None
     elsewhere = settings.model.startswith(_BUNDLED) or "://" in settings.model or Path(settings.model).is_dir()
@@ -161,7 +161,7 @@ def model_identity(
 def local_path(name: str) -> str:
     """`name` with bundled and remote files replaced by local paths; other names are returned unchanged.
 
-    Raises FileNotFoundError where there is no such bundled file.
+    Raises FileNotFoundError if there is no such bundled file.
     """
     if name.startswith(_BUNDLED):
         demo, bundled = importlib.resources.files("pipeline") / "demo", name.removeprefix(_BUNDLED)
@@ -192,7 +192,7 @@ def _snapshot(repository: str, revision: str | None, safe: list[str], pickled: l
 
 
 def _tag(model: str, tag: str) -> dict[str, Any]:
-    """open_clip's configuration of a tag; empty where it has no such tag."""
+    """open_clip's configuration of a tag; empty if it has no such tag."""
     import open_clip
 
     return open_clip.get_pretrained_cfg(model.replace("/", "-"), tag) or {}
@@ -201,7 +201,7 @@ def _tag(model: str, tag: str) -> dict[str, Any]:
 def _weight_files(
     settings: ModelSettings,
 ) -> tuple[list[Path], str | None]:
-    """The weight files on this machine, and their commit where they are in the hub cache."""
+    """The weight files on this machine, and their commit if they are in the hub cache."""
     if not isinstance(settings, ClipModelSettings):
         path = local_path(settings.model)
         if Path(path).is_dir():
@@ -229,7 +229,7 @@ def _in_folder(folder: Path) -> tuple[list[Path], None]:
 
 
 def _in_hub_cache(repository: str, revision: str | None) -> tuple[list[Path], str | None]:
-    """The weight files and the commit of a repository in the hub cache; none where it is not cached."""
+    """The weight files and the commit of a repository in the hub cache; none if it is not cached."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -1,7 +1,7 @@
 """Objects of Cloud Storage. `transforms.storage.files` calls this module for paths that begin with `gs://`.
 
 Importing it takes half a second, so `files` and `generations` import it when they first need it. All functions raise
-OSError where the store refuses a request or cannot be reached; `as_os_errors` does the translation.
+OSError if the store refuses a request or cannot be reached; `as_os_errors` does the translation.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def as_os_errors(path: str = "") -> Iterator[None]:
 
 @functools.cache
 def credentials() -> Credentials:
-    """The user's default credentials; anonymous ones where there are none, which is enough to read a public bucket.
+    """The user's default credentials; anonymous ones if there are none, which is enough to read a public bucket.
 
-    An emulator (`STORAGE_EMULATOR_HOST`) gets credentials only where `GOOGLE_APPLICATION_CREDENTIALS` names them.
+    An emulator (`STORAGE_EMULATOR_HOST`) gets credentials only if `GOOGLE_APPLICATION_CREDENTIALS` names them.
     """
     if "STORAGE_EMULATOR_HOST" in os.environ and "GOOGLE_APPLICATION_CREDENTIALS" not in os.environ:
         return AnonymousCredentials()
@@ -77,7 +77,7 @@ def exists(path: str) -> bool:
 
 
 def status(path: str) -> tuple[int, float] | None:
-    """Size in bytes and time of the last change (Unix time, seconds) of the object at `path`; None where it is gone."""
+    """Size in bytes and time of the last change (Unix time, seconds) of the object at `path`; None if it is gone."""
     found = blob(path)
     with as_os_errors(path):
         try:
@@ -140,7 +140,7 @@ def rename(source: str, target: str) -> None:
 
 
 def delete(path: str) -> None:
-    """Delete the object at `path` where there is one."""
+    """Delete the object at `path` if there is one."""
     found = blob(path)
     with as_os_errors(path), contextlib.suppress(NotFound):
         found.delete(retry=DEFAULT_RETRY)

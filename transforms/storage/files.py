@@ -94,7 +94,7 @@ def absolute(path: str) -> str:
 
 
 def each(folder: str, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`function` of each item, in order. Calls run in parallel where `folder` is in Cloud Storage."""
+    """`function` of each item, in order. Calls run in parallel if `folder` is in Cloud Storage."""
     if not in_cloud_storage(folder):
         return [function(item) for item in items]
     from concurrent.futures import ThreadPoolExecutor
@@ -109,7 +109,7 @@ def exists(path: str) -> bool:
 
 
 def status(path: str) -> FileStatus | None:
-    """Size and time of the file at `path`; None where there is none. Raises OSError."""
+    """Size and time of the file at `path`; None if there is none. Raises OSError."""
     if in_cloud_storage(path):
         found = _cloud().status(path)
         return found and FileStatus(path, *found)
@@ -144,12 +144,12 @@ def _statuses(paths: Iterable[str]) -> Iterator[FileStatus]:
 
 
 def names_in(folder: str) -> set[str]:
-    """The names of the files directly in `folder`; empty where there is no such folder."""
+    """The names of the files directly in `folder`; empty if there is no such folder."""
     return set(sizes_bytes_in(folder))
 
 
 def sizes_bytes_in(folder: str) -> dict[str, int]:
-    """Name -> size in bytes of the files directly in `folder`; empty where there is no such folder."""
+    """Name -> size in bytes of the files directly in `folder`; empty if there is no such folder."""
     if in_cloud_storage(folder):
         return _cloud().files_in(folder)
     if not os.path.isdir(folder):
@@ -159,7 +159,7 @@ def sizes_bytes_in(folder: str) -> dict[str, int]:
 
 
 def folders_in(folder: str) -> set[str]:
-    """The names of the folders directly in `folder`; empty where there is no such folder."""
+    """The names of the folders directly in `folder`; empty if there is no such folder."""
     if in_cloud_storage(folder):
         return _cloud().folders_in(folder)
     return {entry.name for entry in os.scandir(folder) if entry.is_dir()} if os.path.isdir(folder) else set()
@@ -186,7 +186,7 @@ def sha256(path: str) -> str:
 def write_aside(path: str) -> Iterator[BinaryIO]:
     """Open a file that gets the name `path` only once it is complete.
 
-    Raises WriteFailed where it cannot be written, IncompleteWrite where it is missing or truncated afterwards. Errors
+    Raises WriteFailed if it cannot be written, IncompleteWrite if it is missing or truncated afterwards. Errors
     of the body are passed on unchanged.
     """
     with _uploaded(path) if in_cloud_storage(path) else _renamed(path) as file:
@@ -276,14 +276,13 @@ def _failing_as(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _SPACE:
-            advice = "make room there"
+            advice = "free space there"
         elif error.errno in _PERMISSION or isinstance(error, PermissionError):
-            advice = "give this user the right to write there"
+            advice = "allow this user to write there"
         else:
-            advice = "mend that"
+            advice = "fix the cause"
         raise WriteFailed(
-            f"{path}: cannot be written: {reason(error)}; {advice}, then give the same command again: it goes on where "
-            "it stopped"
+            f"{path}: cannot be written: {reason(error)}; {advice}, then run the same command again to resume"
         ) from error
 
 
@@ -315,7 +314,7 @@ def rename(source: str, target: str) -> None:
 
 
 def delete_if_there(path: str) -> None:
-    """Delete `path` where it exists; a local folder with everything in it."""
+    """Delete `path` if it exists; a local folder with everything in it."""
     if in_cloud_storage(path):
         _cloud().delete(path)
     elif os.path.isdir(path):
@@ -326,7 +325,7 @@ def delete_if_there(path: str) -> None:
 
 
 def delete_folder(path: str) -> None:
-    """Delete `path` with everything in it, where it exists."""
+    """Delete `path` with everything in it, if it exists."""
     if in_cloud_storage(path):
         _cloud().delete_all(f"{path}/")
     else:

@@ -30,7 +30,7 @@ class Object(NamedTuple):
 
 
 def read(path: str) -> Object | None:
-    """The object at `path`; None where there is none. Raises OSError."""
+    """The object at `path`; None if there is none. Raises OSError."""
     from google.api_core.exceptions import NotFound
 
     from transforms.storage import cloud_storage
@@ -49,7 +49,7 @@ def read(path: str) -> Object | None:
 def replace(path: str, content: bytes, generation: int) -> Object:
     """Write `content` to `path` in place of the object of that generation (`NOTHING`: where there is none).
 
-    Raises GenerationConflict where the object has another generation, OSError where it cannot be written.
+    Raises GenerationConflict if the object has another generation, OSError if it cannot be written.
     """
     from google.api_core.exceptions import PreconditionFailed
 
@@ -65,7 +65,7 @@ def replace(path: str, content: bytes, generation: int) -> Object:
 
 
 def remove(path: str, generation: int) -> None:
-    """Delete the object of that generation. Raises GenerationConflict where it has another one or is gone; OSError."""
+    """Delete the object of that generation. Raises GenerationConflict if it has another one or is gone; OSError."""
     from google.api_core.exceptions import NotFound, PreconditionFailed
 
     from transforms.storage import cloud_storage

@@ -25,10 +25,10 @@ def cache_folder() -> Path:
 
 
 def local_copy(path: str) -> str:
-    """A local path with the content of `path`: a copy where it is a file or folder in Cloud Storage, else `path`.
+    """A local path with the content of `path`: a copy if it is a file or folder in Cloud Storage, else `path`.
 
     Each state of the remote files is copied once per machine. A copy gets its name when it is complete. Raises
-    FileNotFoundError where there is nothing at `path`.
+    FileNotFoundError if there is nothing at `path`.
     """
     if not files.in_cloud_storage(path):
         return path

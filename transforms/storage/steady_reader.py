@@ -34,7 +34,7 @@ class SteadyReader(io.RawIOBase):
         except Exception as error:
             raise files.ReadFailed(
                 f"{self._path}: cannot be read at byte {self._offset}: {files.reason(error)}; put it back or mend its "
-                "access, or take it out of the pool, then give the same command again: it goes on where it stopped"
+                "access, or take it out of the pool, then run the same command again to resume"
             ) from error
 
     def _read(self, size_bytes: int) -> bytes:

@@ -301,15 +301,15 @@ def test_recipe_with_another_model_is_refused_at_start(
     result = CliRunner().invoke(app, ["run", "run.yaml", "--input", "pool", "--output", "out"])
     assert result.exit_code == 2, result.output
     said = " ".join(result.stderr.split())
-    assert f"tasks.npz: holds other embeddings (model {json.dumps(str(clip_folder))}, {named} " in said
-    assert f"than the recipe makes (model {json.dumps(str(place / 'other'))}, {named} " in said
+    assert f"tasks.npz: its embeddings (model {json.dumps(str(clip_folder))}, {named} " in said
+    assert f"are not those of the recipe (model {json.dumps(str(place / 'other'))}, {named} " in said
     assert "pairsift centroids cars=IMAGES pets=IMAGES --recipe RECIPE --output tasks.npz" in said
     assert not (place / "out").exists()
 
 
 def test_bundled_tasks_require_the_bundled_model(clip_folder: Path) -> None:
     identities(recipe())
-    with pytest.raises(ValueError, match="bundled:tasks: holds other embeddings"):
+    with pytest.raises(ValueError, match="bundled:tasks: its embeddings"):
         identities(parse_recipe(with_clip(clip_folder), "test"))
 
 
@@ -319,7 +319,7 @@ def test_file_without_a_model_is_accepted_with_a_warning(
     np.savez(tmp_path / "own.npz", digits=np.eye(128, dtype=np.float32)[:3])
     with caplog.at_level(logging.WARNING):
         identities(recipe(distribution_alignment__cids={"tasks": str(tmp_path / "own.npz")}))
-    assert "own.npz: does not say which model it was made with" in caplog.text
+    assert "own.npz: does not name its model" in caplog.text
 
 
 @pytest.mark.parametrize("model", ["", "{", "[]", "{}", "3a98", "[" * 100_000])

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.output_folder import tables
 from pipeline.output_folder.layout import Layout
-from pipeline.output_folder.pending import FeatureCache, PoolWideCache, ScoreCache, as_asked
+from pipeline.output_folder.pending import FeatureCache, PoolWideCache, ScoreCache, restrict_to_recipe
 from tests.helpers import annotation, recipe, uid
 from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY, STAGES
 from transforms.core.records import DeadLetter, Shard
@@ -268,7 +268,7 @@ def test_only_what_the_recipe_asks_for_is_known(changes: dict[str, Any], unknown
     if "cross_modality__digit" not in changes and "distribution_alignment" not in changes:
         changes.setdefault("cross_modality__digit", {"model": "m"})
     settled = recipe(**changes)
-    found = as_asked(WHOLE, settled, rules_of(settled, SINGLE_MODALITY))
+    found = restrict_to_recipe(WHOLE, settled, rules_of(settled, SINGLE_MODALITY))
     before, after = WHOLE.row, found.row
     assert before.keys() - after.keys() == unknown
     assert all(before[name] == value for name, value in after.items())

@@ -14,13 +14,13 @@ from pipeline.output_folder import tables
 from pipeline.output_folder.accounting import Unaccounted
 from pipeline.output_folder.layout import Layout
 from pipeline.sinks.decisions import (
-    Tally,
+    OutcomeCounts,
     WriteDecisions,
     WriteFunnel,
-    add_tallies,
+    add_counts,
+    count_outcomes,
     decide,
     funnel,
-    tally,
 )
 from pipeline.sources.annotations import count_samples
 from tests import helpers
@@ -132,12 +132,12 @@ def test_a_placement_of_nobody_is_unaccounted() -> None:
 # Counting ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_tally_counts_every_row_and_letter_once() -> None:
+def test_every_row_and_letter_is_counted_once() -> None:
     rows = decided(
         [row(1), row(2), row(3, word_count=1), row(4, word_count=1), row(5, flipped_clip_cosine=0.0), row(6)],
         [placed(1, 3), placed(2, 0), placed(6, 0, uid(1))],
     )
-    counts = tally(rows, [letter("a"), letter("b", "gone"), letter("c")])
+    counts = count_outcomes(rows, [letter("a"), letter("b", "gone"), letter("c")])
     assert {key: n for key, n in counts.items() if n} == {
         ("survivors", ""): 2, ("samples", ""): 1, ("copies", ""): 3, ("dropped", "caption_length"): 2,
         ("dropped", "flipped_clip"): 1, ("dropped", "semantic_dedup"): 1, ("dead_letters", "broken"): 2,
@@ -145,8 +145,8 @@ def test_a_tally_counts_every_row_and_letter_once() -> None:
     }  # fmt: skip
 
 
-def random_tally(rng: random.Random) -> Tally:
-    counts: Tally = {("dropped", name): rng.randrange(5) for name in rng.sample(recipe().active_rules, 4)}
+def random_counts(rng: random.Random) -> OutcomeCounts:
+    counts: OutcomeCounts = {("dropped", name): rng.randrange(5) for name in rng.sample(recipe().active_rules, 4)}
     counts |= {("dead_letters", reason): rng.randrange(1, 5) for reason in rng.sample(["a", "b", "c"], 2)}
     counts["survivors", ""] = rng.randrange(20)
     counts["samples", ""] = rng.randrange(counts["survivors", ""] + 1)
@@ -155,21 +155,21 @@ def random_tally(rng: random.Random) -> Tally:
     return counts
 
 
-def test_tallies_add_up_in_any_order_and_grouping() -> None:
+def test_counts_add_up_in_any_order_and_grouping() -> None:
     rng = random.Random(0)
-    tallies = [random_tally(rng) for _ in range(12)]
-    whole = add_tallies(tallies)
+    parts = [random_counts(rng) for _ in range(12)]
+    whole = add_counts(parts)
     for _ in range(5):
-        rng.shuffle(tallies)
+        rng.shuffle(parts)
         cut = rng.randrange(13)
-        assert add_tallies([add_tallies(tallies[:cut]), add_tallies(tallies[cut:]), add_tallies([])]) == whole
-    assert whole["in", ""] == sum(t["in", ""] for t in tallies)
+        assert add_counts([add_counts(parts[:cut]), add_counts(parts[cut:]), add_counts([])]) == whole
+    assert whole["in", ""] == sum(t["in", ""] for t in parts)
 
 
 def test_a_funnel_is_additive() -> None:
     rng = random.Random(1)
     for _ in range(20):
-        content = funnel(add_tallies(random_tally(rng) for _ in range(3)), recipe())
+        content = funnel(add_counts(random_counts(rng) for _ in range(3)), recipe())
         assert [rule["name"] for rule in content["rules"]] == recipe().active_rules
         left = content["in"] - sum(content["dead_letters"].values())
         for rule in content["rules"]:
@@ -198,7 +198,7 @@ def test_the_funnel_says_which_models_were_spared_a_sample() -> None:
         ],
         [placed(1)],
     )
-    counts = tally(rows, [])
+    counts = count_outcomes(rows, [])
     assert counts["not_asked", "image_text_matching"] == 1
     assert counts["not_asked", "digit"] == 2
     counts["in", ""] = 4
@@ -211,7 +211,7 @@ def test_the_funnel_counts_shards_at_smaller_batches_where_there_are_any() -> No
     counts = {("in", ""): 1, ("survivors", ""): 1}
     assert "smaller_batches" not in funnel(counts, recipe())
     halved = {("smaller_batches", "digit"): 1}
-    found = funnel(add_tallies([counts, halved, halved]), recipe())
+    found = funnel(add_counts([counts, halved, halved]), recipe())
     assert found["smaller_batches"] == {"digit": 2}
 
 
@@ -231,7 +231,7 @@ def test_the_funnel_of_nothing() -> None:
         {("in", ""): 1},
     ],
 )
-def test_a_funnel_that_does_not_add_up_stops_the_run(counts: Tally) -> None:
+def test_a_funnel_that_does_not_add_up_stops_the_run(counts: OutcomeCounts) -> None:
     with pytest.raises(Unaccounted):
         funnel(counts, recipe())
 
@@ -258,7 +258,7 @@ def lay_out(layout: Layout) -> list[Placement]:
     return [placed(1, 2), placed(2, 0), placed(5, 0, uid(1))]
 
 
-def write(layout: Layout, placements: list[Placement]) -> list[Tally]:
+def write(layout: Layout, placements: list[Placement]) -> list[OutcomeCounts]:
     group = {WriteDecisions.SHARDS: [None], WriteDecisions.PLACEMENTS: [placements_of(placements)]}
     settings = recipe(cross_modality__flipped_clip__min=0.19)
     return list(WriteDecisions(layout, settings).process(("s", group), {}))
@@ -301,13 +301,13 @@ def test_a_sample_that_was_placed_twice_stops_the_run(tmp_path: Path) -> None:
 def test_the_funnel_file(tmp_path: Path) -> None:
     layout = Layout(str(tmp_path))
     rng = random.Random(2)
-    tallies = [random_tally(rng) for _ in range(4)]
+    parts = [random_counts(rng) for _ in range(4)]
     with beam.Pipeline("FnApiRunner") as p:
         done = (
-            p | beam.Create(tallies) | beam.CombineGlobally(add_tallies)
+            p | beam.Create(parts) | beam.CombineGlobally(add_counts)
             | "Write" >> beam.ParDo(WriteFunnel(layout, recipe()))
         )  # fmt: skip
         assert_that(done, equal_to([layout.funnel]))
-    expected = funnel(add_tallies(tallies), recipe())
+    expected = funnel(add_counts(parts), recipe())
     files.write_json(str(tmp_path / "expected.json"), expected)
     assert (tmp_path / "expected.json").read_bytes() == (tmp_path / "funnel.json").read_bytes()

@@ -172,11 +172,11 @@ def test_what_a_living_writer_writes_is_never_cleared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "reason", "advice"),
     [
-        (errno.ENOSPC, "No space left on device", "make room there"),
-        (errno.EDQUOT, "Disk quota exceeded", "make room there"),
-        (errno.EACCES, "Permission denied", "give this user the right to write there"),
-        (errno.EROFS, "Read-only file system", "give this user the right to write there"),
-        (errno.EIO, "Input/output error", "mend that"),
+        (errno.ENOSPC, "No space left on device", "free space there"),
+        (errno.EDQUOT, "Disk quota exceeded", "free space there"),
+        (errno.EACCES, "Permission denied", "allow this user to write there"),
+        (errno.EROFS, "Read-only file system", "allow this user to write there"),
+        (errno.EIO, "Input/output error", "fix the cause"),
     ],
 )
 @pytest.mark.parametrize("when", ["create", "write", "rename"])
@@ -197,7 +197,7 @@ def test_a_write_that_fails_says_what_where_and_what_to_do_next(
         monkeypatch.setattr(files, "create", fail)
     else:
         monkeypatch.setattr(os, "rename", fail)
-    expected = f"{path}: cannot be written: {reason}; {advice}, then give the same command again"
+    expected = f"{path}: cannot be written: {reason}; {advice}, then run the same command again"
     with pytest.raises(files.WriteFailed, match=re.escape(expected)):
         files.write_bytes(path, b"new")
     assert everything(tmp_path) == []
