@@ -89,7 +89,7 @@ def test_a_rule_without_a_predicate_cannot_be_declared() -> None:
         ({"columns": {"uid": "string"}}, "column uid is pairsift's own; choose another name"),
         ({"columns": {"A b": "string"}}, "column 'A b': use lower-case letters"),
         ({"value": "nothing"}, "value is 'nothing', which is none of its columns"),
-        ({"threshold": "max_px", "keeps_if": "at_most"}, "threshold is 'max_px', which is no setting"),
+        ({"threshold": "max_px", "keeps_if": "at_most"}, "threshold is 'max_px', which is not a setting"),
         ({"threshold": "min_px"}, "give both `threshold` and `keeps_if`"),
         ({"handler": print}, "a model handler runs in stage 2 only"),
     ],
