@@ -170,3 +170,36 @@ def test_the_shards_are_spread_before_they_are_read(stage: str) -> None:
 
 def test_the_pool_s_rows_are_read_after_the_tables_are_written() -> None:
     assert not in_one_stage(graph(SINGLE_MODALITY), ["Write features", "Read features/"])
+
+
+class FakeCache:
+    """Caches of the three stages in one object, with the answers that a test sets."""
+
+    def __init__(self, missing: int | None) -> None:
+        self.missing = missing
+
+    def is_complete(self, shard: Shard) -> bool:
+        return True
+
+    def has_scores(self, shard: Shard) -> bool:
+        return self.missing is not None
+
+    def count_wanted(self, shard: Shard) -> int:
+        return self.missing or 0
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (None, "shard 00000: no table of scores yet; run stage cross_modality first"),
+        (2, "shard 00000: 2 samples lack a score that this recipe needs; run stage cross_modality first"),
+        (0, None),
+    ],
+)
+def test_stage_3_requires_all_scores(missing: int | None, message: str | None) -> None:
+    cache: Any = FakeCache(missing)
+    if message is None:
+        assert graphs._with_scores(SHARDS[0], cache, cache, cache) == SHARDS[0]
+        return
+    with pytest.raises(graphs.Incomplete, match=re.escape(message)):
+        graphs._with_scores(SHARDS[0], cache, cache, cache)
