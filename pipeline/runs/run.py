@@ -18,6 +18,7 @@ from pipeline.runs.claim import check_path, check_pool, only_writer, shown
 from pipeline.runs.job import settled_job
 from pipeline.runs.stage import WorkDone, decide, run_stage
 from pipeline.sinks.publication import Publication, vanished
+from pipeline.sources import pool_names
 from pipeline.sources.pool import list_shards
 from transforms.core.errors import UsageError
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe, model_files
@@ -49,12 +50,12 @@ def run(
     are missing, the folder belongs to another pool or is being written by another run, the recipe asks for a GPU that
     the workers lack, or the Beam runner cannot run the graphs.
     """
-    paths = {"--input": pool, "--output": output}
+    paths = {**pool_names.options_of(pool), "--output": output}
     for option, path in paths.items():
         check_path(option, path)
     needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages
     supported.check(beam_options, paths, model_files(recipe), needs_gpu)
-    pool = files.absolute(pool)  # a relative path must name the same pool from every working folder
+    pool = pool_names.absolute(pool)  # a relative path must name the same pool from every working folder
     shards = list_shards(pool)
     layout = Layout(output.rstrip("/") or output)
     is_here = supported.is_here(beam_options)

@@ -22,11 +22,13 @@ _UID = re.compile(r"[0-9a-f]{32}")
 
 class Shard(NamedTuple):
     """One tar of the pool. `name` is its escaped relative path, safe as a file name; `path` opens it;
-    `fingerprint` (size and modification time, or generation) tells whether it changed."""
+    `fingerprint` (size and modification time, or generation) tells whether it changed. `fault` is the reason code of a
+    tar that is missing or cannot be read; it is empty for all others."""
 
     name: str
     path: str
     fingerprint: str
+    fault: str = ""
 
 
 class DeadLetter(NamedTuple):

@@ -18,9 +18,10 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from transforms.storage import globs, liveness
+from transforms.storage import globs, liveness, trees
+from transforms.storage.trees import FileStatus as FileStatus
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -50,14 +51,6 @@ class ReadFailed(OSError):
 
 class UnsupportedScheme(OSError):
     """A path such as `s3://…`."""
-
-
-class FileStatus(NamedTuple):
-    """A file's path, size in bytes, and time of its last change (Unix time, seconds)."""
-
-    path: str
-    size_bytes: int
-    updated_seconds: float
 
 
 def join(folder: str, *names: str) -> str:
@@ -123,17 +116,21 @@ def status(path: str) -> FileStatus | None:
 def matching(pattern: str) -> list[FileStatus]:
     """The files that match the glob `pattern` (see `matches`); folders are not listed. Raises OSError."""
     fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0]
-    found: Iterable[FileStatus]
-    if in_cloud_storage(pattern):
-        # Consoles represent folders by empty objects whose names end with a slash.
-        found = (FileStatus(*one) for one in _cloud().objects(fixed) if not one[0].endswith("/"))
-    elif fixed == pattern:
-        found = _statuses([pattern])
-    else:
-        tree = os.walk(os.path.dirname(fixed))
-        found = _statuses(os.path.join(place, name) for place, _, names in tree for name in names)
+    if not in_cloud_storage(pattern) and fixed == pattern:
+        return list(_statuses([pattern]))
     regex = globs.regex(pattern)
-    return [file for file in found if regex.fullmatch(file.path)]
+    found = under(fixed if in_cloud_storage(pattern) else os.path.dirname(fixed))
+    return [file for file in found if not file.fault and regex.fullmatch(file.path)]
+
+
+def under(prefix: str) -> Iterator[FileStatus]:
+    """All files under a local folder, through links, and what is no readable file there; in Cloud Storage, all objects
+    whose paths begin with `prefix`. Raises OSError."""
+    if in_cloud_storage(prefix):
+        # Consoles represent folders by empty objects whose names end with a slash.
+        yield from (FileStatus(*one) for one in _cloud().objects(prefix) if not one[0].endswith("/"))
+        return
+    yield from trees.walk(prefix)
 
 
 def _statuses(paths: Iterable[str]) -> Iterator[FileStatus]:

@@ -39,6 +39,7 @@ from pipeline.runs.claim import check_path, clear_leftovers
 from pipeline.runs.job import settled_job
 from pipeline.sinks.publication import Publication
 from pipeline.sources.pool import list_shards
+from pipeline.sources.pool_names import options_of
 from transforms.core.errors import UsageError
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe, load_recipe
 from transforms.core.records import Shard
@@ -111,7 +112,8 @@ def checked(options: PipelineOptions) -> Parameters:
 
 def submit(options: PipelineOptions, parameters: Parameters) -> str:
     """Lock the output folder for the job, build the job, hand it over and return its name. Raises UsageError."""
-    check_path("--input", parameters.pool)
+    for option, path in options_of(parameters.pool).items():
+        check_path(option, path)
     check_path("--output", parameters.output)
     layout = Layout(parameters.output.rstrip("/"))
     cloud = options.view_as(GoogleCloudOptions)
