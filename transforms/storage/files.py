@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -33,6 +34,8 @@ _ASIDE = re.compile(r"\..+\.tmp-[0-9a-f]{32}", re.DOTALL)
 _SCHEME = re.compile(r"([a-zA-Z][-+.a-zA-Z0-9]*)://")
 _SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
+"""What a filesystem without file locks, or without its lock service, answers."""
 _SPOOLED_BYTES = 2**24  # kept in memory; larger files are kept on the local disk until they are uploaded
 _REQUESTS_AT_ONCE = 32  # a request to Cloud Storage takes tens of milliseconds, nearly all of it waiting
 
@@ -261,8 +264,9 @@ def clear_aside(folder: str) -> None:
     Does nothing in Cloud Storage, where there are none."""
     if in_cloud_storage(folder):
         return
-    for path in (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names):
-        if is_aside(path) and not liveness.is_live(path):
+    # A link to a folder, as a switch of versions leaves, is among the folders.
+    for path in (os.path.join(place, name) for place, *found in os.walk(folder) for name in itertools.chain(*found)):
+        if is_aside(path) and (os.path.islink(path) or not liveness.is_live(path)):
             delete_if_there(path)
 
 
@@ -312,10 +316,10 @@ def rename(source: str, target: str) -> None:
 
 
 def delete_if_there(path: str) -> None:
-    """Delete `path` where it exists; a local folder with everything in it."""
+    """Delete `path` where it exists; a local folder with everything in it, a link without what it leads to."""
     if in_cloud_storage(path):
         _cloud().delete(path)
-    elif os.path.isdir(path):
+    elif os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
