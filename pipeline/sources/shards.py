@@ -139,7 +139,7 @@ class _ReadShard(beam.DoFn):
 
     def _samples(self, shard: Shard, wanted: _Wanted, reading: Reading) -> Iterator[Sample | DeadLetter]:
         if shard.fault:
-            yield dead_shard(shard, self._work.stage)
+            yield dead_shard(shard, self._pending.stage)
             return
         if wanted is None:
             yield from read_samples(shard, self._bounds, self._pending.stage, reading)
