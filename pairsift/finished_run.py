@@ -98,20 +98,22 @@ def open_run(output: str) -> FinishedRun:
 
 def run(
     recipe: Recipe,
-    pool: str,
+    pool: str | Sequence[str],
     output: str,
     *,
     stages: Sequence[str] = STAGES,
     beam_options: Sequence[str] = (),
     keep_versions: int = versions.KEPT,
 ) -> FinishedRun | None:
-    """Run a recipe over a pool, like `pairsift run`; results that are still valid are reused.
+    """Run a recipe over a pool, or over several as one, like `pairsift run`; results that are still valid are reused.
 
     Returns None if `stages` ends before stage 3. Raises UsageError for wrong use, with nothing written.
     """
     from pipeline.runs.run import run as run_stages
+    from pipeline.sources.pool_names import joined
 
-    run_stages(recipe, pool, output, list(stages), list(beam_options), _quiet(), keep_versions)
+    inputs = [pool] if isinstance(pool, str) else pool
+    run_stages(recipe, joined(inputs), output, list(stages), list(beam_options), _quiet(), keep_versions)
     return FinishedRun(output) if STAGES[-1] in stages else None
 
 

@@ -106,7 +106,7 @@ def single_modality(start: beam.PCollection, job: Job) -> beam.PCollection:
         WriteShardTable(job.layout, features, Layout.single_modality, tables.single_modality_schema())
     )
     shards = (read[ReadShards.FINISHED], written) | "All shards" >> beam.Flatten() | "Tables are there" >> _barrier()
-    reconciled = shards | "Reconcile with the tars" >> ReconcilePool(job.layout)
+    reconciled = shards | "Reconcile with the tars" >> ReconcilePool(job.layout, job.recipe.pool.max_dead_share)
     return (reconciled, _pool_wide(shards, job)) | "Stage 1" >> beam.Flatten()
 
 

@@ -132,8 +132,10 @@ def launch(
     with exit_status(as_json, verbose):
         from pipeline.dataflow.commands import Asked, launch_template, launch_workflow
         from pipeline.dataflow.follow import Screen
+        from pipeline.sources.pool_names import joined
 
-        asked, screen = Asked(recipe, pool, output, settings, keep_versions), Screen(errors_console(), as_json)
+        asked = Asked(recipe, joined(pool), output, settings, keep_versions)
+        screen = Screen(errors_console(), as_json)
         if stage:
             launch_template(asked, stage, follow, dry_run, poll_seconds, screen)
         else:
@@ -145,8 +147,13 @@ def schedule(
         str | None, typer.Argument(metavar="RECIPE", help="Path of the recipe. Not needed with --delete.")
     ] = None,
     pool: Annotated[
-        str | None,
-        typer.Option("--input", metavar="POOL", help="Pool on gs://. Not needed with --delete.", show_default=False),
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="POOL",
+            help="Pool on gs://. Repeatable. Not needed with --delete.",
+            show_default=False,
+        ),
     ] = None,
     *,
     output: GsOutput,
@@ -178,13 +185,14 @@ def schedule(
     with exit_status(as_json, verbose):
         from pipeline.dataflow import commands
         from pipeline.dataflow.follow import Screen
+        from pipeline.sources.pool_names import joined
 
         screen = Screen(errors_console(), as_json)
         if delete:
             commands.delete_schedule(settings, output, dry_run, screen)
             return
-        if recipe is None or pool is None or (weekly is None) == (cron is None):
+        if recipe is None or not pool or (weekly is None) == (cron is None):
             raise UsageError("schedule: name RECIPE, --input, and one of --weekly and --cron")
         when = commands.cron_of(weekly) if weekly is not None else commands.checked_cron(cron or "")
-        asked = commands.Asked(recipe, pool, output, settings, keep_versions)
+        asked = commands.Asked(recipe, joined(pool), output, settings, keep_versions)
         commands.put_schedule(asked, when, time_zone, dry_run, screen)

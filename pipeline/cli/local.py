@@ -36,7 +36,7 @@ def demo(
 
     recipe = importlib.resources.files("recipes") / "demo.yaml"
     pool = importlib.resources.files("pipeline") / "demo" / "pool"
-    _run(read_recipe(str(recipe), as_json), str(pool), output, list(STAGES), context.args, as_json, verbose)
+    _run(read_recipe(str(recipe), as_json), [str(pool)], output, list(STAGES), context.args, as_json, verbose)
 
 
 def validate(recipe: RecipePath, as_json: Json = False) -> None:
@@ -80,6 +80,7 @@ def run(
     \b
     Examples:
       pairsift run recipe.yaml --input pool --output out
+      pairsift run recipe.yaml --input 'pool/{00000..00099}.tar' --input more --output out
       pairsift run recipe.yaml --input gs://BUCKET/pool --output gs://BUCKET/out
       pairsift run recipe.yaml --input pool --output out -- --direct_num_workers=2
     """
@@ -121,7 +122,7 @@ def select(
 
 def _run(
     recipe: Recipe,
-    pool: str,
+    inputs: list[str],
     output: str,
     stages: list[str],
     beam_options: list[str],
@@ -132,7 +133,9 @@ def _run(
     with exit_status(as_json, verbose):
         from pipeline.report.progress import Progress
         from pipeline.runs.run import run
+        from pipeline.sources.pool_names import joined
 
+        pool = joined(inputs)
         outcome = run(recipe, pool, output, stages, beam_options, Progress(errors_console(), as_json), keep_versions)
     _show(outcome, output, as_json)
 

@@ -10,11 +10,20 @@ from pipeline.output_folder.defaults import KEPT_VERSIONS as KEPT_VERSIONS
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of the recipe.")]
 Pool = Annotated[
-    str, typer.Option("--input", metavar="POOL", help="Pool: a folder of webdataset tars, or a pattern ending in .tar.")
+    list[str],
+    typer.Option(
+        "--input",
+        metavar="POOL",
+        help="Pool: a folder of webdataset tars, tars as in 'a.tar::b.tar' and '{00000..00099}.tar', or a pattern "
+        "ending in .tar. Repeatable.",
+    ),
 ]
 Output = Annotated[str, typer.Option("--output", metavar="FOLDER", help="Folder for all outputs.")]
 GsPool = Annotated[
-    str, typer.Option("--input", metavar="POOL", help="Pool: a folder of webdataset tars on gs://, or a pattern.")
+    list[str],
+    typer.Option(
+        "--input", metavar="POOL", help="Pool: a folder of webdataset tars on gs://, or a pattern. Repeatable."
+    ),
 ]
 GsOutput = Annotated[str, typer.Option("--output", metavar="FOLDER", help="Folder on gs:// for all outputs.")]
 LaunchSettings = Annotated[

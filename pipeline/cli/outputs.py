@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def reshard(
     context: typer.Context,
     run_output: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a finished run.")],
-    pool: Annotated[str, typer.Option("--input", metavar="POOL", help="The pool of that run.")],
+    pool: Annotated[list[str], typer.Option("--input", metavar="POOL", help="The pool of that run. Repeatable.")],
     output: Annotated[str, typer.Option("--output", metavar="FOLDER", help="Folder for the tars.")],
     samples_per_shard: Annotated[
         int, typer.Option(min=1, metavar="N", help="Average number of samples in a tar.")
@@ -37,8 +37,10 @@ def reshard(
     with exit_status(as_json, verbose):
         from pipeline.report.progress import Progress
         from pipeline.reshard.command import reshard, show_resharded
+        from pipeline.sources.pool_names import joined
 
-        done = reshard(run_output, pool, output, samples_per_shard, context.args, Progress(errors_console(), as_json))
+        progress = Progress(errors_console(), as_json)
+        done = reshard(run_output, joined(pool), output, samples_per_shard, context.args, progress)
         show_resharded(done, as_json)
 
 

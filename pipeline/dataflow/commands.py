@@ -17,6 +17,7 @@ from pipeline.dataflow.launch import Launch, check_gcs_paths, check_template, la
 from pipeline.dataflow.settings import load_dataflow_settings
 from pipeline.dataflow.workflow import Workflow
 from pipeline.google_cloud.rest import Api, Request
+from pipeline.sources import pool_names
 from transforms.core.errors import UsageError
 
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
@@ -41,7 +42,8 @@ class Asked:
         settings = load_dataflow_settings(self.settings)
         check_gcs_paths(self.pool, self.output)
         recipe, upload = settled_recipe(self.recipe, settings, can_read)
-        launch = Launch(settings, recipe, self.pool.rstrip("/"), self.output.rstrip("/"), self.keep_versions, by)
+        pool, output = pool_names.absolute(self.pool), self.output.rstrip("/")
+        launch = Launch(settings, recipe, pool, output, self.keep_versions, by)
         return launch, [upload] if upload else []
 
 

@@ -17,6 +17,7 @@ from pipeline.dataflow.names import job_name
 from pipeline.dataflow.settings import ALL_STAGES, ALL_WORKERS, RIGHT_FITTING, TEMPLATES, DataflowSettings
 from pipeline.google_cloud.jobs import OVER, DataflowJob, named
 from pipeline.google_cloud.rest import CONSOLE, STORAGE, Api, ApiError, Request
+from pipeline.sources.pool_names import options_of
 from transforms.core.errors import UsageError
 from transforms.core.recipe import FILES, Recipe, load_recipe, model_files
 from transforms.storage import files
@@ -181,7 +182,7 @@ def _check(recipe: Recipe, settings: DataflowSettings) -> None:
 
 def check_gcs_paths(pool: str, output: str) -> None:
     """Raise UsageError if a path is not a folder on `gs://`, which is all that workers can access."""
-    for option, path in (("--input", pool), ("--output", output)):
+    for option, path in (*options_of(pool).items(), ("--output", output)):
         if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]/.+", path.rstrip("/")):
             raise UsageError(f"{option}: got {path}; workers can only access gs://; give a path gs://BUCKET/FOLDER")
 

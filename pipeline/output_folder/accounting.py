@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 
 from pipeline.output_folder import tables
+from pipeline.output_folder.dead_pool import check_alive, dead_by_reason
+from pipeline.output_folder.img2dataset_stats import STATS_MISMATCH
 from pipeline.output_folder.layout import Layout
 from transforms.core.recipe import SINGLE_MODALITY
 from transforms.core.records import DeadLetter, Shard
-from transforms.storage import files
-from transforms.storage.steady_reader import SteadyReader
 
 _SHOWN = 5
-_MAX_STATS_BYTES = 2**20
 
 
 class Unaccounted(AssertionError):
@@ -51,73 +49,75 @@ def reconcile_shard(
     reconcile(f"shard {shard.name}, stage {stage}", due, found)
 
 
-class ReconcilePool(beam.PTransform):
-    """PCollection[Shard] -> empty PCollection. Compares each table of stage 1, whichever run wrote it, with the samples
-    that were counted in the tar, and with img2dataset's `_stats.json` if that is beside the tar.
+class ShardAccount(NamedTuple):
+    """What became of a shard in stage 1. `faults` says what does not add up, `mismatches` how its stats differ.
 
-    After comparing all shards, raises Unaccounted, which names those that differ.
+    `dead` maps the reason of dead letters to their number and the first message.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    faults: list[str]
+    mismatches: list[str]
+    judged: int
+    dead: dict[str, tuple[int, str]]
+
+
+class ReconcilePool(beam.PTransform):
+    """PCollection[Shard] -> empty PCollection. Compares each table of stage 1, whichever run wrote it, with the samples
+    that were counted in the tar.
+
+    After comparing all shards, warns of those that differ from img2dataset's `_stats.json`, raises Unaccounted, which
+    names those that do not add up, and DeadPool if more than `max_dead_share` of the pool is dead for one reason.
+    """
+
+    def __init__(self, layout: Layout, max_dead_share: float = 1.0) -> None:
         super().__init__()
-        self._layout = layout
+        self._layout, self._max_dead_share = layout, max_dead_share
 
     def expand(self, shards: beam.PCollection) -> beam.PCollection:
         return (
             shards
-            | "Compare shard" >> beam.FlatMap(differences, self._layout)
-            | "All differences" >> beam.combiners.ToList()
-            | "Refuse differences" >> beam.FlatMap(_refuse)
+            | "Compare shard" >> beam.Map(account_of, self._layout)
+            | "All accounts" >> beam.combiners.ToList()
+            | "Refuse differences" >> beam.FlatMap(_refuse, self._max_dead_share)
         )
 
 
-def differences(shard: Shard, layout: Layout) -> Iterator[str]:
-    """Messages about the differences in a shard that stage 1 has finished."""
+def account_of(shard: Shard, layout: Layout) -> ShardAccount:
+    """The account of a shard that stage 1 has finished."""
     shard = Shard(*shard)
     table = layout.single_modality(shard.name)
     letters = tables.read_dead_letters(layout.dead_letters(SINGLE_MODALITY, shard.name))
-    keys = [row["key"] for row in tables.read_table(table, ["key"])]
-    keys += [letter.key for letter in letters if letter.key]
+    rows = tables.read_table(table, ["key"])
+    keyed = len(rows) + sum(letter.key != "" for letter in letters)
     is_broken = any(not letter.key for letter in letters)
     in_tar = tables.read_due(table)
-    if in_tar - is_broken > len(keys) or in_tar < len(keys):
-        yield (
-            f"{shard.path}: {in_tar} samples were read, {len(keys)} are accounted for: something was removed from "
+    faults = []
+    if in_tar - is_broken > keyed or in_tar < keyed:
+        faults.append(
+            f"{shard.path}: {in_tar} samples were read, {keyed} are accounted for: something was removed from "
             f"{layout.output}; delete {table}, so that the shard is read again"
         )
-    successes = _successes(shard)
-    if successes is None or successes == len(set(keys)) or (is_broken and successes > len(set(keys))):
-        return
-    yield (
-        f"{shard.path}: holds {len(set(keys))} samples, img2dataset's {_stats_path(shard)} says {successes}; "
-        "download that shard again, or delete the stats if they are wrong"
-    )
+    mismatches = sorted({letter.message for letter in letters if letter.reason == STATS_MISMATCH})
+    return ShardAccount(faults, mismatches, len(rows), dead_by_reason(letters))
 
 
-def _refuse(found: list[str]) -> Iterator[None]:
-    if found:
-        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise Unaccounted(f"shards that do not add up: {len(found)}: {'; '.join(sorted(found)[:_SHOWN])}{more}")
+def _refuse(accounts: list[ShardAccount], max_dead_share: float) -> Iterator[None]:
+    mismatches = [message for account in accounts for message in account.mismatches]
+    if mismatches:
+        logging.warning(
+            "%d shards differ from their stats: %s; download them again, or delete the stats if they are wrong; "
+            "`stats_mismatch` in the recipe's section `pool` says whether such shards are skipped",
+            len(mismatches),
+            _first(mismatches),
+        )
+    faults = [fault for account in accounts for fault in account.faults]
+    if faults:
+        raise Unaccounted(f"shards that do not add up: {len(faults)}: {_first(faults)}")
+    judged = sum(account.judged for account in accounts)
+    check_alive("the pool", judged, [account.dead for account in accounts], max_dead_share)
     return iter(())
 
 
-def _stats_path(shard: Shard) -> str:
-    return f"{shard.path.removesuffix('.tar')}_stats.json"
-
-
-def _successes(shard: Shard) -> int | None:
-    """The number of samples that img2dataset reports for the tar; None if there is no report."""
-    path = _stats_path(shard)
-    if not files.exists(path):
-        return None
-    with SteadyReader(path) as file:
-        content = file.read(_MAX_STATS_BYTES)
-    try:
-        stats = json.loads(content)
-    except (ValueError, RecursionError):
-        stats = None
-    successes = stats.get("successes") if isinstance(stats, dict) else None
-    if not isinstance(successes, int):
-        logging.warning("%s: is not a stats file of img2dataset; the tar is not compared with it", path)
-        return None
-    return successes
+def _first(messages: list[str]) -> str:
+    more = f"; and {len(messages) - _SHOWN} more" if len(messages) > _SHOWN else ""
+    return "; ".join(sorted(messages)[:_SHOWN]) + more

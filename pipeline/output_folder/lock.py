@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.google_cloud import jobs
 from pipeline.google_cloud.jobs import DataflowJob
-from transforms.core.errors import Failure
+from transforms.core.errors import Failure, UsageError
 from transforms.storage import files, generations
 
 NAMES = (".lock", ".lock.json", ".lock.clock")
@@ -97,11 +97,18 @@ def _object_of(output: str, held: HeldForJob) -> generations.Object | None:
 def _held_file(output: str) -> Iterator[None]:
     lock_path, holder_path = (files.join(output, name) for name in NAMES[:2])
     files.make_folder(output)
-    lock = FileLock(lock_path)
+    lock = FileLock(lock_path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise Held(f"{output}: {_holder(holder_path)} is writing it; wait for that run, or end it") from error
+    except OSError as error:
+        if error.errno not in files.NO_LOCKS:
+            raise
+        raise UsageError(
+            f"{output}: its filesystem offers no file locks ({files.reason(error)}), so two runs could write it at "
+            "once; name an --output on a local disk, on a network filesystem mounted with locks, or on gs://"
+        ) from error
     try:
         files.write_json(holder_path, _this_process())
         yield

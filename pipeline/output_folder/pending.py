@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.output_folder import tables
+from pipeline.output_folder.img2dataset_stats import STATS_MISMATCH, mismatch_letters, successes
 from pipeline.output_folder.layout import Layout
 from pipeline.output_folder.manifest import library_versions
 from transforms.core import catalogue
@@ -22,6 +23,7 @@ from transforms.core.records import Annotation, DeadLetter, Shard
 from transforms.models.cascade import asked, match_floor, prompt_floor, unscored
 from transforms.models.fixed_batches import MODEL_FAILED, NOT_FINITE, PREPARATION_FAILED
 from transforms.rules import ActiveRule, first_failing, rules_of
+from transforms.storage import files
 
 _DIGIT_PROMPTS = "digit_prompts"
 """The entry of the cache key for CLIP's score of the digit prompts, which CLIP computes for the section `digit`."""
@@ -57,7 +59,8 @@ class FeatureCache:
         self._layout = layout
         known = identities[SINGLE_MODALITY]
         rules = {score.name: recipe.settings_of(score) for score in catalogue.per_sample_scores()}
-        self._pool = _digest(recipe.pool.model_dump(), library_versions(SINGLE_MODALITY))
+        self._pool = _digest(recipe.pool.computing, library_versions(SINGLE_MODALITY))
+        self._skips_mismatches = recipe.pool.stats_mismatch == "skip"
         self._features = {
             name: _digest(settings.computing, known.get(name)) for name, settings in rules.items() if settings
         }
@@ -72,7 +75,9 @@ class FeatureCache:
         if not tables.is_complete(self._layout.single_modality(shard.name), self.cache_key(shard)):
             return False
         letters = tables.read_dead_letters(self._layout.dead_letters(self.stage, shard.name))
-        return not any(letter.reason in self._failures_of_others for letter in letters)
+        if any(letter.reason in self._failures_of_others for letter in letters):
+            return False
+        return self._agrees_with_stats(shard, letters)
 
     def in_progress(self, shard: Shard) -> str:
         """Return the path of the marker file that exists while the shard is being processed."""
@@ -86,7 +91,22 @@ class FeatureCache:
         self, shard: Shard, rows: list[dict[str, Any]], letters: list[DeadLetter], halvings: Mapping[str, int]
     ) -> ShardTable:
         """Return the table to write."""
-        return ShardTable(rows, letters, self.cache_key(shard), halvings)
+        mismatches = mismatch_letters(shard, self.stage, rows, letters, self._skips_mismatches)
+        if any(letter.key for letter in mismatches):
+            rows = []
+        return ShardTable(rows, letters + mismatches, self.cache_key(shard), halvings)
+
+    def _agrees_with_stats(self, shard: Shard, letters: list[DeadLetter]) -> bool:
+        """Return whether the table was made with the current img2dataset stats and the current setting for them."""
+        before = {letter for letter in letters if letter.reason == STATS_MISMATCH}
+        if not before and successes(shard.path) is None:
+            return True
+        if not files.exists(shard.path):  # the pool has gone, and its stats with it
+            return True
+        rows: list[Any] = tables.read_table(self._layout.single_modality(shard.name), ["uid", "key"])
+        rows += [letter._asdict() for letter in before if letter.key]
+        others = [letter for letter in letters if letter not in before]
+        return before == set(mismatch_letters(shard, self.stage, rows, others, self._skips_mismatches))
 
 
 class PoolWideCache:
@@ -125,7 +145,7 @@ class ScoreCache:
         self._layout, self._recipe = layout, recipe
         cross, known = recipe.cross_modality, identities[CROSS_MODALITY]
         computed_by = cross.device, cross.precision, library_versions(CROSS_MODALITY)
-        self._pool = _digest(recipe.pool.model_dump(), *computed_by)
+        self._pool = _digest(recipe.pool.computing, *computed_by)
         sections = {
             score.name: recipe.settings_of(score) for score in catalogue.scores_of(CROSS_MODALITY) if score.columns
         }

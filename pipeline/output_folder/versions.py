@@ -18,7 +18,7 @@ import uuid
 
 from pipeline.output_folder.defaults import KEPT_VERSIONS as KEPT
 from pipeline.output_folder.layout import Layout
-from transforms.storage import files, generations
+from transforms.storage import durable, files, generations
 
 LINKED = (
     "decisions", "subset.npy", "funnel.json", "clusters.parquet", "clusters.svg", "centroids.npy", "manifest.json",
@@ -54,14 +54,23 @@ def switch(layout: Layout) -> None:
     if files.in_cloud_storage(layout.output):
         _switch_pointer(layout.output, number)
         return
+    # First on the disk: after a power loss `current` must not name a version whose data is lost.
+    durable.sync_tree(layout.results)
+    durable.sync(os.path.dirname(layout.results))
+    durable.sync(layout.output)
+    aside = os.path.join(layout.output, f".{_CURRENT}.tmp-{uuid.uuid4().hex}")
+    try:
+        os.symlink(os.path.join("versions", str(number)), aside)
+        os.replace(aside, os.path.join(layout.output, _CURRENT))
+    finally:
+        files.delete_if_there(aside)
+    # Only now, so that a killed run leaves no link to nothing; the next run makes those that are missing.
     for name in LINKED:
         path = os.path.join(layout.output, name)
         if not os.path.islink(path):
             files.delete_if_there(path)
             os.symlink(os.path.join(_CURRENT, name), path)
-    aside = os.path.join(layout.output, f".{_CURRENT}.tmp-{uuid.uuid4().hex}")
-    os.symlink(os.path.join("versions", str(number)), aside)
-    os.replace(aside, os.path.join(layout.output, _CURRENT))
+    durable.sync(layout.output)
 
 
 def prune(layout: Layout, keep: int) -> None:

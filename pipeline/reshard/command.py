@@ -22,6 +22,7 @@ from pipeline.reshard.tars import ReshardedFolder, WriteResharded
 from pipeline.runners.supported import check, pipeline_of
 from pipeline.runners.workers import run_to_end
 from pipeline.runs.claim import check_path, claim
+from pipeline.sources import pool_names
 from pipeline.sources.pool import list_shards
 from transforms.core.errors import UsageError
 from transforms.core.recipe import PoolSettings
@@ -54,11 +55,11 @@ def reshard(
     folder. Raises UsageError (or NoShards) before anything is written if the run is not finished, its subset is empty,
     the pool has no tars, or the folder holds something else.
     """
-    paths = {"OUT": run_output, "--input": pool, "--output": output}
+    paths = {"OUT": run_output, **pool_names.options_of(pool), "--output": output}
     for option, path in paths.items():
         check_path(option, path)
     check(beam_options, paths, {}, needs_gpu=False)
-    if _is_in_pool(pool, output):
+    if any(_is_in_pool(part, output) for part in pool_names.split(pool)):
         raise UsageError(
             f"--output: {output} is inside the pool, so the next run would read the copies as samples; choose a folder "
             "outside the pool"

@@ -10,11 +10,12 @@ from pipeline.output_folder.layout import Layout
 from pipeline.output_folder.manifest import identities, manifest
 from pipeline.runs.claim import check_pool
 from transforms.core.errors import UsageError
-from transforms.core.recipe import SINGLE_MODALITY, Recipe
+from transforms.core.recipe import FILES, SINGLE_MODALITY, Recipe, model_files
 from transforms.core.records import Shard
 from transforms.models.precision import resolve
 from transforms.models.weights import pinned
 from transforms.single_modality import pos_pattern
+from transforms.storage import files
 
 
 def settled_job(
@@ -33,10 +34,21 @@ def settled_job(
         settled = recipe.model_copy(update={"cross_modality": cross})
         found = identities(settled)
     except (OSError, ValueError, LookupError) as error:
-        raise UsageError(f"recipe: {error}") from error
+        raise UsageError("; ".join([f"recipe: {error}", *_missing_files(recipe, besides=str(error))])) from error
     content = manifest(recipe, pool, found, settled_precision)
     check_pool(layout, pool)
     return graphs.Job(with_tagger(settled, found), tuple(shards), layout, found), content
+
+
+def _missing_files(recipe: Recipe, besides: str) -> list[str]:
+    """A fault for each setting that names a local file that is not there, besides those of a message."""
+    named = {where: path for where, path in model_files(recipe).items() if where.rpartition(".")[2] in FILES}
+    local = {where: path for where, path in named.items() if "://" not in path and not path.startswith("bundled:")}
+    return [
+        f"{where}: {path}: there is no such file"
+        for where, path in local.items()
+        if path not in besides and not files.exists(path)
+    ]  # fmt: skip
 
 
 def with_tagger(recipe: Recipe, found: dict[str, Any]) -> Recipe:

@@ -18,6 +18,8 @@ from pipeline.runs.claim import check_path, check_pool, only_writer, shown
 from pipeline.runs.job import settled_job
 from pipeline.runs.stage import WorkDone, decide, run_stage
 from pipeline.sinks.publication import Publication, vanished
+from pipeline.sources import pool_names
+from pipeline.sources.first_look import look_first
 from pipeline.sources.pool import list_shards
 from transforms.core.errors import UsageError
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe, model_files
@@ -47,16 +49,19 @@ def run(
     Results in the output folder that are still valid are reused (`pipeline.output_folder.pending`), whichever recipe
     computed them. Raises UsageError (or NoShards) before anything is written if the pool has no tars, a model's files
     are missing, the folder belongs to another pool or is being written by another run, the recipe asks for a GPU that
-    the workers lack, or the Beam runner cannot run the graphs.
+    the workers lack, or the Beam runner cannot run the graphs; and DeadPool if nearly all of the first samples are dead
+    letters for one reason.
     """
-    paths = {"--input": pool, "--output": output}
+    paths = {**pool_names.options_of(pool), "--output": output}
     for option, path in paths.items():
         check_path(option, path)
     needs_gpu = recipe.cross_modality.device == "cuda" and CROSS_MODALITY in stages
     supported.check(beam_options, paths, model_files(recipe), needs_gpu)
-    pool = files.absolute(pool)  # a relative path must name the same pool from every working folder
+    pool = pool_names.absolute(pool)  # a relative path must name the same pool from every working folder
     shards = list_shards(pool)
     layout = Layout(output.rstrip("/") or output)
+    if SINGLE_MODALITY in stages:
+        look_first(shards, recipe.pool, layout)
     is_here = supported.is_here(beam_options)
     if needs_gpu and is_here and not torch.cuda.is_available():
         raise UsageError("recipe: cross_modality.device is cuda, but this machine has no GPU; use a GPU or say cpu")

@@ -14,7 +14,7 @@ import apache_beam as beam
 
 from pipeline.decoding.images import UndecodableImage
 from pipeline.decoding.watched_decoder import Decode, decoder_for
-from pipeline.sources.pool import check_unchanged
+from pipeline.sources.pool import check_unchanged, dead_shard
 from pipeline.sources.prefetch import map_alternating, map_prefetched
 from pipeline.sources.webdataset import Reading, read_samples
 from transforms.core.metrics import (
@@ -116,7 +116,7 @@ class _ReadShard(beam.DoFn):
         wanted, attempt = self._pending.wanted(shard), Attempt()
         decoding = _Decoding(decode)
         while True:
-            if wanted is None or wanted:
+            if (wanted is None or wanted) and not shard.fault:
                 counter(TARS_OPENED).inc()
             reading = Reading()
             expected = reading.keys if wanted is None else list(wanted)
@@ -138,6 +138,9 @@ class _ReadShard(beam.DoFn):
         return self._map(decoded, self._samples(shard, wanted, reading), DECODE_THREADS, self._batch_size)
 
     def _samples(self, shard: Shard, wanted: _Wanted, reading: Reading) -> Iterator[Sample | DeadLetter]:
+        if shard.fault:
+            yield dead_shard(shard, self._pending.stage)
+            return
         if wanted is None:
             yield from read_samples(shard, self._bounds, self._pending.stage, reading)
             check_unchanged(shard)

@@ -43,7 +43,14 @@ SectionSettings = TypeVar("SectionSettings", bound=Settings)
 
 
 class PoolSettings(Settings):
-    """Limits on what is read from a pool. A sample that exceeds one becomes a dead letter."""
+    """Limits on what is read from a pool. A sample that exceeds one becomes a dead letter.
+
+    `max_dead_share`: where more than this share of the samples are dead letters for one reason, the run fails; 1.0
+    never does. `stats_mismatch`: whether a shard that holds another number of samples than img2dataset's `_stats.json`
+    says is reported only, or skipped too.
+    """
+
+    only_decide = frozenset({"max_dead_share", "stats_mismatch"})
 
     max_image_bytes: int = Field(20 * 2**20, gt=0)
     max_image_pixels: int = Field(64_000_000, gt=0, le=178_000_000)  # Pillow itself refuses more
@@ -54,6 +61,8 @@ class PoolSettings(Settings):
     max_tar_members: int = Field(1_000_000, gt=0)
     max_tar_bytes: int = Field(64 * 2**30, gt=0)
     max_decode_seconds: float = Field(60.0, gt=0.0)
+    max_dead_share: PositiveShare = 0.9
+    stats_mismatch: Literal["report", "skip"] = "report"
 
 
 class StageSettings(Settings):

@@ -24,12 +24,14 @@ class Shard(NamedTuple):
     """One tar of the pool.
 
     `name` is its escaped relative path, safe as a file name. `path` opens it. `fingerprint` (size and modification
-    time, or generation) shows whether it has changed.
+    time, or generation) shows whether it has changed. `fault` is the reason code of a tar that is missing or cannot be
+    read, and empty for all others.
     """
 
     name: str
     path: str
     fingerprint: str
+    fault: str = ""
 
 
 class DeadLetter(NamedTuple):

@@ -16,6 +16,10 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveShare = Annotated[float, Field(gt=0.0, le=1.0)]
 Cosine = Annotated[float, Field(ge=-1.0, le=1.0)]
 
+_MAX_BYTES = 2**18
+_MAX_DEPTH = 32
+_MAX_DIGITS = 64
+_TOO_DEEP = f"nested too deeply; {_MAX_DEPTH} levels are allowed"
 _EXPONENT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")
 
 
@@ -61,8 +65,48 @@ class ThresholdSettings(Settings):
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-class _UniqueKeysLoader(yaml.SafeLoader):
-    """YAML's safe loader, but a key that is given twice is an error, where PyYAML silently takes the last one."""
+class _Alias(yaml.YAMLError):
+    """An alias in settings. The message names the setting."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's safe loader for settings: what they do not need is an error, before it costs time or memory.
+
+    A key that is given twice, of which PyYAML silently takes the last; aliases, which multiply; nesting deeper than
+    any settings; numbers of more digits than any quantity.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._path: list[str] = []
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._path.append(str(index.value) if isinstance(index, yaml.ScalarNode) else "")
+        if self.check_event(yaml.AliasEvent):
+            where, name = ".".join(filter(None, self._path)) or "settings", self.peek_event().anchor
+            raise _Alias(f"{where}: got the alias *{name}"[:200] + "; aliases are not allowed: write the value out")
+        node = super().compose_node(parent, index)
+        self._path.pop()
+        return node
+
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        if self.flow_level >= _MAX_DEPTH:
+            raise self._refused(_TOO_DEEP)
+        super().fetch_flow_collection_start(token_class)
+
+    def add_indent(self, column: int) -> bool:
+        if len(self.indents) > _MAX_DEPTH:
+            raise self._refused(_TOO_DEEP)
+        return super().add_indent(column)
+
+    def _refused(self, message: str) -> yaml.YAMLError:
+        return yaml.scanner.ScannerError(None, None, message, self.get_mark())
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > _MAX_DIGITS:
+            message = f"a number of {len(node.value)} characters; allowed: {_MAX_DIGITS}"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+        return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -74,16 +118,30 @@ class _UniqueKeysLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+
+
 def load_settings(path: str, model: type[AnySettings]) -> AnySettings:
     """The settings at `path` (local or `gs://`).
 
     Raises SettingsError with every fault at once: its path, the value, and what is allowed.
     """
     try:
-        content = yaml.load(files.read_bytes(path).decode("utf-8"), _UniqueKeysLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8
+        content = yaml.load(_text(path), _PlainLoader)
+    except _Alias as error:
+        raise SettingsError(path, [str(error)]) from error
+    except (OSError, ValueError, LookupError, AttributeError, yaml.YAMLError) as error:
+        # ValueError: not UTF-8. PyYAML raises LookupError or AttributeError for `!!int ""` and `!!timestamp x`.
         raise SettingsError(path, [f"cannot be read as YAML: {' '.join(str(error).split())}"]) from error
     return parse_settings(content, path, model)
+
+
+def _text(path: str) -> str:
+    with files.open_binary(path) as file, files.client_errors(path):
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"has more than {_MAX_BYTES} bytes")
+    return content.decode("utf-8")
 
 
 def parse_settings(content: Any, source: str, model: type[AnySettings]) -> AnySettings:
@@ -103,7 +161,7 @@ def _fault(error: Any, model: type[pydantic.BaseModel]) -> str:
     given = _shown(error["input"])
     if error["type"] == "extra_forbidden":
         allowed = ", ".join(_fields_at(error["loc"][:-1], model))
-        return f"{where}: unknown setting (got {given}); allowed here: {allowed}"
+        return f"{where}: unknown setting (got {given[:200]}); allowed here: {allowed}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "float_type" and _EXPONENT.fullmatch(str(error["input"])):
         message += "; YAML reads an exponent as a number only after a point and with a sign, for example 1.0e-6"

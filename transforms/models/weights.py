@@ -103,32 +103,101 @@ def load_processor(processor_class: Any, settings: ModelSettings) -> Any:
     return processor_class.from_pretrained(path, revision=revision, backend="pil")
 
 
+class MissingModels(OSError):
+    """Models that are not on this machine and cannot be fetched. The message names all of them, by their settings."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__(
+            f"{'; '.join(faults)}. Name a local folder there, or fetch the models beforehand: see docs/models.md"
+        )
+
+
 def pinned(settings: CrossModalitySettings, fetch: bool) -> CrossModalitySettings:
     """The settings with the revision of each hub model replaced by its current commit, so that all workers load it.
 
     With `fetch`, missing weights are downloaded too, because an interrupted run resumes only if the hashes of its
-    weights are the same. Raises OSError or ValueError if the hub has no such model.
+    weights are the same. Raises MissingModels, which names all that are missing at once.
     """
-    import open_clip
-
     changes: dict[str, Any] = {}
+    faults: list[str] = []
     for score in catalogue.model_scores():
         name, section = score.name, getattr(settings, score.name)
         if not isinstance(section, ModelSettings):
             continue
-        if isinstance(section, ClipModelSettings):
-            source = clip_source(section)  # downloads all files of an `hf-hub:` model
-            if fetch and source.pretrained and not os.path.isfile(source.pretrained) and not _weight_files(section)[0]:
-                open_clip.download_pretrained(_tag(source.name, source.pretrained))
-        repository = _hub_repository(section)
-        if repository:
-            _, commit = _in_hub_cache(repository, section.revision)
-            if fetch:  # also where the cache has some of the files: an earlier download may have been interrupted
-                commit = Path(_snapshot(repository, commit or section.revision, ["*.safetensors"], ["*.bin"])).name
-            elif commit is None:
-                commit = Path(_snapshot(repository, section.revision, [], [])).name
-            changes[name] = section.model_copy(update={"revision": commit})
+        try:
+            if isinstance(section, ClipModelSettings):
+                _fetch_clip(section, fetch)
+            if repository := _hub_repository(section):
+                changes[name] = section.model_copy(update={"revision": _pinned_commit(repository, section, fetch)})
+            else:
+                local_path(section.model)
+        except (OSError, ValueError, LookupError) as error:
+            faults.append(_fault(name, section, error))
+    if faults:
+        raise MissingModels(faults)
     return settings.model_copy(update=changes)
+
+
+def _pinned_commit(repository: str, settings: ModelSettings, fetch: bool) -> str:
+    """The commit of a hub model, whose files are then on this machine if `fetch`."""
+    if repository.startswith(("/", ".", "~")) or repository.count("/") > 1:
+        raise FileNotFoundError(f"{repository}: no such folder on this machine")
+    _, commit = _in_hub_cache(repository, settings.revision)
+    if not fetch:
+        return commit or Path(_snapshot(repository, settings.revision, [], [])).name
+    # Also where the cache has some of the files: an earlier download may have been interrupted.
+    folder = Path(_snapshot(repository, commit or settings.revision, ["*.safetensors"], ["*.bin"]))
+    if not _in_folder(folder)[0]:
+        raise FileNotFoundError(f"{repository}: the copy on this machine has no weights, {_hub_state()}")
+    return folder.name
+
+
+def _fetch_clip(settings: ClipModelSettings, fetch: bool) -> None:
+    """Download the weights that open_clip would, if `fetch`. Raises as `clip_source`, and OSError."""
+    import open_clip
+
+    source = clip_source(settings)  # downloads all files of an `hf-hub:` model
+    if not fetch or not source.pretrained or os.path.isfile(source.pretrained) or _weight_files(settings)[0]:
+        return
+    tag = _tag(source.name, source.pretrained)
+    repository, _, file = tag.get("hf_hub", "").rpartition("/")
+    if not repository or file:
+        _quiet_hub()
+        open_clip.download_pretrained(tag)
+    elif not _in_folder(Path(_clip_snapshot(repository, None)))[0]:
+        raise FileNotFoundError(f"{repository}: the copy on this machine has no weights, {_hub_state()}")
+
+
+def _fault(name: str, settings: ModelSettings, error: Exception) -> str:
+    """The setting that names a model, the model, and why it cannot be had, on one line."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    if str(error).startswith(f"{name}."):
+        return f"cross_modality.{error}"
+    tag = settings.weights if isinstance(settings, ClipModelSettings) else None
+    where, model = ("weights", f"{tag} of {settings.model}") if tag is not None else ("model", settings.model)
+    if isinstance(error, RepositoryNotFoundError):
+        reason = "the hub has no such model, or does not show it to this user"
+    elif isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        reason = f"is not on this machine, {_hub_state()}"
+    else:
+        reason = " ".join(str(error).split()).removeprefix(f"{settings.model}: ")[:300]
+    return f"cross_modality.{name}.{where}: {model}: {reason}"
+
+
+def _hub_state() -> str:
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return "and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to fetch it"
+    return "and its hub cannot be reached"
+
+
+def _quiet_hub() -> None:
+    """Keep the hub's client from printing each of its retries: an error says once what failed."""
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()
 
 
 def _hub_repository(settings: ModelSettings) -> str | None:
@@ -184,6 +253,7 @@ def _snapshot(repository: str, revision: str | None, safe: list[str], pickled: l
     """
     import huggingface_hub
 
+    _quiet_hub()
     fetch = functools.partial(huggingface_hub.snapshot_download, repository, revision=revision)
     folder = fetch(allow_patterns=["*.json", "*.txt", "*.model", *safe])
     if not list(Path(folder).glob("*.safetensors")):

@@ -12,15 +12,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from transforms.storage import globs, liveness
+from transforms.storage import globs, liveness, trees
+from transforms.storage.trees import FileStatus as FileStatus
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -32,6 +34,8 @@ _ASIDE = re.compile(r"\..+\.tmp-[0-9a-f]{32}", re.DOTALL)
 _SCHEME = re.compile(r"([a-zA-Z][-+.a-zA-Z0-9]*)://")
 _SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
+"""What a filesystem without file locks, or without its lock service, answers."""
 _SPOOLED_BYTES = 2**24  # kept in memory; larger files are kept on the local disk until they are uploaded
 _REQUESTS_AT_ONCE = 32  # a request to Cloud Storage takes tens of milliseconds, nearly all of it waiting
 
@@ -50,14 +54,6 @@ class ReadFailed(OSError):
 
 class UnsupportedScheme(OSError):
     """A path such as `s3://…`."""
-
-
-class FileStatus(NamedTuple):
-    """A file's path, size in bytes, and time of its last change (Unix time, seconds)."""
-
-    path: str
-    size_bytes: int
-    updated_seconds: float
 
 
 def join(folder: str, *names: str) -> str:
@@ -123,17 +119,21 @@ def status(path: str) -> FileStatus | None:
 def matching(pattern: str) -> list[FileStatus]:
     """The files that match the glob `pattern` (see `matches`); folders are not listed. Raises OSError."""
     fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0]
-    found: Iterable[FileStatus]
-    if in_cloud_storage(pattern):
-        # Consoles represent folders by empty objects whose names end with a slash.
-        found = (FileStatus(*one) for one in _cloud().objects(fixed) if not one[0].endswith("/"))
-    elif fixed == pattern:
-        found = _statuses([pattern])
-    else:
-        tree = os.walk(os.path.dirname(fixed))
-        found = _statuses(os.path.join(place, name) for place, _, names in tree for name in names)
+    if not in_cloud_storage(pattern) and fixed == pattern:
+        return list(_statuses([pattern]))
     regex = globs.regex(pattern)
-    return [file for file in found if regex.fullmatch(file.path)]
+    found = under(fixed if in_cloud_storage(pattern) else os.path.dirname(fixed))
+    return [file for file in found if not file.fault and regex.fullmatch(file.path)]
+
+
+def under(prefix: str) -> Iterator[FileStatus]:
+    """All files under a local folder, through links, and what is no readable file there; in Cloud Storage, all objects
+    whose paths begin with `prefix`. Raises OSError."""
+    if in_cloud_storage(prefix):
+        # Consoles represent folders by empty objects whose names end with a slash.
+        yield from (FileStatus(*one) for one in _cloud().objects(prefix) if not one[0].endswith("/"))
+        return
+    yield from trees.walk(prefix)
 
 
 def _statuses(paths: Iterable[str]) -> Iterator[FileStatus]:
@@ -264,8 +264,9 @@ def clear_aside(folder: str) -> None:
     Does nothing in Cloud Storage, where there are none."""
     if in_cloud_storage(folder):
         return
-    for path in (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names):
-        if is_aside(path) and not liveness.is_live(path):
+    # A link to a folder, as a switch of versions leaves, is among the folders.
+    for path in (os.path.join(place, name) for place, *found in os.walk(folder) for name in itertools.chain(*found)):
+        if is_aside(path) and (os.path.islink(path) or not liveness.is_live(path)):
             delete_if_there(path)
 
 
@@ -314,10 +315,10 @@ def rename(source: str, target: str) -> None:
 
 
 def delete_if_there(path: str) -> None:
-    """Delete `path` if it exists; a local folder with everything in it."""
+    """Delete `path` if it exists: a local folder with everything in it, a link without its target."""
     if in_cloud_storage(path):
         _cloud().delete(path)
-    elif os.path.isdir(path):
+    elif os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock
@@ -21,7 +24,40 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "pairsift"
     except RuntimeError:  # a container may run as a number that has no home
-        return Path(tempfile.gettempdir()) / "pairsift"
+        return _private(Path(tempfile.gettempdir()) / f"pairsift-{os.getuid()}")
+
+
+def _private(folder: Path) -> Path:
+    """Make a folder that only this user can enter, or check that it is one: everyone may write beside it, so another
+    user may have made it first, to have its files loaded as models. Raises PermissionError."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise PermissionError(
+            f"{folder}: is not a folder that only this user can enter; delete it, or name another folder in "
+            "PAIRSIFT_CACHE"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Hold a file lock. Raises OSError if the filesystem offers none."""
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in files.NO_LOCKS:
+            raise
+        raise OSError(
+            f"{path}: its filesystem offers no file locks ({files.reason(error)}); name a folder on a local disk in "
+            "PAIRSIFT_CACHE"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def local_copy(path: str) -> str:
@@ -39,7 +75,7 @@ def local_copy(path: str) -> str:
     state = "\n".join(f"{file.path} {file.size_bytes} {file.updated_seconds}" for file in found)
     copy = cache_folder() / "models" / hashlib.sha256(state.encode()).hexdigest()[:32]
     copy.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{copy}.lock"):  # all worker processes of a machine start at once
+    with _locked(f"{copy}.lock"):  # all worker processes of a machine start at once
         if not copy.exists():
             aside = copy.with_name(f"{copy.name}.tmp-{uuid.uuid4().hex}")
             try:

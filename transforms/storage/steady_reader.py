@@ -6,7 +6,7 @@ import io
 from time import sleep
 from typing import Any
 
-from transforms.storage import files
+from transforms.storage import files, trees
 
 _DELAYS_SECONDS = (0.5, 1.0, 2.0, 4.0)
 
@@ -40,6 +40,8 @@ class SteadyReader(io.RawIOBase):
     def _read(self, size_bytes: int) -> bytes:
         try:
             if self._file is None:
+                if not files.in_cloud_storage(self._path):
+                    trees.check_regular(self._path)
                 self._file = files.open_binary(self._path)
                 if self._offset:
                     self._file.seek(self._offset)

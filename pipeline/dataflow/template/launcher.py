@@ -38,7 +38,9 @@ from pipeline.runners.beam_internals import dataflow_bytes
 from pipeline.runs.claim import check_path, clear_leftovers
 from pipeline.runs.job import settled_job
 from pipeline.sinks.publication import Publication
+from pipeline.sources.first_look import look_first
 from pipeline.sources.pool import list_shards
+from pipeline.sources.pool_names import options_of
 from transforms.core.errors import UsageError
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, Recipe, load_recipe
 from transforms.core.records import Shard
@@ -111,7 +113,8 @@ def checked(options: PipelineOptions) -> Parameters:
 
 def submit(options: PipelineOptions, parameters: Parameters) -> str:
     """Lock the output folder for the job, build the job, hand it over and return its name. Raises UsageError."""
-    check_path("--input", parameters.pool)
+    for option, path in options_of(parameters.pool).items():
+        check_path(option, path)
     check_path("--output", parameters.output)
     layout = Layout(parameters.output.rstrip("/"))
     cloud = options.view_as(GoogleCloudOptions)
@@ -158,6 +161,8 @@ def _job(parameters: Parameters, layout: Layout, held: HeldForJob) -> graphs.Job
     """Return the inputs of the graph. If the job includes stage 1, this lists the pool and writes the listing."""
     lists_pool = parameters.template in (SINGLE_MODALITY, ALL_STAGES)
     shards = list_shards(parameters.pool) if lists_pool else _listed(layout)
+    if lists_pool:
+        look_first(shards, parameters.recipe.pool, layout)
     precision = parameters.gpu.precision if parameters.gpu else None
     job, content = settled_job(parameters.recipe, parameters.pool, layout, shards, fetch=False, precision=precision)
     cids = parameters.recipe.distribution_alignment.cids

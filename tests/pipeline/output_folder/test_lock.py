@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import getpass
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.output_folder.lock import Held, only_writer
+from transforms.core.errors import UsageError
 
 HOLDER = """
 import sys, time
@@ -68,3 +70,16 @@ def test_a_run_that_fails_lets_go(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="boom"), only_writer(str(tmp_path / "out")):
         raise RuntimeError("boom")
     hold(tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_a_filesystem_without_locks_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    expected = rf"out: its filesystem offers no file locks \({os.strerror(number)}\), .*; name an --output on a local"
+    with pytest.raises(UsageError, match=expected):
+        hold(tmp_path / "out")

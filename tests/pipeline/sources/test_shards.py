@@ -128,6 +128,15 @@ def test_shard_without_valid_samples_still_has_a_last_batch(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
+def test_what_is_no_readable_tar_is_a_dead_letter_and_never_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "b.tar").symlink_to("nowhere")
+    batches, _ = read(FakeCache(), list_shards(str(tmp_path)))
+    assert [(b.shard.name, b.last, len(b), [(x.key, x.reason, x.stage) for x in b.dead_letters]) for b in batches] == [
+        ("a", True, 0, [("", "not_a_file", "a_stage")]), ("b", True, 0, [("", "dangling_link", "a_stage")])
+    ]  # fmt: skip
+
+
 def test_image_above_the_pixel_limit(tmp_path: Path) -> None:
     shards = write_pool(tmp_path, {"a.tar": samples("k")})
     ((batch,), _) = read(FakeCache(), shards, bounds=PoolSettings(max_image_pixels=96 * 64 - 1))

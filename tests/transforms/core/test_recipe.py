@@ -362,3 +362,53 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:
     with pytest.raises(pydantic.ValidationError):
         loaded.cross_modality.flipped_clip.min = 0.5
     assert copy.deepcopy(loaded) == loaded
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 3000, "nested too deeply"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("a: " + "{a: " * 3000, "nested too deeply"),
+        ("\n".join(" " * level + "a:" for level in range(500)), "nested too deeply"),
+        ("- " * 3000 + "a", "nested too deeply"),
+        ("? " * 3000 + "a", "nested too deeply"),
+        ("a: " + "9" * 5000, "a number of 5000 characters"),
+        ("a: 0x" + "f" * 5000, "a number of 5002 characters"),
+        ("a: " + "1:" * 5000 + "1", "a number of 10001 characters"),
+        ('a: !!int ""', ""),
+        ("a: !!timestamp x", ""),
+        ("a: !!bool x", ""),
+        ("a: !!python/object:os.system x", "could not determine a constructor"),
+        ("a: 2001-99-99", "month must be in"),
+        ("#" * 2**18 + "#", "has more than 262144 bytes"),
+    ],
+)
+def test_what_would_cost_time_or_a_traceback_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_text(tmp_path, text)
+    (fault,) = caught.value.faults
+    assert fault.startswith("cannot be read as YAML: ") and message in fault and len(fault) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("a0: &a0 [x, x]\na1: &a1 [*a0, *a0]\n", "a1"),
+        ("pool: {max_json_depth: &a 3, max_tar_members: *a}", "pool.max_tar_members"),
+        ("name: &a [*a]", "name"),
+        ("<<: *a", "<<"),
+        ("*a : b", "settings"),
+        ("*a", "settings"),
+    ],
+)
+def test_aliases_are_refused_where_they_are(tmp_path: Path, text: str, where: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_text(tmp_path, text)
+    (fault,) = caught.value.faults
+    assert fault.startswith(f"{where}: got the alias *a") and "are not allowed: write the value out" in fault
+
+
+def test_nesting_as_deep_as_any_setting_is_read(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="deep: unknown setting"):
+        load_text(tmp_path, "deep: " + "[" * 30 + "]" * 30)

@@ -125,3 +125,60 @@ def test_an_open_clip_model_on_a_hub_is_loaded_at_its_revision(clip_folder: Path
     settings = FlippedClipSettings(model="hf-hub:someone/clip", revision="0123abcd", min=0.2)
     assert weights.clip_source(settings) == (f"local-dir:{clip_folder}", None, False)
     assert asked == [("someone/clip", "0123abcd")]
+
+
+@pytest.fixture
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache, and a hub that cannot be reached."""
+
+    def fail(repository: str, **_: object) -> str:
+        raise LocalEntryNotFoundError("Got: ConnectError\nsecond line")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr("open_clip.download_pretrained", fail)
+
+
+def missing(fetch: bool = True, **changes: object) -> str:
+    given = recipe.CrossModalitySettings(
+        flipped_clip=FlippedClipSettings(model="ViT-L-14", weights="openai", min=0.2),
+        image_text_matching=ImageTextMatchingSettings(model="someone/itm", min=0.5),
+        digit=DigitSettings(model="someone/blip2"),
+    )
+    with pytest.raises(weights.MissingModels) as caught:
+        weights.pinned(given.model_copy(update=changes), fetch)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("offline", "why"), [(False, "its hub cannot be reached"), (True, "HF_HUB_OFFLINE or TRANS")])
+def test_all_missing_models_are_named_at_once(
+    no_hub: None, monkeypatch: pytest.MonkeyPatch, offline: bool, why: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    message = missing()
+    for where in (
+        "cross_modality.flipped_clip.weights: openai of ViT-L-14: is not on this machine, and ",
+        "cross_modality.image_text_matching.model: someone/itm: is not on this machine, and ",
+        "cross_modality.digit.model: someone/blip2: is not on this machine, and ",
+    ):
+        assert where + why in message
+    assert message.endswith(". Name a local folder there, or fetch the models beforehand: see docs/models.md")
+    assert "\n" not in message
+
+
+def test_folders_and_tags_that_do_not_exist_are_named_as_that(no_hub: None, tmp_path: Path) -> None:
+    message = missing(
+        flipped_clip=FlippedClipSettings(model="ViT-L-14", weights="opnai", min=0.2),
+        image_text_matching=ImageTextMatchingSettings(model=f"{tmp_path}/gone", min=0.5),
+        digit=DigitSettings(model="bundled:nothing"),
+    )
+    assert "cross_modality.flipped_clip.weights: 'opnai' is neither a file nor a known tag" in message
+    assert f"cross_modality.image_text_matching.model: {tmp_path}/gone: no such folder on this machine" in message
+    assert "cross_modality.digit.model: bundled:nothing: this installation has no such file" in message
+
+
+def test_a_copy_without_weights_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_folder: Path) -> None:
+    """As after an interrupted download, when the hub cannot be reached now."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    clip = FlippedClipSettings(model=str(clip_folder), min=0.2)
+    message = missing(flipped_clip=clip, digit=None)
+    assert "image_text_matching.model: someone/itm: the copy on this machine has no weights, and its hub" in message
