@@ -22,6 +22,7 @@ from transforms.core.records import Annotation, DeadLetter, Shard
 from transforms.models.cascade import asked, match_floor, prompt_floor, unscored
 from transforms.models.fixed_batches import MODEL_FAILED, NOT_FINITE, PREPARATION_FAILED
 from transforms.rules import ActiveRule, first_failing, rules_of
+from transforms.single_modality.near_duplicate import as_contender
 
 _DIGIT_PROMPTS = "digit_prompts"
 """CLIP's score of the digit prompts. CLIP computes it for the section `digit`, so it has a cache key of its own."""
@@ -211,7 +212,7 @@ class ScoreCache:
 
     def _kept(self, shard: Shard) -> dict[str, Annotation]:
         rules = rules_of(self._recipe, SINGLE_MODALITY)
-        annotations = tables.read_annotations(self._layout, shard.name, with_scores=False)
+        annotations = map(as_contender, tables.read_annotations(self._layout, shard.name, with_scores=False))
         return {a.key: a for a in annotations if first_failing(a, rules) is None}
 
     def _known(self, shard: Shard, kept: Mapping[str, Annotation], with_embeddings: bool) -> _Known:
@@ -238,7 +239,7 @@ def as_asked(annotation: Annotation, recipe: Recipe, rules: Sequence[ActiveRule]
     """The annotation as a run of `recipe` from nothing would know it: without the features and scores that only
     another recipe, or another pool, asked for. `rules` are the recipe's of stage 1."""
     unasked = [column for score in catalogue.per_sample_scores() if not recipe.is_on(score) for column in score.columns]
-    is_kept = first_failing(annotation, rules) is None
+    is_kept = first_failing(as_contender(annotation), rules) is None
     for name, columns in _stage_2_columns().items():
         if not is_kept or not _asks(recipe, name, columns, annotation):
             unasked += columns

@@ -19,6 +19,7 @@ from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGL
 from transforms.core.records import Annotation, DeadLetter
 from transforms.distribution_alignment.records import Placement, Placements
 from transforms.rules import Thresholds, first_failing, rules_of
+from transforms.single_modality.duplicate_groups import FinalDuplicates
 from transforms.storage import files
 
 DEAD_LETTER_STEPS = (SINGLE_MODALITY, POOL_WIDE, CROSS_MODALITY)
@@ -91,9 +92,9 @@ def tally(rows: Iterable[dict[str, Any]], letters: Iterable[DeadLetter]) -> Tall
 
 
 class WriteDecisions(beam.DoFn):
-    """(shard name, its placements) -> Tally, once the shard's decisions are written."""
+    """(shard name, its placements and changes) -> Tally, once the shard's decisions are written."""
 
-    PLACEMENTS, SHARDS = "placements", "shards"
+    PLACEMENTS, CHANGES, SHARDS = "placements", "changes", "shards"
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         self._layout, self._recipe = layout, recipe
@@ -104,8 +105,10 @@ class WriteDecisions(beam.DoFn):
             step: tables.read_dead_letters(self._layout.dead_letters(step, shard)) for step in DEAD_LETTER_STEPS
         }
         rules = rules_of(self._recipe, SINGLE_MODALITY)
+        final = FinalDuplicates(groups[self.CHANGES])
+        known = tables.read_annotations(self._layout, shard)
         rows = decide(
-            (as_asked(annotation, self._recipe, rules) for annotation in tables.read_annotations(self._layout, shard)),
+            (final(as_asked(annotation, self._recipe, rules)) for annotation in known),
             _by_uid(groups[self.PLACEMENTS]),
             {letter.key for letter in letters[CROSS_MODALITY]},
             self._recipe,

@@ -259,7 +259,8 @@ def lay_out(layout: Layout) -> list[Placement]:
 
 
 def write(layout: Layout, placements: list[Placement]) -> list[Tally]:
-    group = {WriteDecisions.SHARDS: [None], WriteDecisions.PLACEMENTS: [placements_of(placements)]}
+    group = {WriteDecisions.SHARDS: [None], WriteDecisions.CHANGES: []}
+    group[WriteDecisions.PLACEMENTS] = [placements_of(placements)]
     settings = recipe(cross_modality__flipped_clip__min=0.19)
     return list(WriteDecisions(layout, settings).process(("s", group), {}))
 
