@@ -94,6 +94,13 @@ def is_here(beam_options: list[str]) -> bool:
     return environment == "LOOPBACK" or (environment == "EXTERNAL" and _has_pool_here(options, kind))
 
 
+def may_outlive_client(beam_options: list[str]) -> bool:
+    """Whether the job may go on after this process was killed: it runs in a cluster or another job service."""
+    kind = _kind(beam_options)
+    embedded = PipelineOptions(beam_options).view_as(PortableOptions).job_endpoint == EMBED
+    return not (kind is Kind.LOCAL or (kind is Kind.PORTABLE and embedded))
+
+
 def has_metrics(beam_options: list[str]) -> bool:
     """Whether the runner reports the metrics of its workers."""
     options = PipelineOptions(beam_options)

@@ -16,7 +16,7 @@ from pipeline.report.progress import Progress
 from pipeline.runners import supported
 from pipeline.runs.claim import check_path, check_pool, only_writer, shown
 from pipeline.runs.job import settled_job
-from pipeline.runs.stage import WorkDone, decide, run_stage
+from pipeline.runs.stage import WorkDone, decide, run_stage, token_of
 from pipeline.sinks.publication import Publication, vanished
 from pipeline.sources.pool import list_shards
 from transforms.core.errors import UsageError
@@ -56,7 +56,7 @@ def run(
     supported.check(beam_options, paths, model_files(recipe), needs_gpu)
     pool = files.absolute(pool)  # a relative path must name the same pool from every working folder
     shards = list_shards(pool)
-    layout = Layout(output.rstrip("/") or output)
+    layout = Layout(output.rstrip("/") or output, token=token_of(beam_options))
     is_here = supported.is_here(beam_options)
     if needs_gpu and is_here and not torch.cuda.is_available():
         raise UsageError("recipe: cross_modality.device is cuda, but this machine has no GPU; use a GPU or say cpu")

@@ -8,7 +8,7 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
-from pipeline.output_folder import tables
+from pipeline.output_folder import owner, tables
 from pipeline.output_folder.layout import POOL_WIDE, Layout
 from transforms.columns import Part
 from transforms.core.metrics import count_dead_letters
@@ -70,6 +70,7 @@ class _Write(beam.DoFn):
             if feature["key"] in by_key
         ]
         letters = sorted(groups[WritePoolWide.DEAD_LETTERS])
+        owner.check(self._layout)
         tables.write_dead_letters(self._layout.dead_letters(POOL_WIDE, shard), letters)
         tables.write_table(self._layout.pool_wide(shard), rows, tables.pool_wide_schema(), self._cache_key)
         count_dead_letters(letter.reason for letter in letters)

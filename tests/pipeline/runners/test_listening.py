@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import socket
-from collections.abc import Iterator
 
 import apache_beam as beam
 import pytest
@@ -32,12 +31,13 @@ def pool_at(address: str) -> beam_runner_api_pb2.Environment:
 
 
 @pytest.fixture
-def opened() -> Iterator[dict[str, bool]]:
-    """What this process listens on beside what it listened on before; filled in by `look`."""
-    yield listeners(os.getpid())
+def opened() -> dict[str, bool]:
+    """What this process listens on before the test."""
+    return listeners(os.getpid())
 
 
 def look(before: dict[str, bool]) -> dict[str, bool]:
+    """What this process listens on now and did not before."""
     return {address: is_loopback for address, is_loopback in listeners(os.getpid()).items() if address not in before}
 
 
