@@ -164,8 +164,8 @@ LISTENING_MODULES = (worker_handlers, worker_pool_main, abstract_job_service)
 """Modules of Beam that bind servers to every interface: the runner's, those of LOOPBACK workers, and of artifacts."""
 
 for _module in LISTENING_MODULES:
-    _module.grpc = _Grpc("grpc")  # type: ignore[attr-defined]
-worker_handlers.GrpcServer = _RunnerServer  # type: ignore[misc]
+    _module.grpc = _Grpc("grpc")
+worker_handlers.GrpcServer = _RunnerServer
 
 
 def workers_of_job(handler: GrpcWorkerHandler) -> list[Any]:

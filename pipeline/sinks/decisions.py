@@ -20,12 +20,13 @@ from transforms.core.records import Annotation, DeadLetter
 from transforms.distribution_alignment.records import Placement, Placements
 from transforms.rules import Thresholds, first_failing, rules_of
 from transforms.single_modality.duplicate_groups import FinalDuplicates
+from transforms.single_modality.near_duplicate import NEAR_DUPLICATE
 from transforms.storage import files
 
 DEAD_LETTER_STEPS = (SINGLE_MODALITY, POOL_WIDE, CROSS_MODALITY)
 
 IN, DROPPED, DEAD, SURVIVORS, SAMPLES, COPIES = "in", "dropped", "dead_letters", "survivors", "samples", "copies"
-NOT_ASKED, SMALLER_BATCHES = "not_asked", "smaller_batches"
+NOT_ASKED, SMALLER_BATCHES, SCORED_DUPLICATES = "not_asked", "smaller_batches", "scored_duplicates"
 Tally = dict[tuple[str, str], int]
 """Counts by (what, rule or reason); what has no finer name is under ""."""
 
@@ -86,6 +87,7 @@ def tally(rows: Iterable[dict[str, Any]], letters: Iterable[DeadLetter]) -> Tall
         counts[COPIES, ""] += row["copies"]
         counts[SAMPLES, ""] += row["copies"] > 0
         if row.get("flipped_clip_cosine") is not None:
+            counts.update([(SCORED_DUPLICATES, "")] if row["dropped_by"] == NEAR_DUPLICATE.name else [])
             counts.update((NOT_ASKED, model) for model, column in _later_models().items() if row.get(column) is None)
     counts.update((DEAD, letter.reason) for letter in letters)
     return dict(counts)
@@ -186,6 +188,8 @@ def funnel(total: Tally, recipe: Recipe) -> dict[str, Any]:
         "copies": total.get((COPIES, ""), 0),
         # scored by flipped CLIP, and then spared a dearer model by the cascade
         NOT_ASKED: {m: total.get((NOT_ASKED, m), 0) for m in _later_models() if getattr(recipe.cross_modality, m)},
+        # scored by stage 2 as members of a group of near-duplicates in which another member stands
+        SCORED_DUPLICATES: total.get((SCORED_DUPLICATES, ""), 0),
         # shards scored again at smaller batch shapes, because the GPU had too little memory
         **({SMALLER_BATCHES: smaller} if smaller else {}),
     }

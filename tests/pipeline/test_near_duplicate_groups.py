@@ -86,7 +86,8 @@ def decisions(job: graphs.Job) -> dict[int, tuple[str | None, int | None]]:
 
 def test_three_members_in_all_orders(tmp_path: Path) -> None:
     """Each order of uids and each order of shards is a group of its own."""
-    rows, expected = [], {}
+    rows: list[Annotation] = []
+    expected: dict[int, tuple[str | None, int | None]] = {}
     cosines = {"spam": 0.05, "true": 0.4, "copy": 0.3}
     for group, (uids, shards) in enumerate(itertools.product(ORDERS, ORDERS)):
         number = {kind: 10 * group + 1 + uids.index(kind) for kind in KINDS}

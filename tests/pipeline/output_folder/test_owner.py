@@ -1,4 +1,4 @@
-"""A job on a cluster outlives its client: what it still writes changes nothing of the next run's, nor is it published."""
+"""A job on a cluster outlives its client: what it writes then changes nothing of the next run, nor is it published."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pipeline import graphs
 from pipeline.output_folder import owner, tables, versions
 from pipeline.output_folder.layout import Layout
 from pipeline.output_folder.listing import write_listing
+from pipeline.output_folder.pending import ShardTable
 from pipeline.runners import supported
 from pipeline.runs import claim
 from pipeline.runs.stage import token_of
@@ -97,10 +98,7 @@ def shard_table(layout: Layout) -> WriteShardTable:
         stage = "single_modality"
 
         def table(self, shard: Shard, rows: Any, letters: Any, halvings: Any) -> Any:
-            return graphs.SingleModalityWork.table(self, shard, rows, letters, halvings)  # type: ignore[arg-type]
-
-        def cache_key(self, shard: Shard) -> dict[str, str]:
-            return {}
+            return ShardTable(rows, letters, {}, halvings)
 
     writer = WriteShardTable(layout, Work(), Layout.single_modality, tables.single_modality_schema())
     writer.start_bundle()

@@ -10,6 +10,7 @@ import apache_beam as beam
 import pytest
 from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_provision_api_pb2, beam_runner_api_pb2
+from apache_beam.runners.portability.fn_api_runner import worker_handlers
 from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
 from apache_beam.runners.portability.fn_api_runner.worker_handlers import WorkerHandlerManager
 from apache_beam.runners.worker.worker_pool_main import BeamFnExternalWorkerPoolServicer
@@ -97,8 +98,8 @@ def test_loopback_workers_and_the_job_service(opened: dict[str, bool]) -> None:
 def test_the_modules_of_beam_that_bind_every_interface() -> None:
     """Each binds through the name `grpc`, which `beam_internals` replaces."""
     for module in beam_internals.LISTENING_MODULES:
-        assert isinstance(module.grpc, beam_internals._Grpc)  # type: ignore[attr-defined]
-        assert module.grpc.StatusCode is not None  # type: ignore[attr-defined]
+        assert isinstance(module.grpc, beam_internals._Grpc)
+        assert module.grpc.StatusCode is not None
         assert "grpc.server(" in inspect.getsource(module) and '"[::]' in inspect.getsource(module).replace("'", '"')
     assert "GrpcServer(" in inspect.getsource(WorkerHandlerManager.get_worker_handlers)
-    assert beam_internals.worker_handlers.GrpcServer is beam_internals._RunnerServer
+    assert worker_handlers.GrpcServer is beam_internals._RunnerServer
