@@ -25,11 +25,17 @@ from pipeline.sinks.pool_wide import WritePoolWide
 from pipeline.sinks.publication import Publication, holds, publish
 from pipeline.sinks.shard_tables import WriteShardTable
 from pipeline.sinks.subset import WriteSubset
-from pipeline.sources.annotations import ReadCandidates, ReadPoolRows, ReadThresholds, count_samples
+from pipeline.sources.annotations import (
+    ReadCandidates,
+    ReadMembers,
+    ReadPoolRows,
+    ReadThresholds,
+    count_samples,
+)
 from pipeline.sources.listing import ListShards
 from pipeline.sources.shards import ReadShards
 from transforms.annotate import Annotate
-from transforms.columns import bucket_count
+from transforms.columns import Columns, bucket_count
 from transforms.core import catalogue
 from transforms.core.catalogue import Score
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe
@@ -44,6 +50,7 @@ from transforms.distribution_alignment.tiles import FindRanges, ToTiles
 from transforms.distribution_alignment.work_folder import WorkFolder
 from transforms.models.prepare import load_prepare
 from transforms.models.score import ScoreByModel
+from transforms.single_modality.duplicate_groups import Changes, DecideGroups
 from transforms.single_modality.images import ImageFeatures
 from transforms.single_modality.pool_wide import CaptionFrequency, NearDuplicate, UniqueUids
 from transforms.storage import files
@@ -205,7 +212,17 @@ def distribution_alignment(start: beam.PCollection, job: Job) -> beam.PCollectio
         earlier = job.feature_cache, job.pool_wide_cache, job.score_cache
         shards |= "Scores are there" >> beam.Map(_with_scores, *earlier)
     thresholds = shards | "Thresholds" >> ReadThresholds(layout, job.recipe)
-    candidates = shards | "Read candidates" >> ReadCandidates(layout, job.recipe, work, thresholds)
+    changes = (
+        shards
+        | "Read members" >> ReadMembers(layout, job.recipe, thresholds)
+        | "Decide groups" >> DecideGroups(bucket_count(len(job.shards)))
+        | "Changes by shard" >> beam.FlatMap(_by_shard)
+    )
+    names = shards | "Shard names" >> beam.Map(_by_name)
+    candidates = {
+        ReadCandidates.SHARDS: names,
+        ReadCandidates.CHANGES: changes,
+    } | "Read candidates" >> ReadCandidates(layout, job.recipe, work, thresholds)
     pool_count = shards | "Pool size" >> beam.Map(count_samples, layout) | "Add sizes" >> beam.CombineGlobally(sum)
 
     centroids = candidates | "Train centroids" >> TrainCentroids(settings.clusters, seed, work, layout.centroids)
@@ -225,7 +242,8 @@ def distribution_alignment(start: beam.PCollection, job: Job) -> beam.PCollectio
     subset = placements | "Subset" >> WriteSubset(layout, work)
     funnel = (
         {
-            WriteDecisions.SHARDS: shards | "Shard names" >> beam.Map(_by_name),
+            WriteDecisions.SHARDS: names,
+            WriteDecisions.CHANGES: changes,
             WriteDecisions.PLACEMENTS: placements | "By shard" >> beam.FlatMap(_by_shard),
         }
         | "Gather shard" >> beam.CoGroupByKey()
@@ -323,8 +341,8 @@ def _by_name(shard: Shard) -> tuple[str, None]:
     return Shard(*shard).name, None
 
 
-def _by_shard(placements: Placements) -> Iterator[tuple[str, Placements]]:
-    return ((shard.decode(), part) for shard, part in placements.groups(placements.shards))
+def _by_shard(rows: Placements | Changes) -> Iterator[tuple[str, Columns]]:
+    return ((shard.decode(), part) for shard, part in rows.groups(rows.shards))
 
 
 def _clear(written: int, work: WorkFolder, layout: Layout, publication: Publication | None) -> None:

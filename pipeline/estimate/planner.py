@@ -92,8 +92,8 @@ class _Planner:
 
     def _funnel(self) -> None:
         """The pairs that each model scores, and the candidates of stage 3."""
-        self.scored = self.computed("scored", self.samples * self._share(SINGLE_MODALITY), "pairs")
-        left = self.scored
+        left = self.samples * self._share(SINGLE_MODALITY)
+        self.scored = self.computed("scored", left + self.samples * self._scored_duplicates(), "pairs")
         for rule in (rule.name for rule in rules_of_stage(CROSS_MODALITY)):
             if getattr(self.recipe.cross_modality, rule) is not None:
                 left = self.computed(f"kept by {rule}", left * self._share(rule), "pairs")
@@ -109,6 +109,15 @@ class _Planner:
             path, funnel = self.asked.funnel
             return self.given(name, _kept_share(funnel, rule, path), unit, path, "measured")
         return self.known(name)
+
+    def _scored_duplicates(self) -> Quantity:
+        """The share of the pool that stage 2 scores only because another member of its group may fall."""
+        name = "share/scored_duplicates"
+        if not self.asked.funnel:
+            return self.known(name)
+        path, funnel = self.asked.funnel
+        share = funnel.get("scored_duplicates", 0) / max(1, funnel.get("in", 0))
+        return self.given(name, share, "of its input", path, "measured")
 
     # Machines
 
@@ -199,7 +208,7 @@ class _Planner:
         models, pairs = self.recipe.cross_modality, self.scored
         yield "flipped_clip", pairs
         if models.flipped_clip.cascade_min_cosine is not None:
-            pairs = self["kept by flipped_clip"]
+            pairs = self.computed("reach later models", pairs * self["share/flipped_clip"], "pairs")
         if models.image_text_matching:
             yield "image_text_matching", pairs
             if models.image_text_matching.min is not None:

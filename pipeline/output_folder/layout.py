@@ -10,6 +10,8 @@ from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY
 from transforms.storage import files, local_copies
 
 POOL_WIDE = "pool_wide"
+OWNER = ".owner"
+"""The name of the file with the token of the run that owns the folder (`pipeline.output_folder.owner`)."""
 DONE = " done"
 """Suffix of the count of a shard whose table is written (`Layout.progress`)."""
 
@@ -20,12 +22,14 @@ class Layout:
 
     Outputs of stage 3 are under `results`, the folder of one version. If `results` is empty they are under `output`,
     where links lead to the newest version (`pipeline.output_folder.versions`). Pool-wide tables may be written under
-    `pool_wide_folder` first, until it is known whether they are needed.
+    `pool_wide_folder` first, until it is known whether they are needed. `token` is that of a run that may outlive the
+    process that started it, else empty.
     """
 
     output: str
     results: str = ""
     pool_wide_folder: str = ""
+    token: str = ""
 
     def single_modality(self, shard: str) -> str:
         """Features of the captions and images of a shard."""
@@ -72,7 +76,17 @@ class Layout:
     @property
     def alignment_work(self) -> str:
         """Arrays that the steps of stage 3 exchange. Deleted when that stage ends."""
+        return self._of_run(self.alignment_folder)
+
+    @property
+    def alignment_folder(self) -> str:
+        """`alignment_work`, or its parent if the run has a token."""
         return files.join(self.output, ".distribution_alignment")
+
+    @property
+    def owner(self) -> str:
+        """The token of the run that owns the folder; absent if that run has none."""
+        return files.join(self.output, OWNER)
 
     @property
     def centroids(self) -> str:
@@ -122,6 +136,11 @@ class Layout:
     @property
     def select_work(self) -> str:
         """Intermediate files of `select`. Deleted when it ends."""
+        return self._of_run(self.select_folder)
+
+    @property
+    def select_folder(self) -> str:
+        """`select_work`, or its parent if the run has a token."""
         return files.join(self.output, ".select")
 
     @property
@@ -137,6 +156,9 @@ class Layout:
     @property
     def _results(self) -> str:
         return self.results or self.output
+
+    def _of_run(self, folder: str) -> str:
+        return files.join(folder, self.token) if self.token else folder
 
 
 TABLE_OF = {SINGLE_MODALITY: Layout.single_modality, CROSS_MODALITY: Layout.cross_modality}

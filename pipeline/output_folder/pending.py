@@ -23,6 +23,7 @@ from transforms.core.records import Annotation, DeadLetter, Shard
 from transforms.models.cascade import asked, match_floor, prompt_floor, unscored
 from transforms.models.fixed_batches import MODEL_FAILED, NOT_FINITE, PREPARATION_FAILED
 from transforms.rules import ActiveRule, first_failing, rules_of
+from transforms.single_modality.near_duplicate import as_contender
 from transforms.storage import files
 
 _DIGIT_PROMPTS = "digit_prompts"
@@ -227,7 +228,7 @@ class ScoreCache:
 
     def _kept(self, shard: Shard) -> dict[str, Annotation]:
         rules = rules_of(self._recipe, SINGLE_MODALITY)
-        annotations = tables.read_annotations(self._layout, shard.name, with_scores=False)
+        annotations = map(as_contender, tables.read_annotations(self._layout, shard.name, with_scores=False))
         return {a.key: a for a in annotations if first_failing(a, rules) is None}
 
     def _stored(self, shard: Shard, kept: Mapping[str, Annotation], with_embeddings: bool) -> _Stored:
@@ -257,7 +258,7 @@ def restrict_to_recipe(annotation: Annotation, recipe: Recipe, rules: Sequence[A
     recipe's rules of stage 1.
     """
     extra = [column for score in catalogue.per_sample_scores() if not recipe.is_on(score) for column in score.columns]
-    is_kept = first_failing(annotation, rules) is None
+    is_kept = first_failing(as_contender(annotation), rules) is None
     for name, columns in _stage_2_columns().items():
         if not is_kept or not _asks(recipe, name, columns, annotation):
             extra += columns

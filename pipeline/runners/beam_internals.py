@@ -7,26 +7,35 @@ release, so a new one is tried by running that test.
 from __future__ import annotations
 
 import abc
+import contextlib
+import contextvars
 import functools
 import threading
 import types
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
+import grpc
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
-from apache_beam.portability.api import beam_job_api_pb2
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.portability import common_urns
+from apache_beam.portability.api import beam_job_api_pb2, beam_runner_api_pb2
+from apache_beam.runners.portability import abstract_job_service
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner, worker_handlers
 from apache_beam.runners.portability.fn_api_runner.worker_handlers import (
     ControlFuture,
     ExternalWorkerHandler,
+    GrpcServer,
     GrpcWorkerHandler,
     WorkerHandler,
 )
 from apache_beam.runners.portability.local_job_service import BeamJob, LocalJobServicer
 from apache_beam.runners.portability.portable_runner import JobServiceHandle, PortableRunner
+from apache_beam.runners.worker import worker_pool_main
 from apache_beam.transforms import core
 from google.protobuf import json_format
+
+from pipeline.runners.hosts import is_this_host
 
 if TYPE_CHECKING:
     from apache_beam.runners import DataflowRunner
@@ -42,6 +51,7 @@ __all__ = [
     "WorkerHandler",
     "connection_thread",
     "dataflow_bytes",
+    "has_pool_elsewhere",
     "job_of_service",
     "memoise_inspection",
     "pending_answers",
@@ -102,6 +112,60 @@ def memoise_inspection() -> None:
     """
     core.get_function_args_defaults = _arguments_memoised(core.get_function_args_defaults)
     PipelineOptions.view_as = _views_memoised(PipelineOptions.view_as)
+
+
+_EVERY_INTERFACE = "[::]"
+_listens_on = contextvars.ContextVar("listens_on", default="localhost")
+
+
+class _Grpc(types.ModuleType):
+    """Takes the place of the module `grpc` in modules of Beam, whose servers then listen on this machine only.
+
+    The servers of runner, worker pool and artifacts carry pickled functions and have no authentication, and Beam binds
+    them to every interface.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(grpc, name)
+
+    @staticmethod
+    def server(*settings: Any, **named: Any) -> grpc.Server:
+        """A server that binds every interface only in `_on_every_interface`."""
+        server = grpc.server(*settings, **named)
+        bind = server.add_insecure_port
+        server.add_insecure_port = lambda address: bind(address.replace(_EVERY_INTERFACE, _listens_on.get(), 1))
+        return server
+
+
+class _RunnerServer(GrpcServer):
+    """The servers that workers connect to. Workers of a pool on another machine could not reach loopback."""
+
+    def __init__(self, state: Any, provision_info: Any, worker_manager: Any) -> None:
+        with _on_every_interface(has_pool_elsewhere(worker_manager._environments.values())):
+            super().__init__(state, provision_info, worker_manager)
+
+
+@contextlib.contextmanager
+def _on_every_interface(whether: bool) -> Iterator[None]:
+    token = _listens_on.set(_EVERY_INTERFACE if whether else _listens_on.get())
+    try:
+        yield
+    finally:
+        _listens_on.reset(token)
+
+
+def has_pool_elsewhere(environments: Iterable[beam_runner_api_pb2.Environment]) -> bool:
+    """Whether one of the environments is a worker pool on another machine."""
+    pools = (e.payload for e in environments if e.urn == common_urns.environments.EXTERNAL.urn)
+    return any(not is_this_host(beam_runner_api_pb2.ExternalPayload.FromString(p).endpoint.url) for p in pools)
+
+
+LISTENING_MODULES = (worker_handlers, worker_pool_main, abstract_job_service)
+"""Modules of Beam that bind servers to every interface: the runner's, those of LOOPBACK workers, and of artifacts."""
+
+for _module in LISTENING_MODULES:
+    _module.grpc = _Grpc("grpc")
+worker_handlers.GrpcServer = _RunnerServer
 
 
 def workers_of_job(handler: GrpcWorkerHandler) -> list[Any]:

@@ -31,6 +31,7 @@ from pipeline.runners.beam_internals import (
     memoise_inspection,
     without_time_limit,
 )
+from pipeline.runners.hosts import is_this_host
 from pipeline.runners.job_service import JobService
 from transforms.core.errors import UsageError
 
@@ -91,6 +92,13 @@ def is_here(beam_options: list[str]) -> bool:
     options = PipelineOptions(beam_options)
     environment = _environment(options, kind)
     return environment == "LOOPBACK" or (environment == "EXTERNAL" and _has_pool_here(options, kind))
+
+
+def may_outlive_client(beam_options: list[str]) -> bool:
+    """Whether the job may go on after this process was killed: it runs in a cluster or another job service."""
+    kind = _kind(beam_options)
+    embedded = PipelineOptions(beam_options).view_as(PortableOptions).job_endpoint == EMBED
+    return not (kind is Kind.LOCAL or (kind is Kind.PORTABLE and embedded))
 
 
 def has_metrics(beam_options: list[str]) -> bool:
@@ -264,7 +272,7 @@ def _pool(options: PipelineOptions) -> str:
 def _has_pool_here(options: PipelineOptions, kind: Kind) -> bool:
     """Whether the worker pool is on this machine. For a cluster, `localhost` is each of its own machines."""
     endpoint = options.view_as(PortableOptions).job_endpoint or ""
-    return kind is Kind.PORTABLE and (endpoint == EMBED or _is_this_host(endpoint)) and _is_this_host(_pool(options))
+    return kind is Kind.PORTABLE and (endpoint == EMBED or is_this_host(endpoint)) and is_this_host(_pool(options))
 
 
 def _check_pool(options: PipelineOptions, kind: Kind) -> None:
@@ -285,8 +293,3 @@ def _check_pool(options: PipelineOptions, kind: Kind) -> None:
             "pairsift first on its PATH: python -m apache_beam.runners.worker.worker_pool_main "
             f"--service_port={port}"
         ) from error
-
-
-def _is_this_host(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    return host in ("localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn())

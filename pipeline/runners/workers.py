@@ -36,6 +36,7 @@ from pipeline.runners.beam_internals import (
     pool_address,
     workers_of_job,
 )
+from pipeline.runners.hosts import is_this_host
 
 JOB = "pairsift_job"
 """Key of the job's id in the provision metadata of a worker, which a job service sets."""
@@ -204,6 +205,14 @@ class _LocalWorker(_Watched):
 @WorkerHandler.register_environment(common_urns.environments.EXTERNAL.urn, beam_runner_api_pb2.ExternalPayload)
 class _ExternalWorker(_Watched, ExternalWorkerHandler):
     """A process of a worker pool. All that is known is whether its connection is up and whether it answers."""
+
+    def __init__(self, payload: beam_runner_api_pb2.ExternalPayload, *others: Any) -> None:
+        self._is_here = is_this_host(payload.endpoint.url)
+        super().__init__(payload, *others)
+
+    def host_from_worker(self) -> str:
+        # The name of this machine stands for an address that the runner does not listen on.
+        return "localhost" if self._is_here else super().host_from_worker()
 
     def start_worker(self) -> None:
         try:

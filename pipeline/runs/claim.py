@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.output_folder import lock, versions
-from pipeline.output_folder.layout import Layout
+from pipeline.output_folder import lock, owner, versions
+from pipeline.output_folder.layout import OWNER, Layout
 from transforms.core.errors import UsageError
 from transforms.storage import files
 
@@ -24,14 +24,18 @@ def only_writer(layout: Layout) -> Iterator[None]:
         with lock.only_writer(layout.output):
             clear_leftovers(layout)
             yield
+            if layout.token:
+                owner.release(layout)
+                files.delete_folder(layout.alignment_folder)
     except lock.Held as error:
         raise UsageError(str(error)) from error
 
 
 def clear_leftovers(layout: Layout) -> None:
-    """Delete temporary files of a killed run. The caller must hold the lock of the output folder."""
+    """Take the folder over from a killed run and delete its temporary files. The caller must hold the folder's lock."""
+    owner.take(layout)
     files.clear_aside(layout.output)
-    for folder in (layout.progress_folder, layout.alignment_work, layout.select_work):
+    for folder in (layout.progress_folder, layout.alignment_folder, layout.select_folder):
         files.delete_folder(folder)
 
 
@@ -97,7 +101,7 @@ def check_pool(layout: Layout, pool: str) -> None:
 def _check_empty(output: str) -> None:
     if not files.in_cloud_storage(output) and Path(output).is_file():
         raise UsageError(f"{output}: is a file; name a folder")
-    if files.holds_files(output, besides=lock.NAMES):
+    if files.holds_files(output, besides=(*lock.NAMES, OWNER)):
         raise UsageError(f"{output}: is not empty and holds no run of pairsift; name another --output")
 
 

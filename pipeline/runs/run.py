@@ -16,7 +16,7 @@ from pipeline.report.progress import Progress
 from pipeline.runners import supported
 from pipeline.runs.claim import check_path, check_pool, only_writer, shown
 from pipeline.runs.job import settled_job
-from pipeline.runs.stage import WorkDone, decide, run_stage
+from pipeline.runs.stage import WorkDone, decide, run_stage, token_of
 from pipeline.sinks.publication import Publication, vanished
 from pipeline.sources import pool_names
 from pipeline.sources.first_look import look_first
@@ -59,7 +59,7 @@ def run(
     supported.check(beam_options, paths, model_files(recipe), needs_gpu)
     pool = pool_names.absolute(pool)  # a relative path must name the same pool from every working folder
     shards = list_shards(pool)
-    layout = Layout(output.rstrip("/") or output)
+    layout = Layout(output.rstrip("/") or output, token=token_of(beam_options))
     if SINGLE_MODALITY in stages:
         look_first(shards, recipe.pool, layout)
     is_here = supported.is_here(beam_options)

@@ -17,7 +17,7 @@ from pipeline.runners import supported
 from pipeline.runs.claim import check_path, only_writer, shown
 from pipeline.runs.job import with_tagger
 from pipeline.runs.run import Outcome
-from pipeline.runs.stage import WorkDone, decide, run_graph
+from pipeline.runs.stage import WorkDone, decide, run_graph, token_of
 from pipeline.sinks.publication import Publication
 from transforms.core.errors import UsageError
 from transforms.core.recipe import Recipe
@@ -43,7 +43,7 @@ def select(
     """
     check_path("--output", output)
     supported.check(beam_options, {"--output": output}, {}, needs_gpu=False)
-    layout = Layout(output.rstrip("/") or output)
+    layout = Layout(output.rstrip("/") or output, token=token_of(beam_options))
     earlier, shards = _newest_run(layout)
     try:
         found = identities_from(earlier, recipe)
@@ -77,7 +77,7 @@ def select(
             if aside is not job:
                 _move(aside.layout, layout, shards)
         finally:
-            files.delete_folder(layout.select_work)
+            files.delete_folder(layout.select_folder)
         content = manifest(recipe, pool, found, settled.cross_modality.precision)
         work = WorkDone({}, {})
         funnel = decide(job, Publication(content, keep_versions), beam_options, progress, work)

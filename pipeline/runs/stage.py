@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from pipeline import graphs
-from pipeline.output_folder import versions
+from pipeline.output_folder import owner, versions
 from pipeline.report.progress import Progress
 from pipeline.runners import supported
 from pipeline.runners.workers import run_to_end
@@ -31,6 +31,11 @@ class WorkDone:
         return {"seconds": self.seconds, "counts": self.counts}
 
 
+def token_of(beam_options: list[str]) -> str:
+    """The token of a run on that runner; empty if its job ends with this process."""
+    return owner.new_token() if supported.may_outlive_client(beam_options) else ""
+
+
 def run_stage(stage: str, job: graphs.Job, beam_options: list[str], progress: Progress, work: WorkDone) -> None:
     """Run one stage, show its progress, and add its seconds and counts to `work`."""
     started = time.monotonic()
@@ -47,7 +52,8 @@ def decide(
     job: graphs.Job, publication: Publication, beam_options: list[str], progress: Progress, work: WorkDone
 ) -> dict[str, Any]:
     """Run stage 3 into a new version of the results, publish it, and return its funnel."""
-    publishing = dataclasses.replace(job, layout=versions.begin(job.layout.output), publication=publication)
+    version = versions.begin(job.layout.output, job.layout.token)
+    publishing = dataclasses.replace(job, layout=version, publication=publication)
     run_stage(DISTRIBUTION_ALIGNMENT, publishing, beam_options, progress, work)
     return json.loads(files.read_bytes(publishing.layout.funnel))
 

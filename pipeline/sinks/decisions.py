@@ -18,12 +18,14 @@ from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGL
 from transforms.core.records import Annotation, DeadLetter
 from transforms.distribution_alignment.records import Placement, Placements
 from transforms.rules import Thresholds, first_failing, rules_of
+from transforms.single_modality.duplicate_groups import FinalDuplicates
+from transforms.single_modality.near_duplicate import NEAR_DUPLICATE
 from transforms.storage import files
 
 DEAD_LETTER_STEPS = (SINGLE_MODALITY, POOL_WIDE, CROSS_MODALITY)
 
 IN, DROPPED, DEAD, SURVIVORS, SAMPLES, COPIES = "in", "dropped", "dead_letters", "survivors", "samples", "copies"
-NOT_ASKED, SMALLER_BATCHES = "not_asked", "smaller_batches"
+NOT_ASKED, SMALLER_BATCHES, SCORED_DUPLICATES = "not_asked", "smaller_batches", "scored_duplicates"
 OutcomeCounts = dict[tuple[str, str], int]
 """Counts by (outcome, rule or reason); the second is "" for outcomes without one."""
 
@@ -84,15 +86,16 @@ def count_outcomes(rows: Iterable[dict[str, Any]], letters: Iterable[DeadLetter]
         counts[COPIES, ""] += row["copies"]
         counts[SAMPLES, ""] += row["copies"] > 0
         if row.get("flipped_clip_cosine") is not None:
+            counts.update([(SCORED_DUPLICATES, "")] if row["dropped_by"] == NEAR_DUPLICATE.name else [])
             counts.update((NOT_ASKED, model) for model, column in _later_models().items() if row.get(column) is None)
     counts.update((DEAD, letter.reason) for letter in letters)
     return dict(counts)
 
 
 class WriteDecisions(beam.DoFn):
-    """(shard name, its placements) -> OutcomeCounts, after the shard's decisions are written."""
+    """(shard name, its placements and changes) -> OutcomeCounts, after the shard's decisions are written."""
 
-    PLACEMENTS, SHARDS = "placements", "shards"
+    PLACEMENTS, CHANGES, SHARDS = "placements", "changes", "shards"
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         self._layout, self._recipe = layout, recipe
@@ -103,9 +106,13 @@ class WriteDecisions(beam.DoFn):
             step: tables.read_dead_letters(self._layout.dead_letters(step, shard)) for step in DEAD_LETTER_STEPS
         }
         rules = rules_of(self._recipe, SINGLE_MODALITY)
+        final = FinalDuplicates(groups[self.CHANGES])
+        known = tables.read_annotations(self._layout, shard)
         rows = decide(
-            (restrict_to_recipe(annotation, self._recipe, rules) for annotation in tables.read_annotations(self._layout,
-            shard)), _by_uid(groups[self.PLACEMENTS]), {letter.key for letter in letters[CROSS_MODALITY]}, self._recipe,
+            (final(restrict_to_recipe(annotation, self._recipe, rules)) for annotation in known),
+            _by_uid(groups[self.PLACEMENTS]),
+            {letter.key for letter in letters[CROSS_MODALITY]},
+            self._recipe,
             thresholds,
         )
         # This recipe does not score samples that stage 1 drops, so failures of their models in other runs are ignored.
@@ -180,6 +187,8 @@ def funnel(total: OutcomeCounts, recipe: Recipe) -> dict[str, Any]:
         "copies": total.get((COPIES, ""), 0),
         # scored by flipped CLIP, after which the cascade skipped a more expensive model
         NOT_ASKED: {m: total.get((NOT_ASKED, m), 0) for m in _later_models() if getattr(recipe.cross_modality, m)},
+        # scored by stage 2 as members of a group of near-duplicates of which another member stays
+        SCORED_DUPLICATES: total.get((SCORED_DUPLICATES, ""), 0),
         # shards scored again at smaller batch shapes, because GPU memory ran out
         **({SMALLER_BATCHES: smaller} if smaller else {}),
     }

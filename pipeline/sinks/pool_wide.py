@@ -8,11 +8,12 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
-from pipeline.output_folder import tables
+from pipeline.output_folder import owner, tables
 from pipeline.output_folder.layout import POOL_WIDE, Layout
 from transforms.columns import Part
 from transforms.core.metrics import count_dead_letters
 from transforms.core.records import DeadLetter, Shard
+from transforms.single_modality.duplicate_groups import NOT_SCORED
 from transforms.single_modality.pool_wide import PoolRows
 
 
@@ -59,7 +60,12 @@ class _Write(beam.DoFn):
 
     def process(self, group: tuple[str, dict[str, Any]], pool_samples: int) -> Iterator[str]:
         shard, groups = group
-        by_key = {key: found for part in groups[WritePoolWide.ROWS] for key, found in _found(part)}
+        by_key: dict[str, dict[str, Any]] = {}
+        for part in groups[WritePoolWide.ROWS]:
+            for key, found in _found(part):
+                # The keeper of one group that is a member of another comes twice; it is scored if either says so.
+                known = by_key.setdefault(key, found)
+                known["near_duplicate_rank"] = _better(known["near_duplicate_rank"], found["near_duplicate_rank"])
         features = tables.read_table(self._layout.single_modality(shard), ["uid", "key"])
         rows = [
             {**feature, **by_key[feature["key"]], "pool_samples": pool_samples}
@@ -67,6 +73,7 @@ class _Write(beam.DoFn):
             if feature["key"] in by_key
         ]
         letters = sorted(groups[WritePoolWide.DEAD_LETTERS])
+        owner.check(self._layout)
         tables.write_dead_letters(self._layout.dead_letters(POOL_WIDE, shard), letters)
         tables.write_table(self._layout.pool_wide(shard), rows, tables.pool_wide_schema(), self._cache_key)
         count_dead_letters(letter.reason for letter in letters)
@@ -74,6 +81,15 @@ class _Write(beam.DoFn):
 
 
 def _found(part: PoolRows) -> Iterator[tuple[str, dict[str, Any]]]:
-    columns = part.keys, part.caption_image_counts, part.duplicate_of
-    for key, count, keeper in zip(*(column.tolist() for column in columns), strict=True):
-        yield key, {"caption_image_count": count, "duplicate_of": keeper.decode() or None}
+    columns = part.keys, part.caption_image_counts, part.duplicate_of, part.keepers, part.ranks
+    for key, count, keeper, group, rank in zip(*(column.tolist() for column in columns), strict=True):
+        yield key, {
+            "caption_image_count": count,
+            "duplicate_of": keeper.decode() or None,
+            "near_duplicate_group": group.decode() or None,
+            "near_duplicate_rank": None if rank == NOT_SCORED else rank,
+        }
+
+
+def _better(rank: int | None, other: int | None) -> int | None:
+    return min((each for each in (rank, other) if each is not None), default=None)

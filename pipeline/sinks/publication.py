@@ -11,12 +11,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.output_folder import versions
+from pipeline.output_folder import owner, versions
 from pipeline.output_folder.layout import Layout
 from pipeline.output_folder.listing import read_listing
 from pipeline.output_folder.lock import HeldForJob, is_held, release_for_job
+from pipeline.output_folder.owner import NotHeld
 from pipeline.sinks.decisions import DEAD_LETTER_STEPS, SMALLER_BATCHES
 from transforms.storage import files
+
+__all__ = ["NotHeld", "Publication", "holds", "publish", "vanished"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +36,16 @@ class Publication:
     holder: HeldForJob | None = None
 
 
-class NotHeld(RuntimeError):
-    """Another run took over the output folder before the job had finished."""
-
-
 def holds(layout: Layout, publication: Publication | None) -> bool:
     """Return whether this run still holds the output folder; False if a retry finds that it has been published.
 
     Raises NotHeld if another run has taken over the folder before this run was published.
     """
     holder = publication.holder if publication else None
-    if not holder or is_held(layout.output, holder):
+    if owner.owns(layout) and (not holder or is_held(layout.output, holder)):
         return True
     if not files.exists(layout.manifest):
-        raise NotHeld(
-            f"{layout.output}: another run has taken over this folder from {holder.job.name}; wait for it to end, then "
-            "run again: finished work is not repeated"
-        )
+        raise owner.not_held(layout, holder.job.name if holder else f"run {layout.token}")
     return False
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import apache_beam as beam
 import pyarrow as pa
 
-from pipeline.output_folder import tables
+from pipeline.output_folder import owner, tables
 from pipeline.output_folder.accounting import reconcile_shard
 from pipeline.output_folder.layout import DONE, Layout
 from pipeline.output_folder.pending import ShardTable
@@ -82,6 +82,7 @@ class WriteShardTable(beam.DoFn):
         shard = last.shard
         reconcile_shard(shard, self._builder.stage, last.due, self._rows, self._letters)
         table = self._builder.table(shard, self._rows, self._letters, last.attempt.halvings)
+        owner.check(self._layout)
         # Dead letters first, because the presence of the table means that the shard is finished.
         tables.write_dead_letters(self._layout.dead_letters(self._builder.stage, shard.name), table.dead_letters)
         path = self._path_of(self._layout, shard.name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -21,6 +23,8 @@ from transforms.distribution_alignment.work_folder import WorkFolder, write_cand
 from transforms.models.cascade import unscored
 from transforms.rules import KEEP_ALL, Thresholds, first_failing, has_keep_fraction, rules_of
 from transforms.single_modality.captions import caption_key
+from transforms.single_modality.duplicate_groups import NOT_SCORED, FinalDuplicates, Members
+from transforms.single_modality.near_duplicate import as_contender
 from transforms.single_modality.pool_wide import PoolRows
 
 
@@ -70,9 +74,18 @@ class _ReadPoolRows(beam.DoFn):
             hashes=np.array([int(a.perceptual_hash or "", 16) for a in known], np.uint64),
             pixels=np.array([(a.width_px or 0) * (a.height_px or 0) for a in known], np.int64),
             fails=np.array([first_failing(a, self._rules) is not None for a in known], bool),
+            contents=np.array([_content(a) for a in known], np.uint64),
             caption_image_counts=np.zeros(len(known), np.int64),
             duplicate_of=np.zeros(len(known), "S32"),
+            keepers=np.zeros(len(known), "S32"),
+            ranks=np.full(len(known), NOT_SCORED, np.int32),
         )
+
+
+def _content(annotation: Annotation) -> int:
+    """64 bits that identify image bytes and caption."""
+    text = f"{annotation.image_sha256} {annotation.caption}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:8])
 
 
 class ReadThresholds(beam.PTransform):
@@ -119,66 +132,136 @@ class _ReadScores(beam.DoFn):
         assert value is not None
         # A rule whose threshold is not known yet, including this one, drops nothing here.
         reaching = {**dict.fromkeys(names, KEEP_ALL), **thresholds}
-        for annotation in _survivors(
-            self._layout, self._recipe, Shard(*shard), reaching, earlier_than=index
-        ):
+        for annotation in _survivors(self._layout, self._recipe, Shard(*shard).name, reaching, earlier_than=index):
             score = getattr(annotation, value)
             if score is not None:
                 yield score
 
 
-def _survivors(
+def _as_known(annotation: Annotation) -> Annotation:
+    """The annotation with stage 1's verdict on near-duplicates: the keeper alone stands for its group."""
+    return annotation
+
+
+def _survivors(layout: Layout, recipe: Recipe, shard: str, thresholds: Thresholds, **how: Any) -> Iterator[Annotation]:
+    """The scored samples of a shard that no rule of stages 1 and 2 drops; see `_judged`."""
+    judged = _judged(layout, recipe, shard, thresholds, **how)
+    return (annotation for annotation, survives in judged if survives)
+
+
+def _judged(
     layout: Layout,
     recipe: Recipe,
-    shard: Shard,
+    shard: str,
     thresholds: Thresholds,
     *,
+    seen_as: Callable[[Annotation], Annotation] = _as_known,
     with_embeddings: bool = False,
     earlier_than: int | None = None,
-) -> Iterator[Annotation]:
-    """Yield the scored samples of a shard that no rule of stages 1 and 2 drops. Raises MissingScores."""
+) -> Iterator[tuple[Annotation, bool]]:
+    """Each sample of a shard, and whether it is scored and no rule of stages 1 and 2 drops it. Raises MissingScores.
+
+    `seen_as` gives the annotation that is judged. With `earlier_than`, only the first rules of stage 2 count.
+    """
     rules = rules_of(recipe, SINGLE_MODALITY)
     earlier = {rule.name for rule in rules_of_stage(CROSS_MODALITY)[:earlier_than]}
     scored = [rule for rule in rules_of(recipe, CROSS_MODALITY, thresholds) if rule.name in earlier]
-    broken = {letter.key for letter in tables.read_dead_letters(layout.dead_letters(CROSS_MODALITY, shard.name))}
-    for known in tables.read_annotations(layout, shard.name, with_embeddings=with_embeddings):
+    broken = {letter.key for letter in tables.read_dead_letters(layout.dead_letters(CROSS_MODALITY, shard))}
+    for known in tables.read_annotations(layout, shard, with_embeddings=with_embeddings):
         annotation = restrict_to_recipe(known, recipe, rules)
-        if annotation.key in broken or first_failing(annotation, rules) is not None:
+        judged = seen_as(annotation)
+        if annotation.key in broken or first_failing(judged, rules) is not None:
+            yield annotation, False
             continue
         missing = unscored(annotation, recipe.cross_modality)
         if missing:
-            raise MissingScores(f"{annotation.uid} of shard {shard.name} has no {missing[0]}; run stage cross_modality")
-        if first_failing(annotation, scored) is None:
-            yield annotation
+            raise MissingScores(f"{annotation.uid} of shard {shard} has no {missing[0]}; run stage cross_modality")
+        yield annotation, first_failing(judged, scored) is None
+
+
+class ReadMembers(beam.PTransform):
+    """PCollection[Shard] -> PCollection[Members]: the samples that have near-duplicates, after stage 2."""
+
+    def __init__(self, layout: Layout, recipe: Recipe, thresholds: beam.PCollection) -> None:
+        super().__init__()
+        self._layout, self._recipe, self._thresholds = layout, recipe, thresholds
+
+    def expand(self, shards: beam.PCollection) -> beam.PCollection:
+        read = _ReadMembers(self._layout, self._recipe)
+        return shards | "Read shard" >> beam.ParDo(read, AsSingleton(self._thresholds))
+
+
+class _ReadMembers(beam.DoFn):
+    def __init__(self, layout: Layout, recipe: Recipe) -> None:
+        self._layout, self._recipe = layout, recipe
+
+    def process(self, shard: Shard, thresholds: Thresholds) -> Iterator[Members]:
+        if self._recipe.single_modality.near_duplicate is None:
+            return
+        judged = _judged(self._layout, self._recipe, Shard(*shard).name, thresholds, seen_as=as_contender)
+        members = [(a, survives) for a, survives in judged if a.near_duplicate_group is not None]
+        if members:
+            yield members_of(members)
+
+
+def members_of(judged: Sequence[tuple[Annotation, bool]]) -> Members:
+    """The columns of at least one member of a group, each with whether it survives all other rules. A surviving keeper
+    that is judged in another group takes part in both."""
+    own = [(a.near_duplicate_group, False, a, survives) for a, survives in judged]
+    kept = [
+        (a.uid, True, a, survives)
+        for a, survives in judged
+        if survives and a.near_duplicate_rank == 0 and a.uid != a.near_duplicate_group
+    ]
+    groups, visits, annotations, survives = zip(*own, *kept, strict=True)
+    return Members(
+        keepers=np.array(groups, "S32"),
+        uids=np.array([a.uid for a in annotations], "S32"),
+        shards=np.array([a.shard for a in annotations], "S"),
+        duplicate_of=np.array([a.duplicate_of or "" for a in annotations], "S32"),
+        visits=np.array(visits, bool),
+        scored=np.array([a.near_duplicate_rank is not None for a in annotations], bool),
+        survives=np.array(survives, bool),
+        pixels=np.array([(a.width_px or 0) * (a.height_px or 0) for a in annotations], np.int64),
+        images=np.array([int((a.image_sha256 or "0")[:16], 16) for a in annotations], np.uint64),
+        cosines=np.array([a.flipped_clip_cosine or 0.0 for a in annotations], np.float32),
+    )
 
 
 class ReadCandidates(beam.PTransform):
-    """PCollection[Shard] -> PCollection[CandidateShard].
+    """{shard names, changes} -> PCollection[CandidateShard]. Both inputs are keyed by shard name.
 
     Writes the samples that stages 1 and 2 keep to stage 3's work folder as arrays, which all later steps read.
     """
+
+    SHARDS, CHANGES = "shards", "changes"
 
     def __init__(self, layout: Layout, recipe: Recipe, work: WorkFolder, thresholds: beam.PCollection) -> None:
         super().__init__()
         self._layout, self._recipe, self._work, self._thresholds = layout, recipe, work, thresholds
 
-    def expand(self, shards: beam.PCollection) -> beam.PCollection:
+    def expand(self, inputs: dict[str, beam.PCollection]) -> beam.PCollection:
         read = _ReadCandidates(self._layout, self._recipe, self._work)
-        return shards | "Read survivors" >> beam.ParDo(read, AsSingleton(self._thresholds))
+        return (
+            inputs
+            | "Gather changes" >> beam.CoGroupByKey()
+            | "Read survivors" >> beam.ParDo(read, AsSingleton(self._thresholds))
+        )
 
 
 class _ReadCandidates(beam.DoFn):
     def __init__(self, layout: Layout, recipe: Recipe, work: WorkFolder) -> None:
         self._layout, self._recipe, self._work = layout, recipe, work
 
-    def process(self, shard: Shard, thresholds: Thresholds) -> Iterator[CandidateShard]:
-        name = Shard(*shard).name
+    def process(self, group: tuple[str, dict[str, Any]], thresholds: Thresholds) -> Iterator[CandidateShard]:
+        shard, inputs = group
+        final = FinalDuplicates(inputs[ReadCandidates.CHANGES])
         survivors = list(
-            _survivors(self._layout, self._recipe, Shard(*shard), thresholds, with_embeddings=True)
+            _survivors(self._layout, self._recipe, shard, thresholds, seen_as=final, with_embeddings=True)
         )
         if survivors:
-            write_candidates(self._work.candidates(name), candidates_of(survivors))
-            yield CandidateShard(name, len(survivors))
+            write_candidates(self._work.candidates(shard), candidates_of(survivors))
+            yield CandidateShard(shard, len(survivors))
 
 
 def candidates_of(annotations: Sequence[Annotation]) -> Candidates:

@@ -387,7 +387,7 @@ def uid_again(rng: random.Random, key: str) -> tuple[bytes, Outcomes]:
     members = b"".join(
         sound_members(rng, f"{key}{which}")[: -2 * BLOCK] + entry(f"{key}{which}.json", data) for which in "ab"
     )
-    return members, {f"{key}a": [{JUDGED}], f"{key}b": [{"repeated_uid"}]}
+    return members, {f"{key}a": [{"repeated_uid"}], f"{key}b": [{"repeated_uid"}]}  # two pairs: neither owns it
 
 
 def sparse(rng: random.Random, key: str) -> bytes:

@@ -182,7 +182,7 @@ def test_every_uid_is_accounted_for_once(ran: Ran) -> None:
         if key and kind != "the same uid again"
     }
     assert expected <= set(judged + named)
-    assert len(expected) + ran.per_kind == len(judged + named)
+    assert len(expected) == len(judged + named)  # a uid of two pairs is judged for neither
     if ran.tables != "decisions":
         return
     funnel = json.loads((ran.output / "funnel.json").read_text())

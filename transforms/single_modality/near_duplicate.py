@@ -1,6 +1,7 @@
 """Near-duplicate images: a better-ranked image's perceptual hash is within a few bits.
 
-`hash_neighbours` finds them, and `pool_wide.NearDuplicate` is the step. Source: paper (the rule); how is our choice.
+`hash_neighbours` finds them, `pool_wide.NearDuplicate` is the step, and `duplicate_groups` decides which member of a
+group stands once stage 2 has scored them. Source: paper (the rule); how is our choice.
 """
 
 from __future__ import annotations
@@ -17,14 +18,26 @@ if TYPE_CHECKING:
 
 
 class NearDuplicateSettings(Settings):
-    """Perceptual hashes of near-duplicate images differ in at most `max_hamming` of 64 bits."""
+    """Perceptual hashes of near-duplicate images differ in at most `max_hamming` of 64 bits.
+
+    Stage 2 scores the keeper of a group and at most `further_members` others, the best-ranked ones. If a later rule
+    drops the keeper, the best of them that survives stands in its place.
+    """
 
     max_hamming: int = Field(3, ge=0, le=7)
+    further_members: int = Field(4, ge=0, le=1000)
 
 
 def keeps(duplicate_of: str | None) -> bool:
-    """Whether no better-ranked near-duplicate exists."""
+    """Whether no other member of its group of near-duplicates stands in the sample's place."""
     return duplicate_of is None
+
+
+def as_contender(annotation: Annotation) -> Annotation:
+    """The annotation as the other rules judge it: a member of a group that stage 2 scores is no duplicate yet."""
+    if annotation.duplicate_of is None or annotation.near_duplicate_rank is None:
+        return annotation
+    return annotation.with_columns(duplicate_of=None)
 
 
 def _keeps(annotation: Annotation, settings: NearDuplicateSettings) -> bool:
@@ -37,7 +50,7 @@ NEAR_DUPLICATE = Rule(
     settings=NearDuplicateSettings,
     summary="no better-ranked image has a perceptual hash within 3 of 64 bits",
     source="paper: the rule; ours: the method",
-    columns={"duplicate_of": "string"},
+    columns={"duplicate_of": "string", "near_duplicate_group": "string", "near_duplicate_rank": "int32"},
     order=10,
     pool_wide=True,
     after_verdicts=True,  # an image that fails another rule must not displace one that passes

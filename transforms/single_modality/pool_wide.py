@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -21,6 +21,7 @@ from transforms.core.catalogue import SINGLE_MODALITY
 from transforms.core.records import DeadLetter
 from transforms.single_modality import captions
 from transforms.single_modality.captions import CaptionFrequencySettings
+from transforms.single_modality.duplicate_groups import NOT_SCORED, Contenders, best_of_groups
 from transforms.single_modality.hash_neighbours import NearDuplicates, Ranked, best_of_hashes
 from transforms.single_modality.near_duplicate import NearDuplicateSettings
 
@@ -31,8 +32,10 @@ class PoolRows(Columns):
 
     uids S32 (n,); shards bytes (n,); keys object (n,) of str; caption_keys S32 (n,), from `captions.caption_key`;
     hashes uint64 (n,), perceptual hashes; pixels int64 (n,); fails bool (n,), whether the sample fails any stage-1 rule
-    that needs no pool-wide feature, or caption_frequency once that is computed; caption_image_counts int64 (n,);
-    duplicate_of S32 (n,), a uid, or b"" where there is none.
+    that needs no pool-wide feature, or caption_frequency once that is computed; contents uint64 (n,), hashes of image
+    bytes and caption; caption_image_counts int64 (n,). Of near-duplicates: duplicate_of S32 (n,), the keeper, b"" where
+    there is none; keepers S32 (n,), the keeper of the group, b"" outside groups; ranks int32 (n,), those of members
+    that stage 2 scores, else `NOT_SCORED`.
     """
 
     uids: np.ndarray
@@ -42,15 +45,19 @@ class PoolRows(Columns):
     hashes: np.ndarray
     pixels: np.ndarray
     fails: np.ndarray
+    contents: np.ndarray
     caption_image_counts: np.ndarray
     duplicate_of: np.ndarray
+    keepers: np.ndarray
+    ranks: np.ndarray
 
 
 class UniqueUids(beam.PTransform):
     """PCollection[PoolRows] -> outputs `UNIQUE` (PoolRows) and `REPEATED` (DeadLetter).
 
-    Of several samples with the same uid, the one with the smallest shard and key is kept; the others become dead
-    letters. Our choice: a subset file cannot distinguish them.
+    Of several samples with one uid, image and caption, the one with the smallest shard and key is kept; the others
+    become dead letters. Where image or caption differ, all become dead letters. Our choice: a subset file cannot
+    distinguish them, and no order of the pool says which pair owns the uid.
     """
 
     UNIQUE, REPEATED = "unique", "repeated"
@@ -76,27 +83,49 @@ def _buckets(rows: Columns, column: str, buckets: int) -> np.ndarray:
     return buckets_of(getattr(rows, column), buckets)
 
 
+_Place = tuple[bytes, str, int]
+"""Shard, key, and the hash of image and caption."""
+
+
 class _FirstOfUid(beam.DoFn):
     def process(self, group: tuple[int, Iterable[PoolRows]]) -> Iterator[PoolRows | beam.pvalue.TaggedOutput]:
-        first: dict[bytes, tuple[bytes, str]] = {}
+        first = _first_places(group[1], {})
+        other = _first_places(group[1], first)
         for rows in group[1]:
-            for uid, place in _places(rows):
-                if place <= first.setdefault(uid, place):
-                    first[uid] = place
-        for rows in group[1]:
-            kept = np.array([first[uid] == place for uid, place in _places(rows)], bool)
+            kept = np.array([first[uid] == place and uid not in other for uid, place in _places(rows)], bool)
             yield rows.take(kept)
             for uid, place in _places(rows.take(~kept)):
-                (shard, key), (its_shard, its_key) = place, first[uid]
-                message = f"the uid also names {its_key} of shard {its_shard.decode()}, which stays"
-                letter = DeadLetter(
-                    shard.decode(), key, uid.decode(), SINGLE_MODALITY, "repeated_uid", message
-                )
+                letter = _repeated(uid, place, first[uid], other.get(uid))
                 yield beam.pvalue.TaggedOutput(UniqueUids.REPEATED, letter)
 
 
-def _places(rows: PoolRows) -> Iterator[tuple[bytes, tuple[bytes, str]]]:
-    places = zip(rows.shards.tolist(), rows.keys.tolist(), strict=True)
+def _first_places(parts: Iterable[PoolRows], besides: Mapping[bytes, _Place]) -> dict[bytes, _Place]:
+    """The smallest place of each uid, of samples with other content than the uid's place in `besides`."""
+    found: dict[bytes, _Place] = {}
+    for rows in parts:
+        for uid, place in _places(rows):
+            if uid in besides and besides[uid][2] == place[2]:
+                continue
+            if place <= found.setdefault(uid, place):
+                found[uid] = place
+    return found
+
+
+def _repeated(uid: bytes, place: _Place, first: _Place, other: _Place | None) -> DeadLetter:
+    if other is None:
+        message = f"the uid also names {_named(first)}, which stays"
+    else:
+        conflicting = first if place[2] != first[2] else other
+        message = f"the uid also names {_named(conflicting)}, another pair; give each pair a uid of its own"
+    return DeadLetter(place[0].decode(), place[1], uid.decode(), SINGLE_MODALITY, "repeated_uid", message)
+
+
+def _named(place: _Place) -> str:
+    return f"{place[1]} of shard {place[0].decode()}"
+
+
+def _places(rows: PoolRows) -> Iterator[tuple[bytes, _Place]]:
+    places = zip(rows.shards.tolist(), rows.keys.tolist(), rows.contents.tolist(), strict=True)
     return zip(rows.uids.tolist(), places, strict=True)
 
 
@@ -184,7 +213,10 @@ class _CountOnRows(beam.DoFn):
 
 
 class NearDuplicate(beam.PTransform):
-    """PCollection[PoolRows] -> PCollection[PoolRows], with `duplicate_of` added."""
+    """PCollection[PoolRows] -> PCollection[PoolRows], with `duplicate_of`, `keepers` and `ranks` added.
+
+    A keeper of one group that belongs to another comes twice: the second time with rank 0, because it is scored.
+    """
 
     def __init__(self, settings: NearDuplicateSettings, buckets: int) -> None:
         super().__init__()
@@ -201,6 +233,10 @@ class NearDuplicate(beam.PTransform):
             }
             | "Join duplicates" >> beam.CoGroupByKey()
             | "Duplicate on rows" >> beam.FlatMap(_duplicate_on_rows)
+            | "Into groups" >> beam.FlatMap(_into_groups)
+            | "By group" >> beam.ParDo(Part(_by("keepers", self._buckets)))
+            | "Gather groups" >> beam.GroupByKey()
+            | "Rank in groups" >> beam.ParDo(_RankInGroups(self._settings.further_members))
         )
 
 
@@ -213,4 +249,56 @@ def _duplicate_on_rows(joined: tuple[int, dict[str, Any]]) -> Iterator[PoolRows]
     for rows in joined[1]["rows"]:
         winner = winners.uids[np.searchsorted(winners.hashes, rows.hashes)]
         keepers = np.where(winner == rows.uids, b"", winner).astype("S32")
-        yield dataclasses.replace(rows, duplicate_of=keepers).without("hashes", "pixels")
+        yield dataclasses.replace(rows, duplicate_of=keepers).without("caption_keys", "hashes")
+
+
+def _into_groups(rows: PoolRows) -> Iterator[PoolRows]:
+    """Each row in the group that it may keep, and a duplicate also in the group of its keeper."""
+    yield dataclasses.replace(rows, keepers=rows.uids)
+    duplicates = rows.take(rows.duplicate_of != b"")
+    yield dataclasses.replace(duplicates, keepers=duplicates.duplicate_of)
+
+
+class _RankInGroups(beam.DoFn):
+    def __init__(self, further_members: int) -> None:
+        self._scored = 1 + further_members
+
+    def process(self, bucket: tuple[int, Iterable[PoolRows]]) -> Iterator[PoolRows]:
+        # A group may be large, so only the best of each is in memory, and the parts are read twice.
+        best, ranks, kept = None, np.zeros(0, np.int32), np.zeros(0, "S32")
+        for rows in bucket[1]:
+            passing = _contenders(rows.take(~rows.fails))
+            joined = passing if best is None else Contenders.joined([best, passing])
+            best, ranks = best_of_groups(joined, self._scored)
+            kept = np.union1d(kept, rows.keepers[rows.keepers != rows.uids])
+        assert best is not None
+        is_member = best.uids != best.keepers
+        members, ranks = best.take(is_member), ranks[is_member]
+        order = np.argsort(members.uids)
+        for rows in bucket[1]:
+            yield from _with_ranks(rows, kept, members.take(order), ranks[order])
+
+
+def _contenders(rows: PoolRows) -> Contenders:
+    return Contenders(rows.keepers, rows.uids, rows.pixels, rows.contents)
+
+
+def _with_ranks(rows: PoolRows, kept: np.ndarray, scored: Contenders, ranks: np.ndarray) -> Iterator[PoolRows]:
+    """The rows with their ranks. `kept` are the keepers that have members; `scored` the members that stage 2 scores,
+    sorted by uid, with their `ranks`."""
+    is_keeper = rows.keepers == rows.uids
+    is_root = is_keeper & (rows.duplicate_of == b"")
+    keepers = rows.take(is_root)
+    has_members = np.isin(keepers.uids, kept)
+    yield dataclasses.replace(
+        keepers,
+        keepers=np.where(has_members, keepers.uids, b"").astype("S32"),
+        ranks=np.where(has_members & ~keepers.fails, 0, NOT_SCORED).astype(np.int32),
+    ).without("pixels")
+    members = rows.take(~is_keeper)
+    places = np.searchsorted(scored.uids, members.uids)
+    found = np.append(scored.uids, b"")[places] == members.uids
+    own = np.where(found, np.append(ranks, NOT_SCORED)[places], NOT_SCORED).astype(np.int32)
+    yield dataclasses.replace(members, ranks=own).without("pixels")
+    others = rows.take(is_keeper & ~is_root & np.isin(rows.uids, scored.keepers))
+    yield dataclasses.replace(others, keepers=others.duplicate_of, ranks=np.zeros_like(others.ranks)).without("pixels")

@@ -207,6 +207,16 @@ def test_the_funnel_says_which_models_were_spared_a_sample() -> None:
     assert funnel(counts, without)["not_asked"] == {"image_text_matching": 1}
 
 
+def test_the_funnel_counts_near_duplicates_that_stage_2_scored() -> None:
+    unscored = dict.fromkeys(("flipped_clip_cosine", "match_probability", "digit_probability"))
+    rows = decided([row(1), row(2, duplicate_of=uid(1)), row(3, duplicate_of=uid(1), **unscored)], [placed(1)])
+    counts = count_outcomes(rows, [])
+    counts["in", ""] = 3
+    found = funnel(counts, recipe())
+    assert found["scored_duplicates"] == 1
+    assert next(rule for rule in found["rules"] if rule["name"] == "near_duplicate")["dropped"] == 2
+
+
 def test_the_funnel_counts_shards_at_smaller_batches_where_there_are_any() -> None:
     counts = {("in", ""): 1, ("survivors", ""): 1}
     assert "smaller_batches" not in funnel(counts, recipe())
@@ -259,7 +269,11 @@ def lay_out(layout: Layout) -> list[Placement]:
 
 
 def write(layout: Layout, placements: list[Placement]) -> list[OutcomeCounts]:
-    group = {WriteDecisions.SHARDS: [None], WriteDecisions.PLACEMENTS: [placements_of(placements)]}
+    group = {
+        WriteDecisions.SHARDS: [None],
+        WriteDecisions.CHANGES: [],
+        WriteDecisions.PLACEMENTS: [placements_of(placements)],
+    }
     settings = recipe(cross_modality__flipped_clip__min=0.19)
     return list(WriteDecisions(layout, settings).process(("s", group), {}))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from apache_beam.testing.util import assert_that, equal_to
 from tests.helpers import uid
 from transforms.core.records import DeadLetter
 from transforms.single_modality.captions import CaptionFrequencySettings
+from transforms.single_modality.duplicate_groups import NOT_SCORED
 from transforms.single_modality.near_duplicate import NearDuplicateSettings
 from transforms.single_modality.pool_wide import CaptionFrequency, NearDuplicate, PoolRows, UniqueUids
 
@@ -32,12 +34,15 @@ class Row(NamedTuple):
     hash: str
     pixels: int
     fails: bool
+    content: int = 0
     image_count: int = 0
     duplicate_of: str | None = None
+    group: str | None = None
+    rank: int = NOT_SCORED
 
 
 def row(number: int, caption: str = "c", hash_: str = "0" * 16, pixels: int = 100, fails: bool = False) -> Row:
-    return Row(uid(number), "s", f"k{number}", caption, hash_, pixels, fails)
+    return Row(uid(number), "s", f"k{number}", caption, hash_, pixels, fails, number)
 
 
 def key_of(caption: str) -> str:
@@ -52,18 +57,20 @@ def parts(rows: list[Row], size: int = 3) -> list[PoolRows]:
             np.array(uids, "S32"), np.array(shards, "S"), np.array(keys, object),
             np.array([key_of(caption) for caption in captions], "S32"),
             np.array([int(hash_, 16) for hash_ in hashes], np.uint64), np.array(pixels), np.array(fails),
-            np.array(counts), np.array([of or "" for of in duplicate_of], "S32"),
+            np.array(contents, np.uint64), np.array(counts), np.array([of or "" for of in duplicate_of], "S32"),
+            np.array([of or "" for of in groups], "S32"), np.array(ranks, np.int32),
         )
-        for uids, shards, keys, captions, hashes, pixels, fails, counts, duplicate_of in columns
+        for uids, shards, keys, captions, hashes, pixels, fails, contents, counts, duplicate_of, groups, ranks
+        in columns
     ]  # fmt: skip
 
 
 def rows_of(part: PoolRows) -> Iterator[Row]:
     """The rows of a part; their captions by key."""
     for values in zip(*(column.tolist() for _, column in part.columns()), strict=True):
-        own, shard, key, caption, hash_, pixels, fails, count, of = values
-        yield Row(own.decode(), shard.decode(), key, caption.decode(), f"{hash_:016x}", pixels, fails, count,
-                  of.decode() or None)  # fmt: skip
+        own, shard, key, caption, hash_, pixels, fails, content, count, of, group, rank = values
+        yield Row(own.decode(), shard.decode(), key, caption.decode(), f"{hash_:016x}", pixels, fails, content, count,
+                  of.decode() or None, group.decode() or None, rank)  # fmt: skip
 
 
 def by_key(rows: list[Row]) -> list[Row]:
@@ -118,11 +125,32 @@ def test_of_repeated_uids_the_first_place_stays_whatever_the_order() -> None:
         unique(order, [rows[2], rows[4]], [rows[0], rows[1], rows[3]])
 
 
+def test_a_uid_of_two_different_pairs_is_nobody_s_whatever_the_order() -> None:
+    """Two equal pairs and another one: whose tar comes first alphabetically must not decide."""
+    same = [row(1)._replace(shard="a"), row(1)._replace(shard="c")]
+    other = row(1)._replace(shard="b", content=77)
+    for order in itertools.permutations([*same, other, row(2)]):
+        unique(list(order), [row(2)], [*same, other])
+
+
+def messages(rows: list[Row], expected: list[str]) -> None:
+    for order in (rows, rows[::-1]):
+        with beam.Pipeline("FnApiRunner") as p:
+            found = p | beam.Create(parts(order, 1)) | UniqueUids(BUCKETS)
+            assert_that(found[UniqueUids.REPEATED] | beam.Map(lambda letter: letter.message), equal_to(expected))
+
+
 def test_the_letter_says_which_one_stays() -> None:
-    with beam.Pipeline("FnApiRunner") as p:
-        found = p | beam.Create(parts([row(1), row(1)._replace(key="k9", shard="t")])) | UniqueUids(BUCKETS)
-        messages = found[UniqueUids.REPEATED] | beam.Map(lambda letter: letter.message)
-        assert_that(messages, equal_to([f"the uid also names {row(1).key} of shard s, which stays"]))
+    messages([row(1), row(1)._replace(key="k9", shard="t")], ["the uid also names k1 of shard s, which stays"])
+
+
+def test_the_letter_of_a_conflict_names_the_other_pair() -> None:
+    rows = [row(1), row(1)._replace(key="k9", shard="t", content=7), row(1)._replace(key="k8", shard="t", content=9)]
+    tail = "another pair; give each pair a uid of its own"
+    messages(
+        rows,
+        [f"the uid also names {of}, {tail}" for of in ("k8 of shard t", "k1 of shard s", "k1 of shard s")],
+    )
 
 
 # Caption frequency ------------------------------------------------------------------------------------------------
@@ -165,13 +193,26 @@ def test_images_are_counted_once_per_caption_whatever_the_order() -> None:
 # Near-duplicates --------------------------------------------------------------------------------------------------
 
 
-def near(max_hamming: int = 3) -> Callable[[beam.Pipeline], beam.PTransform]:
-    return lambda _: NearDuplicate(NearDuplicateSettings(max_hamming=max_hamming), BUCKETS)
+def near(max_hamming: int = 3, further_members: int = 4) -> Callable[[beam.Pipeline], beam.PTransform]:
+    settings = NearDuplicateSettings(max_hamming=max_hamming, further_members=further_members)
+    return lambda _: NearDuplicate(settings, BUCKETS)
 
 
-def marked(rows: list[Row], duplicates: dict[int, int]) -> list[Row]:
+def marked(rows: list[Row], duplicates: dict[int, int], ranks: dict[int, int] | None = None) -> list[Row]:
+    """The rows with their keepers, the group that follows from these, and `ranks`. By default the members of a group
+    rank as they come, and those that fail another rule have no rank."""
     by_uid = {uid(number): uid(of) for number, of in duplicates.items()}
-    return [r._replace(duplicate_of=by_uid.get(r.uid)) for r in rows]
+    if ranks is None:
+        ranks = {}
+        for keeper in dict.fromkeys(duplicates.values()):
+            members = [keeper, *(number for number, of in duplicates.items() if of == keeper)]
+            passing = [n for n in members if not next(r for r in rows if r.uid == uid(n)).fails]
+            ranks |= {number: place for place, number in enumerate(passing) if number not in ranks}
+    groups = by_uid | {keeper: keeper for keeper in by_uid.values() if keeper not in by_uid}
+    return [
+        r._replace(duplicate_of=by_uid.get(r.uid), group=groups.get(r.uid), rank=ranks.get(int(r.uid, 16), NOT_SCORED))
+        for r in rows
+    ]
 
 
 def test_every_row_gets_its_own_verdict() -> None:
@@ -179,15 +220,38 @@ def test_every_row_gets_its_own_verdict() -> None:
         row(1, hash_="00" * 8, pixels=50), row(2, hash_="00" * 8, pixels=90), row(3, hash_="00" * 8, pixels=90),
         row(4, hash_="00" * 7 + "07", pixels=70), row(5, hash_="00" * 7 + "0f", pixels=10), row(6, hash_="ff" * 8),
     ]  # fmt: skip
-    # 5 lies within 3 bits of 4 alone (1 bit), and 4 within 3 bits of 2, which is the best of its hash.
-    run(rows, near(), marked(rows, {1: 2, 3: 2, 4: 2, 5: 4}))
+    # 5 lies within 3 bits of 4 alone (1 bit), and 4 within 3 bits of 2, which is the best of its hash. 4 has rank 2 in
+    # the group of 2, and 0 as the keeper of 5.
+    duplicates = {1: 2, 3: 2, 4: 2, 5: 4}
+    run(rows, kept(near()), marked(rows, duplicates, {2: 0, 3: 1, 4: 0, 1: 3, 5: 1}))
+    run(rows, kept(near(further_members=1)), marked(rows, duplicates, {2: 0, 3: 1, 4: 0, 5: 1}))
+    run(rows, kept(near(further_members=0)), marked(rows, duplicates, {2: 0}))
+
+
+def kept(transform: Callable[[beam.Pipeline], beam.PTransform]) -> Callable[[beam.Pipeline], beam.PTransform]:
+    """The transform, and of a row that comes twice the better rank, as `WritePoolWide` takes it."""
+
+    class Kept(beam.PTransform):
+        def expand(self, rows: beam.PCollection) -> beam.PCollection:
+            found = rows | transform(rows.pipeline) | beam.FlatMap(rows_of)
+            by_uid = found | beam.Map(lambda r: (r.uid, r)) | beam.GroupByKey()
+            return by_uid | beam.MapTuple(lambda _, same: parts([min(same, key=lambda r: r.rank % 99)])[0])
+
+    return lambda _: Kept()
+
+
+def test_members_of_equal_bytes_and_caption_are_scored_once() -> None:
+    rows = [row(1, pixels=9), row(2)._replace(content=5), row(3)._replace(content=5), row(4)._replace(content=1)]
+    rows = [r._replace(pixels=9 - n) for n, r in enumerate(rows)]
+    run(rows, near(), marked(rows, {2: 1, 3: 1, 4: 1}, {1: 0, 2: 1}))
+    run(rows[::-1], near(further_members=1), marked(rows, {2: 1, 3: 1, 4: 1}, {1: 0, 2: 1}))
 
 
 def test_both_sides_of_max_hamming() -> None:
     rows = [row(1, hash_="00" * 8), row(2, hash_="00" * 7 + "07"), row(3, hash_="f0" + "00" * 7)]
     run(rows, near(3), marked(rows, {2: 1}))
     run(rows, near(2), marked(rows, {}))
-    run(rows, near(4), marked(rows, {2: 1, 3: 1}))
+    run(rows, near(4), marked(rows, {2: 1, 3: 1}, {1: 0, 2: 1, 3: 2}))
     run(rows, near(0), marked(rows, {}))
 
 
@@ -203,7 +267,7 @@ def test_nothing_that_passes_the_others_gives_way_to_what_fails_one() -> None:
     fails = {r.uid: r.fails for r in rows}
 
     def check(found: list[Row]) -> None:
-        assert len(found) == len(rows)
+        assert {r.uid for r in found} == {r.uid for r in rows}
         for each in found:
             if each.duplicate_of is not None and not each.fails:
                 assert not fails[each.duplicate_of]
