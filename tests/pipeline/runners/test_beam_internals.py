@@ -58,7 +58,12 @@ class _DoFn(beam.DoFn):
 def test_functions_and_views_are_inspected_once() -> None:
     inspected: list[Any] = []
     plain = inspect.unwrap(core.get_function_args_defaults)
-    arguments = beam_internals._arguments_memoised(lambda function: inspected.append(function) or plain(function))
+
+    def count(function: Any) -> Any:
+        inspected.append(function)
+        return plain(function)
+
+    arguments = beam_internals._arguments_memoised(count)
     for _ in range(2):
         assert arguments(_DoFn().process) == (["element", "given", "window"], [3, beam.DoFn.WindowParam])
         assert arguments(_DoFn.process) == (["self", "element", "given", "window"], [3, beam.DoFn.WindowParam])
@@ -77,7 +82,7 @@ def test_functions_and_views_are_inspected_once() -> None:
 
 def test_beam_calls_what_is_memoised() -> None:
     beam_internals.memoise_inspection()
-    assert core.get_function_args_defaults.__wrapped__ and PipelineOptions.view_as.__wrapped__  # type: ignore
+    assert core.get_function_args_defaults.__wrapped__ and PipelineOptions.view_as.__wrapped__
     assert "get_function_args_defaults(f)" in inspect.getsource(core.get_function_arguments)
     assert sorted([1, 2] | beam.ParDo(_DoFn(), 5)) == [6, 7]
 

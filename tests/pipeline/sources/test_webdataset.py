@@ -183,8 +183,8 @@ def test_members_above_the_size_limits(tmp_path: Path, bound: str, extension: st
     content = {"jpg": b"x" * 40, "txt": b"c" * 40, "json": b'{"a": "' + b"b" * 31 + b'"}'}
     members = [(f"k.{name}", data) for name, data in content.items()]
     assert len(content[extension]) == 40
-    assert keys(read(tmp_path, members, PoolSettings(**{bound: 40}))) == ["k"]
-    letter = one_letter(read(tmp_path, members, PoolSettings(**{bound: 39})))
+    assert keys(read(tmp_path, members, PoolSettings.model_validate({bound: 40}))) == ["k"]
+    letter = one_letter(read(tmp_path, members, PoolSettings.model_validate({bound: 39})))
     assert letter.reason == reason
     assert "40" in letter.message
     assert "39" in letter.message
