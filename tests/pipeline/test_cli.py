@@ -124,7 +124,7 @@ def run_arguments(**changes: str) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input": "nowhere"}, "nowhere: contains no *.tar"),
+        ({"input": "nowhere"}, "nowhere does not exist"),
         ({"input": "pool/b*.tar"}, "contains no *.tar"),
         ({"recipe": "nowhere.yaml"}, "cannot be read as YAML"),
         ({"recipe": "pool"}, "cannot be read as YAML"),
