@@ -52,12 +52,12 @@ def read_recipe(path: str, as_json: bool) -> Recipe:
 
 
 def beam_options_in(context: typer.Context) -> list[str]:
-    """The arguments after `--`. Exits with status 2 where there are others, as after a pattern that the shell expanded:
-    all but the first of its files would otherwise be left out."""
+    """The arguments after `--`. Raises UsageError if there are others, as of a pattern that the shell expanded: all but
+    the first of its files would otherwise be left out."""
     if context.args and not context.args[0].startswith("-"):
-        raise typer.BadParameter(
-            f"got the extra argument {printable(context.args[0])}; put patterns in quotes, repeat --input for each of "
-            "several, and give Beam options after --"
+        raise UsageError(
+            f"got the extra argument {context.args[0]}; put patterns in quotes, repeat --input for several pools, and "
+            "give Beam options after --"
         )
     return context.args
 

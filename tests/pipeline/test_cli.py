@@ -162,6 +162,11 @@ def test_a_beam_option_with_an_impossible_value(place: Path) -> None:
     assert tree(place) == before
 
 
+def test_a_pattern_that_the_shell_has_expanded(place: Path) -> None:
+    message = "got the extra argument pool/b.tar; put patterns in quotes"
+    wrong_use(place, *run_arguments(input="pool/a.tar"), "pool/b.tar", message=message)
+
+
 @pytest.mark.parametrize(
     ("stages", "missing"),
     [
