@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.messages import errors_console, exit_status, fail, read_recipe
+from pipeline.cli.messages import beam_options_in, errors_console, exit_status, fail, read_recipe
 from pipeline.cli.options import KEPT_VERSIONS, Json, KeepVersions, Output, Pool, RecipePath, Verbose
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def demo(
 
     recipe = importlib.resources.files("recipes") / "demo.yaml"
     pool = importlib.resources.files("pipeline") / "demo" / "pool"
-    _run(read_recipe(str(recipe), as_json), [str(pool)], output, list(STAGES), context.args, as_json, verbose)
+    _run(read_recipe(str(recipe), as_json), [str(pool)], output, list(STAGES), context, as_json, verbose)
 
 
 def validate(recipe: RecipePath, as_json: Json = False) -> None:
@@ -80,7 +80,8 @@ def run(
     \b
     Examples:
       pairsift run recipe.yaml --input pool --output out
-      pairsift run recipe.yaml --input 'pool/{00000..00099}.tar' --input more --output out
+      pairsift run recipe.yaml --output out \\
+        --input 'pool/{00000..00099}.tar' --input other
       pairsift run recipe.yaml --input gs://BUCKET/pool --output gs://BUCKET/out
       pairsift run recipe.yaml --input pool --output out -- --direct_num_workers=2
     """
@@ -91,7 +92,7 @@ def run(
     if unknown:
         fail(2, f"--stages: got {', '.join(unknown)}; allowed: {', '.join(STAGES)}", as_json)
     chosen = sorted(set(chosen), key=STAGES.index)
-    _run(read_recipe(recipe, as_json), pool, output, chosen, context.args, as_json, verbose, keep_versions)
+    _run(read_recipe(recipe, as_json), pool, output, chosen, context, as_json, verbose, keep_versions)
 
 
 def select(
@@ -116,7 +117,8 @@ def select(
         from pipeline.report.progress import Progress
         from pipeline.runs.select import select
 
-        outcome = select(loaded, recipe, output, context.args, Progress(errors_console(), as_json), keep_versions)
+        progress, beam_options = Progress(errors_console(), as_json), beam_options_in(context)
+        outcome = select(loaded, recipe, output, beam_options, progress, keep_versions)
     _show(outcome, output, as_json)
 
 
@@ -125,7 +127,7 @@ def _run(
     inputs: list[str],
     output: str,
     stages: list[str],
-    beam_options: list[str],
+    context: typer.Context,
     as_json: bool,
     verbose: bool,
     keep_versions: int = KEPT_VERSIONS,
@@ -136,7 +138,8 @@ def _run(
         from pipeline.sources.pool_names import joined
 
         pool = joined(inputs)
-        outcome = run(recipe, pool, output, stages, beam_options, Progress(errors_console(), as_json), keep_versions)
+        progress, beam_options = Progress(errors_console(), as_json), beam_options_in(context)
+        outcome = run(recipe, pool, output, stages, beam_options, progress, keep_versions)
     _show(outcome, output, as_json)
 
 

@@ -51,6 +51,17 @@ def read_recipe(path: str, as_json: bool) -> Recipe:
         raise typer.Exit(2) from error
 
 
+def beam_options_in(context: typer.Context) -> list[str]:
+    """The arguments after `--`. Raises UsageError if there are others, as of a pattern that the shell expanded: all but
+    the first of its files would otherwise be left out."""
+    if context.args and not context.args[0].startswith("-"):
+        raise UsageError(
+            f"got the extra argument {context.args[0]}; put patterns in quotes, repeat --input for several pools, and "
+            "give Beam options after --"
+        )
+    return context.args
+
+
 @contextlib.contextmanager
 def exit_status(as_json: bool, verbose: bool) -> Iterator[None]:
     """Turn an error of the body into a message and an exit status: 2 for wrong use, 1 for a failure."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.messages import errors_console, exit_status, read_recipe, say
+from pipeline.cli.messages import beam_options_in, errors_console, exit_status, read_recipe, say
 from pipeline.cli.options import Json, Verbose
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def reshard(
         from pipeline.sources.pool_names import joined
 
         progress = Progress(errors_console(), as_json)
-        done = reshard(run_output, joined(pool), output, samples_per_shard, context.args, progress)
+        done = reshard(run_output, joined(pool), output, samples_per_shard, beam_options_in(context), progress)
         show_resharded(done, as_json)
 
 

@@ -15,9 +15,9 @@ _OF_OTHER_SHARDS = ("missing_shard", STATS_MISMATCH)
 _SETTINGS = {
     "missing_image": "image_members",
     "missing_caption": "caption_members and caption_fields",
-    "image_too_large": "max_image_bytes",
+    "image_too_large": "max_image_bytes and max_image_pixels",
     "caption_too_large": "max_caption_bytes",
-    "json_too_large": "max_json_bytes",
+    "metadata_too_large": "max_json_bytes",
     "json_too_deep": "max_json_depth",
     "key_too_long": "max_key_characters",
 }

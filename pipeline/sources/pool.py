@@ -136,8 +136,7 @@ def _what_is_there(part: Part) -> str:
     place = part.folder or "."
     if not files.in_cloud_storage(place) and not os.path.isdir(place):
         what = "is not a folder" if os.path.exists(place) else "does not exist"
-        where = "" if place == part.text.rstrip("/") else f"{place}: "
-        return f"{where}{what}, so there is no *.tar to read; check the path, or {advice}"
+        return f"contains no *.tar because {place} {what}; check the path, or {advice}"
     there = [file.path for file in files.under(files.join(place, "")) if not file.fault]
     compressed = "; decompress .tar.gz files first" if any(map(pool_names.is_compressed, there)) else ""
     if part.names and not part.patterns:

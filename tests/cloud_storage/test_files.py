@@ -107,6 +107,27 @@ def test_missing_objects_and_buckets(store: CloudStorage, bucket: str) -> None:
         list_shards(path)
 
 
+def test_pools_are_named_as_on_a_disk(store: CloudStorage, bucket: str) -> None:
+    for name in ("p/00000.tar", "p/00001.tar", "p/x/0.tar", "q/00000.tar", "p/00007_stats.json", "r/0.parquet"):
+        store.put(bucket, name, b'{"successes": 3}')
+    pool = f"gs://{bucket}/p"
+
+    def shards(pool: str) -> dict[str, str]:
+        return {shard.name: shard.fault for shard in list_shards(pool)}
+
+    assert shards(pool) == {"00000": "", "00001": "", "00007": "missing_shard", "x%2F0": ""}
+    store.asked.clear()
+    assert shards(f"{pool}/{{00000..00002}}.tar") == {"00000": "", "00001": "", "00002": "missing_shard"}
+    assert store.asked == {"list": 1}
+    assert shards(f"{pool}/{{0*,x/0}}.tar").keys() == {"00000", "00001", "00007", "x%2F0"}
+    assert shards(f"{pool}/00001.tar::{pool}/00000.tar") == {"00000": "", "00001": ""}
+    assert shards(f"{pool}/*.tar::gs://{bucket}/q/").keys() == {
+        "p%2F00000", "p%2F00001", "p%2F00007", "q%2F00000"
+    }  # fmt: skip
+    with pytest.raises(NoShards, match=rf"^gs://{bucket}/r: contains no \*\.tar \(1 \.parquet, 0 \.tar\)"):
+        list_shards(f"gs://{bucket}/r")
+
+
 def test_failed_read_resumes(store: CloudStorage, bucket: str, waits: list[float]) -> None:
     content = os.urandom(20 * 2**20)
     store.put(bucket, "a", content)

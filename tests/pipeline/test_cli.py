@@ -124,7 +124,7 @@ def run_arguments(**changes: str) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input": "nowhere"}, "nowhere: contains no *.tar"),
+        ({"input": "nowhere"}, "nowhere does not exist"),
         ({"input": "pool/b*.tar"}, "contains no *.tar"),
         ({"recipe": "nowhere.yaml"}, "cannot be read as YAML"),
         ({"recipe": "pool"}, "cannot be read as YAML"),
@@ -160,6 +160,11 @@ def test_a_beam_option_with_an_impossible_value(place: Path) -> None:
     before = tree(place)
     assert pairsift(*run_arguments(), "--", "--direct_num_workers=many").exit_code == 2
     assert tree(place) == before
+
+
+def test_a_pattern_that_the_shell_has_expanded(place: Path) -> None:
+    message = "got the extra argument pool/b.tar; put patterns in quotes"
+    wrong_use(place, *run_arguments(input="pool/a.tar"), "pool/b.tar", message=message)
 
 
 @pytest.mark.parametrize(
