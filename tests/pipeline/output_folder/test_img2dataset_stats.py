@@ -13,7 +13,7 @@ from pipeline.output_folder import tables
 from pipeline.output_folder.img2dataset_stats import STATS_MISMATCH, mismatch_letters, successes
 from pipeline.output_folder.layout import Layout
 from pipeline.output_folder.manifest import identities
-from pipeline.output_folder.pending import SingleModalityWork
+from pipeline.output_folder.pending import FeatureCache
 from tests.helpers import annotation, settings, uid
 from transforms.core.recipe import parse_recipe
 from transforms.core.records import DeadLetter, Shard
@@ -28,7 +28,7 @@ def shard(tmp_path: Path) -> Shard:
 
 
 def stats(shard: Shard, content: Any) -> Path:
-    """img2dataset's file beside the tar."""
+    """Write img2dataset's statistics next to the tar."""
     path = Path(shard.path.removesuffix(".tar") + "_stats.json")
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
@@ -91,11 +91,11 @@ def test_stats_that_are_a_pipe_are_not_waited_for(
 def test_a_table_is_made_again_when_stats_or_their_setting_change(shard: Shard, tmp_path: Path) -> None:
     layout = Layout(str(tmp_path / "out"))
 
-    def work(setting: str) -> SingleModalityWork:
+    def work(setting: str) -> FeatureCache:
         recipe = parse_recipe(settings(pool={"stats_mismatch": setting}), "test")
-        return SingleModalityWork(recipe, layout, identities(recipe))
+        return FeatureCache(recipe, layout, identities(recipe))
 
-    def write(setting: str) -> SingleModalityWork:
+    def write(setting: str) -> FeatureCache:
         made = work(setting)
         table = made.table(shard, [row(0), row(1)], [], {})
         tables.write_dead_letters(layout.dead_letters(STAGE, "a"), table.dead_letters)
