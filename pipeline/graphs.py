@@ -63,10 +63,12 @@ DRAFT_SIDE_PX = 320  # enough for hashes and for faces that fill much of the pic
 class Job:
     """The arguments of the graphs.
 
-    - `shards` are those of the pool's listing; a graph contains none of them. - `identities` are the models and weights
-    behind each stage. - `publication`, if given, makes stage 3 publish its results as its last step. - `accelerator` is
-    the resource hint of the step that runs the models. - `checks_before` makes stages 2 and 3 check at run time that
-    the earlier stages are complete, for runs where this is not known when the graph is built.
+    - `shards`: the shards of the pool's listing. A graph contains none of them.
+    - `identities`: the models and weights behind each stage.
+    - `publication`: if given, stage 3 publishes its results as its last step.
+    - `accelerator`: the resource hint of the step that runs the models.
+    - `checks_before`: whether stages 2 and 3 check at run time that the earlier stages are complete, for runs where
+      this is not known when the graph is built.
     """
 
     recipe: Recipe

@@ -125,8 +125,11 @@ class PoolWideCache:
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """The stored results of a shard: rows by key (None if no table is valid), their cache key, the dead letters that
-    are still valid, and whether there are stale ones."""
+    """The stored results of a shard.
+
+    `rows` by key, None if no table is valid; their cache key; the dead letters that are still valid; and whether there
+    are stale ones.
+    """
 
     rows: dict[str, dict[str, Any]] | None
     cache_key: dict[str, str]

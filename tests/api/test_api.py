@@ -1,4 +1,4 @@
-"""The Python API: everything that it names is there, and importing it takes nothing along."""
+"""The Python API: every public name exists, and the import loads nothing else."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.helpers import picture, sample_members, settings, write_pool
 from transforms.core.errors import UsageError
 
 
-def test_every_public_name_is_there_and_documented() -> None:
+def test_every_public_name_exists_and_is_documented() -> None:
     assert sorted(pairsift.__all__) == sorted(pairsift._MODULE_OF) == sorted(dir(pairsift))
     assert all(getattr(pairsift, name).__doc__ for name in pairsift.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = pairsift.nothing
 
 
-def test_importing_it_imports_neither_beam_nor_torch() -> None:
+def test_import_loads_neither_beam_nor_torch() -> None:
     program = "import sys, pairsift; pairsift.Rule; pairsift.load_recipe; print([m for m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert "pairsift" in found and "'apache_beam'" not in found and "'torch'" not in found

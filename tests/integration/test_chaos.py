@@ -20,7 +20,7 @@ KILLS_MANY = {"one process": 24, "two worker processes": 9}
 
 
 @dataclasses.dataclass
-class Tally:
+class KillCounts:
     """The results of the killed runs."""
 
     kills: int = 0
@@ -36,11 +36,11 @@ class Tally:
         )
 
 
-def kill_and_finish(case: Case, folder: Path, reference: Reference, planned: list[Moment], seed: int) -> Tally:
+def kill_and_finish(case: Case, folder: Path, reference: Reference, planned: list[Moment], seed: int) -> KillCounts:
     """Kill runs at the given moments, one to four times before each may finish, and compare their outputs."""
-    rng, tally, planned = random.Random(seed), Tally(), list(planned)
+    rng, counts, planned = random.Random(seed), KillCounts(), list(planned)
     while planned:
-        output = folder / f"out{tally.finished}"
+        output = folder / f"out{counts.finished}"
         row, planned = planned[: (length := rng.randint(1, 4))], planned[length:]
         for moment in row:
             run = Run(case, output)
@@ -48,16 +48,16 @@ def kill_and_finish(case: Case, folder: Path, reference: Reference, planned: lis
             asides = [path for path in output.rglob("*") if files.is_aside(str(path))]
             print(f"seed {seed}: {moment}: {'killed' if killed else 'had ended'}, {len(asides)} aside", flush=True)
             if killed:
-                tally.kills, tally.while_writing = tally.kills + 1, tally.while_writing + bool(asides)
-                tally.stages.add(run.stage)
+                counts.kills, counts.while_writing = counts.kills + 1, counts.while_writing + bool(asides)
+                counts.stages.add(run.stage)
         last = Run(case, output)
         assert last.finish() == 0, last.said
         assert tree(output) == reference.tree
-        tally.finished += 1
-    return tally
+        counts.finished += 1
+    return counts
 
 
-def test_the_undisturbed_run_is_worth_comparing_with(reference: Reference) -> None:
+def test_undisturbed_run_covers_every_outcome(reference: Reference) -> None:
     funnel = json.loads((reference.output / "funnel.json").read_text())
     assert funnel["in"] > 50
     assert funnel["survivors"] > 20
@@ -69,12 +69,12 @@ def test_the_undisturbed_run_is_worth_comparing_with(reference: Reference) -> No
     assert len({row["uid"] for row in rows}) == len(rows) == funnel["in"] - sum(funnel["dead_letters"].values())
 
 
-def test_a_run_killed_in_every_stage_ends_like_one_that_was_not(
+def test_run_killed_in_every_stage_has_the_outputs_of_an_undisturbed_run(
     case: Case, reference: Reference, tmp_path: Path
 ) -> None:
     planned = [Moment(0, "asides", 4), Moment(1, "asides", 2), Moment(2, "share", 0.5)]
-    tally = kill_and_finish(case, tmp_path, reference, planned, SEED)
-    assert tally.kills >= 2
+    counts = kill_and_finish(case, tmp_path, reference, planned, SEED)
+    assert counts.kills >= 2
 
 
 @pytest.mark.chaos
@@ -85,7 +85,7 @@ def test_many_kills(
     if how == "two worker processes":
         case = dataclasses.replace(case, beam_options=TWO_WORKERS)
     timed = dataclasses.replace(undisturbed(case, tmp_path / "reference"), tree=reference.tree)
-    tally = kill_and_finish(case, tmp_path, timed, moments(SEED, KILLS_MANY[how]), SEED)
-    record_property("table", f"chaos, {how}, seed {SEED}: {tally}")
-    assert tally.kills >= KILLS_MANY[how] * 3 // 4
-    assert tally.stages == {0, 1, 2}
+    counts = kill_and_finish(case, tmp_path, timed, moments(SEED, KILLS_MANY[how]), SEED)
+    record_property("table", f"chaos, {how}, seed {SEED}: {counts}")
+    assert counts.kills >= KILLS_MANY[how] * 3 // 4
+    assert counts.stages == {0, 1, 2}

@@ -200,11 +200,11 @@ def judge_planted(output, dead_letters, labels) -> tuple[dict[str, float], str]:
 
 
 @pytest.mark.parametrize("kind", sorted(LEAST_SHARES))
-def test_planted_cases_go_by_their_own_rule(shares, kind):
+def test_planted_cases_are_dropped_by_their_own_rule(shares, kind):
     assert shares[kind] >= LEAST_SHARES[kind]
 
 
-def test_good_pairs_stay(shares, output, dead_letters, labels, record_property):
+def test_good_pairs_are_kept(shares, output, dead_letters, labels, record_property):
     record_property(TABLE, judge_planted(output, dead_letters, labels)[1])
     assert shares["stage 1"] >= 0.85
     assert shares["stage 2"] >= 0.8

@@ -15,7 +15,7 @@ from tests.integration.test_faults import error_of, wait_for
 
 
 @pytest.mark.slow  # tests/integration/test_portable.py runs a small pool on the portable path
-def test_on_the_portable_path_a_killed_worker_costs_nothing_but_time(tmp_path, tmp_path_factory):
+def test_killed_worker_on_the_portable_runner_loses_no_work(tmp_path, tmp_path_factory):
     """With a job service and two external worker processes, one of which is killed during the run."""
     with worker_pool() as pool, job_service() as address:
         case = Case(Path(str(POOL)), Path(str(RECIPE)), pool.options(address))

@@ -71,7 +71,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
 
 
 @pytest.mark.parametrize("when", ["at work", pytest.param("before it works", marks=LONG)])
-def test_a_worker_that_is_killed(case: Case, reference: Reference, tmp_path: Path, when: str) -> None:
+def test_killed_worker(case: Case, reference: Reference, tmp_path: Path, when: str) -> None:
     output = tmp_path / "out"
     run = Run(dataclasses.replace(case, beam_options=TWO_WORKERS), output)
     if when == "at work":
@@ -154,7 +154,7 @@ def deny(names: str, function: str) -> None:
         ("rename", "subset.npy", "versions/1/subset.npy"),
     ],
 )
-def test_what_may_not_be_written(
+def test_path_without_write_permission(
     case: Case, reference: Reference, tmp_path: Path, function: str, names: str, where: str
 ) -> None:
     output = tmp_path / "out"
@@ -183,7 +183,7 @@ def delete_before(stage: str, shard: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "beam_options"), [("single_modality", ()), ("cross_modality", ()), ("single_modality", TWO_WORKERS)]
 )
-def test_a_shard_that_is_deleted_before_its_turn(
+def test_shard_deleted_before_it_is_read(
     case: Case, reference: Reference, tmp_path: Path, stage: str, beam_options: tuple[str, ...]
 ) -> None:
     output, shard, kept = tmp_path / "out", case.pool / "00002.tar", tmp_path / "kept.tar"
@@ -223,14 +223,14 @@ def flake(failures: int) -> None:
 
 
 @LONG
-def test_a_disk_that_fails_for_a_moment_is_read_again(case: Case, reference: Reference, tmp_path: Path) -> None:
+def test_transient_disk_error_is_retried(case: Case, reference: Reference, tmp_path: Path) -> None:
     run = Run(case, tmp_path / "out", before=functools.partial(flake, 3))
     assert run.finish() == 0, run.said
     assert tree(tmp_path / "out") == reference.tree
 
 
 @LONG
-def test_a_disk_that_keeps_failing_is_an_error_and_no_dead_letter(
+def test_permanent_disk_error_is_an_error_and_not_a_dead_letter(
     case: Case, reference: Reference, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"

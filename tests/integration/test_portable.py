@@ -35,7 +35,7 @@ def at_work(output: Path, stage: str = "*") -> None:
     wait_for(lambda: list(output.glob(f".in_progress/{stage}/*.mark")), 300)  # the stage has started
 
 
-def test_two_workers_of_a_pool_leave_the_bytes_of_a_local_run(
+def test_two_workers_of_a_pool_give_the_bytes_of_a_local_run(
     case: Case, reference: Reference, pool: Pool, tmp_path: Path
 ) -> None:
     run = Run(portable(case, pool), tmp_path / "out")
@@ -53,7 +53,7 @@ def test_two_workers_of_a_pool_leave_the_bytes_of_a_local_run(
 @LONG
 @pytest.mark.parametrize("service", ["in this process", "in its own process"])
 @pytest.mark.parametrize("stage", ["single_modality", "cross_modality"])
-def test_a_worker_that_is_killed(
+def test_killed_worker(
     case: Case, reference: Reference, pool: Pool, tmp_path: Path, stage: str, service: str
 ) -> None:
     output = tmp_path / "out"
@@ -71,7 +71,7 @@ def test_a_worker_that_is_killed(
 
 
 @LONG
-def test_workers_that_are_threads_of_the_run(case: Case, reference: Reference, tmp_path: Path) -> None:
+def test_workers_as_threads_of_the_run(case: Case, reference: Reference, tmp_path: Path) -> None:
     options = ("--runner=PortableRunner", f"--job_endpoint={EMBED}", "--environment_type=LOOPBACK")
     finishes_like(dataclasses.replace(case, beam_options=options), tmp_path / "out", reference)
 
@@ -89,7 +89,7 @@ def test_a_job_ends_with_its_run(case: Case, reference: Reference, pool: Pool, t
 
 
 @LONG
-def test_a_job_service_that_is_killed(case: Case, reference: Reference, pool: Pool, tmp_path: Path) -> None:
+def test_killed_job_service(case: Case, reference: Reference, pool: Pool, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with job_service() as address:
         run = Run(portable(case, pool, address), output)
@@ -101,7 +101,7 @@ def test_a_job_service_that_is_killed(case: Case, reference: Reference, pool: Po
 
 
 @LONG
-def test_a_pool_that_is_killed_starts_no_more_workers(case: Case, reference: Reference, tmp_path: Path) -> None:
+def test_killed_pool_starts_no_more_workers(case: Case, reference: Reference, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with worker_pool() as pool:
         run = Run(portable(case, pool), output)
@@ -120,7 +120,7 @@ def hurry(ask_seconds: float, answer_seconds: float) -> None:
 
 
 @LONG
-def test_a_worker_that_never_answers(case: Case, reference: Reference, pool: Pool, tmp_path: Path) -> None:
+def test_worker_that_never_answers(case: Case, reference: Reference, pool: Pool, tmp_path: Path) -> None:
     """Simulates a worker that has died on a machine or network failure without closing its connection."""
     output = tmp_path / "out"
     run = Run(portable(case, pool), output, before=functools.partial(hurry, 1.0, 15.0))

@@ -169,7 +169,7 @@ def output(first: Path, tmp_path: Path) -> Path:
     return shutil.copytree(first, tmp_path / "out", symlinks=True)
 
 
-def test_a_rerun_with_nothing_new_opens_no_tar_and_loads_no_model(
+def test_rerun_with_nothing_new_opens_no_tar_and_loads_no_model(
     pool: Path, output: Path, recipe_with: Callable[..., Recipe], seen: Seen
 ) -> None:
     before = bytes_of(output)
@@ -180,7 +180,7 @@ def test_a_rerun_with_nothing_new_opens_no_tar_and_loads_no_model(
         assert counts[stage] == dict.fromkeys(counts[stage], 0) | {"shards_finished_before": 3}
 
 
-def test_looser_thresholds_score_what_is_new_and_nothing_else(
+def test_looser_thresholds_score_only_new_samples(
     pool: Path, output: Path, tmp_path: Path, recipe_with: Callable[..., Recipe], seen: Seen
 ) -> None:
     looser = recipe_with(min_cosine=-0.36, min_match=0.4, min_words=1)
@@ -198,7 +198,7 @@ def test_looser_thresholds_score_what_is_new_and_nothing_else(
     assert bytes_of(output) == bytes_of(tmp_path / "fresh")
 
 
-def test_another_model_costs_its_own_scores_only(
+def test_another_model_computes_only_its_own_scores(
     pool: Path, output: Path, models: dict[str, Path], recipe_with: Callable[..., Recipe], seen: Seen
 ) -> None:
     base = recipe_with()
@@ -212,7 +212,7 @@ def test_another_model_costs_its_own_scores_only(
     assert counts["cross_modality"]["models_loaded"] == seen.models == 1
 
 
-def test_a_pool_that_changed_costs_what_changed_and_ends_as_from_nothing(
+def test_changed_pool_computes_only_the_changes_and_equals_a_run_from_scratch(
     pool: Path, tmp_path: Path, recipe_with: Callable[..., Recipe], seen: Seen
 ) -> None:
     """One shard is added, one removed and one replaced. A dropped sample is kept, because its better copy is gone."""
@@ -241,7 +241,7 @@ def test_a_pool_that_changed_costs_what_changed_and_ends_as_from_nothing(
 # select -----------------------------------------------------------------------------------------------------------
 
 
-def test_select_decides_as_a_run_of_the_same_recipe_would(
+def test_select_equals_a_run_of_the_same_recipe(
     pool: Path, first: Path, tmp_path: Path, recipe_with: Callable[..., Recipe], seen: Seen
 ) -> None:
     """All thresholds are stricter. A smaller copy is kept, because the caption of the larger one is now too short."""
@@ -268,7 +268,7 @@ def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
 
-def test_select_says_what_is_missing_and_writes_nothing(
+def test_select_reports_missing_scores_and_writes_nothing(
     pool: Path, output: Path, recipe_with: Callable[..., Recipe]
 ) -> None:
     before = everything(output)
@@ -291,7 +291,7 @@ def test_select_needs_a_run(tmp_path: Path, recipe_with: Callable[..., Recipe]) 
     assert not (tmp_path / "nothing").exists()
 
 
-def test_shards_that_were_never_scored_are_told_also_where_nothing_of_them_is_kept(
+def test_shards_without_scores_are_reported_even_if_no_sample_is_kept(
     pool: Path, tmp_path: Path, recipe_with: Callable[..., Recipe]
 ) -> None:
     nothing, output = recipe_with(min_words=50), tmp_path / "out"
@@ -320,7 +320,7 @@ def test_earlier_results_stay_readable_until_pruned(
     assert versions.newest(str(output)).results == str(output / "versions" / "3")
 
 
-def test_a_run_that_fails_on_its_way_leaves_the_results_as_they_were(
+def test_failed_run_leaves_earlier_results_unchanged(
     pool: Path, output: Path, recipe_with: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = bytes_of(output, RESULTS)
@@ -350,7 +350,7 @@ def job_on(recipe: Recipe, pool: Path, output: Path) -> graphs.Job:
     return dataclasses.replace(job, layout=versions.begin(layout.output), publication=Publication(content, 1))
 
 
-def test_three_graphs_as_one_job_leave_the_same_and_resume(
+def test_three_graphs_as_one_job_give_the_same_outputs_and_resume(
     recipe_with: Callable[..., Recipe], pool: Path, first: Path, tmp_path: Path, seen: Seen
 ) -> None:
     output = tmp_path / "out"
@@ -363,7 +363,7 @@ def test_three_graphs_as_one_job_leave_the_same_and_resume(
     assert len(seen.tars) == 6
 
 
-def test_worker_processes_and_the_order_of_shards_change_nothing(
+def test_outputs_do_not_depend_on_worker_processes_or_the_order_of_shards(
     recipe_with: Callable[..., Recipe], pool: Path, first: Path, tmp_path: Path
 ) -> None:
     """The three stages as one job, whose worker processes start once."""
@@ -374,7 +374,7 @@ def test_worker_processes_and_the_order_of_shards_change_nothing(
         assert bytes_of(tmp_path / name) == bytes_of(first)
 
 
-def test_a_later_stage_whose_job_comes_too_early_says_which_is_missing(
+def test_stage_started_too_early_names_the_missing_stage(
     recipe_with: Callable[..., Recipe], pool: Path, tmp_path: Path
 ) -> None:
     job = dataclasses.replace(job_on(recipe_with(), pool, tmp_path / "out"), checks_before=True)
@@ -388,7 +388,7 @@ def test_a_later_stage_whose_job_comes_too_early_says_which_is_missing(
     assert (tmp_path / "out" / "funnel.json").exists()
 
 
-def test_publishing_once_more_changes_nothing(
+def test_publishing_is_idempotent(
     recipe_with: Callable[..., Recipe], pool: Path, first: Path, tmp_path: Path
 ) -> None:
     """A runner may retry the last step, even if it was completed or interrupted half-way."""

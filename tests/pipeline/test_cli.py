@@ -48,7 +48,7 @@ def tree(folder: Path) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a pool in it, where models need not be there and stages are told and not run."""
+    """A folder with a pool. Models need not exist, and stages are recorded instead of run."""
     write_pool(tmp_path / "pool", {"a.tar": sample_members("k0")})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pipeline.runs.job.identities", lambda recipe: KNOWN)
@@ -72,7 +72,7 @@ def stages_run(place: Path) -> list[str]:
 
 
 def wrong_use(place: Path, *arguments: str, message: str) -> None:
-    """Status 2, the message in words or as a JSON line, and nothing written."""
+    """Check for exit status 2, the message as text or as a JSON line, and that nothing is written."""
     before = tree(place)
     for more in ([], ["--json"]):
         result = pairsift(arguments[0], *more, *arguments[1:])
@@ -87,7 +87,7 @@ def wrong_use(place: Path, *arguments: str, message: str) -> None:
 # validate ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_sound_recipe() -> None:
+def test_valid_recipe() -> None:
     result = pairsift("validate", str(DEMO_RECIPE))
     assert result.exit_code == 0
     assert "near_duplicate, caption_length" in result.stdout
@@ -95,7 +95,7 @@ def test_a_sound_recipe() -> None:
     assert answer == {"recipe": str(DEMO_RECIPE), "faults": []}
 
 
-def test_every_fault_is_told_on_a_line_of_its_own(tmp_path: Path) -> None:
+def test_every_fault_is_reported_on_its_own_line(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(settings(seed=-1, surprise="[bold]x[/bold]", name=3)))
     result = pairsift("validate", str(path))
@@ -151,7 +151,7 @@ def test_wrong_use(place: Path, changes: dict[str, str], message: str) -> None:
         (["--jsn"], "No such option"),
     ],
 )
-def test_options_that_are_not_there(place: Path, more: list[str], message: str) -> None:
+def test_unknown_options(place: Path, more: list[str], message: str) -> None:
     wrong_use(place, *run_arguments(), *more, message=message)
     assert stages_run(place) == []
 
@@ -181,7 +181,7 @@ def test_a_stage_before_the_one_it_reads_from(place: Path, stages: str, missing:
     assert stages_run(place) == []
 
 
-def test_options_that_are_missing(place: Path) -> None:
+def test_missing_options(place: Path) -> None:
     wrong_use(place, "run", str(DEMO_RECIPE), "--input", "pool", message="--output")
     wrong_use(place, "run", str(DEMO_RECIPE), "--output", "out", message="--input")
 
@@ -194,7 +194,7 @@ def failing(error: Exception) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("bundled:clip: not there"), ValueError("no"), LookupError("no")])
-def test_models_that_are_not_there(place: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_missing_models(place: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr("pipeline.runs.job.identities", failing(error))
     wrong_use(place, *run_arguments(), message=f"recipe: {error}")
 
@@ -211,12 +211,12 @@ def test_models_that_are_not_there(place: Path, monkeypatch: pytest.MonkeyPatch,
         ),
     ],
 )
-def test_what_a_later_stage_would_stumble_over_is_found_at_start(changes: dict[str, Any], message: str) -> None:
+def test_faults_of_later_stages_are_found_at_start(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         identities(recipe(**changes))
 
 
-def test_a_gpu_that_is_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gpu(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (place / "gpu.yaml").write_text(yaml.safe_dump(settings(cross_modality__device="cuda")))
     wrong_use(place, *run_arguments(recipe="gpu.yaml"), message="cross_modality.device is cuda")
@@ -230,18 +230,18 @@ def test_an_output_folder_of_another_pool(place: Path) -> None:
     assert len(stages_run(place)) == 3
 
 
-def test_a_relative_path_makes_no_other_pool(place: Path) -> None:
+def test_relative_path_is_the_same_pool(place: Path) -> None:
     assert pairsift(*run_arguments()).exit_code == 0
     assert pairsift(*run_arguments(input=str(place / "pool"))).exit_code == 0
     assert json.loads((place / "out" / "manifest.json").read_text())["pool"] == str(place / "pool")
 
 
-def test_a_folder_s_last_slash_makes_no_other_pool(place: Path) -> None:
+def test_trailing_slash_is_the_same_pool(place: Path) -> None:
     assert pairsift(*run_arguments()).exit_code == 0
     assert pairsift(*run_arguments(input="pool/")).exit_code == 0
 
 
-def test_another_recipe_goes_on_with_what_is_there(place: Path) -> None:
+def test_another_recipe_reuses_the_output_folder(place: Path) -> None:
     assert pairsift(*run_arguments()).exit_code == 0
     (place / "other.yaml").write_text(yaml.safe_dump(settings(seed=1)))
     assert pairsift(*run_arguments(recipe="other.yaml")).exit_code == 0
@@ -257,7 +257,7 @@ def test_an_output_folder_that_another_run_writes(place: Path) -> None:
 
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Something happens between a run's first look and its getting the lock."""
+    """Call a function between the first check of a run and its lock."""
     held = lock.only_writer
 
     @contextlib.contextmanager
@@ -277,13 +277,13 @@ def test_another_run_that_has_just_ended_is_seen(place: Path, monkeypatch: pytes
     assert stages_run(place) == [] and (place / "out/annotations/manifest.json").read_bytes() == manifest
 
 
-def test_a_tar_that_has_just_come_is_in_the_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tar_added_before_the_lock_is_processed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meanwhile(monkeypatch, lambda: write_pool(place / "pool", {"b.tar": sample_members("k1")}))
     assert pairsift(*run_arguments()).exit_code == 0
     assert [shard.name for shard in read_listing(Layout("out"))] == ["a", "b"]
 
 
-def test_a_tar_whose_name_is_no_utf8_is_in_the_run(place: Path) -> None:
+def test_tar_with_invalid_utf8_in_its_name_is_processed(place: Path) -> None:
     os.rename("pool/a.tar", b"pool/caf\xe9.tar")
     assert pairsift(*run_arguments()).exit_code == 0
     (shard,) = read_listing(Layout("out"))
@@ -307,7 +307,7 @@ def test_an_output_folder_of_a_run_that_was_killed_as_it_began(place: Path) -> N
     assert not left.exists()
 
 
-def test_who_holds_the_folder_clears_what_a_killed_run_left_and_nobody_else_does(place: Path) -> None:
+def test_only_the_lock_holder_deletes_the_files_of_a_killed_run(place: Path) -> None:
     assert pairsift(*run_arguments()).exit_code == 0
     before = tree(place / "out")
     left = (
@@ -356,7 +356,7 @@ def test_a_run(place: Path) -> None:
     assert set(json.loads((place / "out" / "run.json").read_text())["seconds"]) == set(STAGES)
 
 
-def test_smaller_batches_stand_in_the_manifest_and_the_run_can_be_gone_on_with(
+def test_smaller_batches_are_in_the_manifest_and_the_run_can_be_resumed(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(FUNNEL, "smaller_batches", {"flipped_clip": 3})
@@ -379,7 +379,7 @@ def test_stages_run_once_each_and_in_their_order(place: Path) -> None:
     assert stages_run(place) == ["single_modality ", "cross_modality "]
 
 
-def test_a_run_is_gone_on_with(place: Path) -> None:
+def test_run_is_resumed(place: Path) -> None:
     assert pairsift(*run_arguments(), "--stages", "single_modality").exit_code == 0
     manifest = (place / "out" / "annotations" / "manifest.json").read_bytes()
     assert pairsift(*run_arguments()).exit_code == 0
@@ -388,19 +388,19 @@ def test_a_run_is_gone_on_with(place: Path) -> None:
 
 
 def test_without_the_last_stage_there_is_no_funnel(place: Path) -> None:
-    assert pairsift(*run_arguments()).exit_code == 0  # its funnel is not the next run's
+    assert pairsift(*run_arguments()).exit_code == 0  # its funnel is not that of the next run
     result = pairsift(*run_arguments(), "--json", "--stages", "single_modality")
     assert result.exit_code == 0
     assert json.loads(result.stdout.splitlines()[-1])["funnel"] is None
 
 
-def test_beam_s_options_go_to_beam(place: Path) -> None:
+def test_beam_options_are_passed_on(place: Path) -> None:
     result = pairsift(*run_arguments(), "--stages", "single_modality", "--", "--direct_num_workers=2", "--streaming")
     assert result.exit_code == 0
     assert stages_run(place) == ["single_modality --direct_num_workers=2 --streaming"]
 
 
-def test_an_empty_folder_and_an_odd_name_will_do(place: Path) -> None:
+def test_empty_output_folder_with_an_unusual_name(place: Path) -> None:
     for name in ("empty", "out [1]", "deep/er"):
         (place / "empty").mkdir(exist_ok=True)
         assert pairsift(*run_arguments(output=name)).exit_code == 0, name
@@ -420,7 +420,7 @@ def test_a_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (place / "out" / ".progress").exists()
 
 
-def test_text_of_a_pool_does_not_steer_the_terminal(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_of_a_pool_does_not_control_the_terminal(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = "key \x1b]0;title\x07\x1b[2J \x9b31m \u202e\u2066 \ud800 \r gone"
     monkeypatch.setattr("pipeline.runs.stage._run_stage", failing(RuntimeError(hostile)))
     shown = pairsift(*run_arguments()).stderr

@@ -1,4 +1,4 @@
-"""The command line starts fast: what only reads a recipe or prints help imports neither Beam nor Torch."""
+"""The command line starts fast: commands that only read a recipe or print help import neither Beam nor Torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def imported_by(*arguments: str) -> set[str]:
     command = [sys.executable, "-X", "importtime", "-m", "pipeline.cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     names = re.findall(r"^import time: .*\| +(\S+)$", done.stderr, re.MULTILINE)
-    assert "typer" in names  # else the report of imports has another format
+    assert "typer" in names  # otherwise the report of imports has another format
     return {name.partition(".")[0] for name in names}
 
 
@@ -33,7 +33,7 @@ def imported_by(*arguments: str) -> set[str]:
     [("--help",), ("-h",), ("--version",), ("run", "--help"), ("launch", "-h"), ("validate", str(DEMO_RECIPE))],
     ids=" ".join,
 )
-def test_what_needs_no_pipeline_imports_none(arguments: tuple[str, ...]) -> None:
+def test_commands_without_a_pipeline_import_no_beam(arguments: tuple[str, ...]) -> None:
     assert not imported_by(*arguments) & set(HEAVY)
 
 

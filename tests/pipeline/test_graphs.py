@@ -33,7 +33,7 @@ def graph(stage: str, job_: graphs.Job | None = None) -> beam.Pipeline:
 
 
 def own_steps(node: Any) -> Iterator[str]:
-    """Labels of the steps that our code applies; what Beam's own composites do inside is Beam's."""
+    """Yield the labels of the steps that our code applies, without those inside Beam's own composites."""
     for part in node.parts:
         yield part.full_label
         if type(part.transform).__module__.startswith(("pipeline.", "transforms.")):
@@ -59,7 +59,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_step_has_a_label_of_its_own(stage: str, name: str) -> None:
+def test_every_step_has_its_own_label(stage: str, name: str) -> None:
     found = labels(stage, job(RECIPES[name]))
     assert len(found) == len(set(found)) > 3
     unnamed = [label for label in found if re.search(r"lambda|\(|<|\[", label.rpartition("/")[2])]
@@ -71,7 +71,7 @@ def test_labels_do_not_change_from_run_to_run(stage: str) -> None:
     assert labels(stage) == labels(stage, job(recipe(seed=7), SHARDS[:1], "/elsewhere"))
 
 
-def test_an_unlabelled_step_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlabelled_step_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     class Unlabelled(beam.PTransform):
         __module__ = "transforms.somewhere"
 
@@ -85,7 +85,7 @@ def test_an_unlabelled_step_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> No
     assert any("lambda" in label for label in labels(SINGLE_MODALITY))
 
 
-def test_a_rule_that_is_off_costs_no_step() -> None:
+def test_rule_that_is_off_adds_no_step() -> None:
     names = ("Caption length", "Language", "PoS pattern", "Face area", "Caption frequency", "Near duplicate")
     assert set(names) <= set(labels(SINGLE_MODALITY))
     assert not [label for label in labels(SINGLE_MODALITY, job(RECIPES["least"])) if label.startswith(names)]
@@ -107,7 +107,7 @@ def fused_stages(pipeline: beam.Pipeline) -> list[set[str]]:
 
 
 def in_one_stage(pipeline: beam.Pipeline, steps: list[str]) -> bool:
-    """Whether steps (named by the start of their label) are fused. Raises where one is not there at all."""
+    """Return whether steps (given by the start of their labels) are fused. Raises if one does not exist."""
     stages = fused_stages(pipeline)
     places = []
     for step in steps:
@@ -135,7 +135,7 @@ def test_read_decode_score_and_write_are_one_fused_stage(stage: str) -> None:
 
 
 @pytest.mark.parametrize(("stage", "step"), [(SINGLE_MODALITY, "Annotate"), (CROSS_MODALITY, "ScoreByModel")])
-def test_a_shuffle_between_would_be_seen(stage: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shuffle_in_between_is_detected(stage: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = getattr(graphs, step)
 
     class Torn(beam.PTransform):
@@ -150,8 +150,8 @@ def test_a_shuffle_between_would_be_seen(stage: str, step: str, monkeypatch: pyt
     assert not in_one_stage(graph(stage), PER_SHARD[stage])
 
 
-def test_a_hint_on_one_model_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another environment breaks fusion; a hint belongs on the whole of the stage."""
+def test_hint_on_one_model_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another environment breaks fusion, so a hint must be on the complete stage."""
     plain: Any = getattr(graphs, "ScoreByModel")  # noqa: B009 (the graph's own name for it)
     hint = "type:nvidia-tesla-t4;count:1;install-nvidia-driver"
 

@@ -1,4 +1,4 @@
-"""Columns: nothing is lost when they are split, joined and sent."""
+"""Columns: nothing is lost when they are split, joined and pickled."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def same(one: Things, other: Things) -> bool:
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_they_are_the_same_after_they_were_sent(count: int) -> None:
+def test_columns_survive_pickling(count: int) -> None:
     assert same(pickle.loads(pickle.dumps(things(count))), things(count))
 
 
-def test_joined_parts_of_a_split_are_the_whole() -> None:
+def test_joined_parts_of_a_split_are_the_original() -> None:
     whole = things(20)
     parts = [part for _, part in whole.groups(whole.numbers % 3)]
     assert [part.numbers.tolist() for part in parts] == [list(range(rest, 20, 3)) for rest in range(3)]
@@ -60,13 +60,13 @@ def test_joined_parts_of_a_split_are_the_whole() -> None:
     ],
 )
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
-def test_buckets_are_of_about_one_size(column: np.ndarray, count: int) -> None:
+def test_buckets_have_similar_sizes(column: np.ndarray, count: int) -> None:
     sizes = np.bincount(buckets_of(column, count), minlength=count)
     assert len(sizes) == count
     assert sizes.min() > 0.4 * 4000 / count and sizes.max() < 1.6 * 4000 / count
 
 
-def test_a_value_has_one_bucket_whatever_stands_beside_it() -> None:
+def test_bucket_of_a_value_does_not_depend_on_other_values() -> None:
     column = np.array([f"{n:032x}" for n in range(50)], "S32")
     assert np.concatenate([buckets_of(column[rows : rows + 7], 5) for rows in range(0, 50, 7)]).tolist() == (
         buckets_of(column, 5).tolist()
@@ -74,7 +74,7 @@ def test_a_value_has_one_bucket_whatever_stands_beside_it() -> None:
 
 
 @pytest.mark.parametrize(("shards", "buckets"), [(1, 1), (15, 1), (16, 2), (40, 4), (10**5, 2**13), (10**7, 2**16)])
-def test_a_pool_has_more_buckets_the_more_shards_it_has(shards: int, buckets: int) -> None:
+def test_number_of_buckets_grows_with_the_pool(shards: int, buckets: int) -> None:
     assert bucket_count(shards) == buckets
 
 
@@ -86,7 +86,7 @@ def _names(rows: Things) -> np.ndarray:
     return rows.names
 
 
-def test_every_row_goes_to_its_key_once() -> None:
+def test_every_row_goes_to_its_key_exactly_once() -> None:
     def check(groups: list[tuple[int, list[Things]]]) -> None:
         found = {key: sorted(n for part in parts for n in part.numbers.tolist()) for key, parts in groups}
         assert found == {rest: list(range(rest, 30, 4)) for rest in range(4)}
@@ -96,7 +96,7 @@ def test_every_row_goes_to_its_key_once() -> None:
         assert_that(rows | beam.ParDo(Part(_numbers)) | beam.GroupByKey(), check)
 
 
-def test_what_comes_in_one_bundle_makes_one_part_of_a_key() -> None:
+def test_one_bundle_gives_one_part_per_key() -> None:
     part = Part(_numbers)
     part.start_bundle()
     assert [list(part.process(things(10, start))) for start in (0, 10)] == [[], []]

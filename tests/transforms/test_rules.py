@@ -1,4 +1,4 @@
-"""Deciding: the first failing rule has the name, and every rule has two sides."""
+"""Rules: the first failing rule names the verdict, and both sides of every threshold are tested."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transforms.rules import ActiveRule, Thresholds, first_failing, rules_of
 
 
 def recipe(**changes: Any) -> Recipe:
-    """The demo's recipe with thresholds that suit `annotation()`."""
+    """Return the demo recipe with thresholds that `annotation()` passes."""
     for rule, threshold in (("flipped_clip", 0.19), ("image_text_matching", 0.5)):
         if f"cross_modality__{rule}" not in changes:
             changes.setdefault(f"cross_modality__{rule}__min", threshold)
@@ -70,12 +70,12 @@ def test_both_sides_of_every_rule(rule: str, kept: dict[str, Any], dropped: dict
     assert dropped_by(recipe(), **dropped) == rule
 
 
-def test_every_rule_was_tried() -> None:
+def test_every_rule_is_tested() -> None:
     assert {case[0] for case in CASES} == set(recipe().active_rules)
 
 
 @pytest.mark.parametrize("stage", [SINGLE_MODALITY, CROSS_MODALITY, DISTRIBUTION_ALIGNMENT])
-def test_a_rule_that_is_off_judges_nothing(stage: str) -> None:
+def test_rule_that_is_off_drops_nothing(stage: str) -> None:
     for rule, _, dropped in CASES:
         if stage == getattr(rules_by_name()[rule], "stage", None) and rule != "flipped_clip":
             assert dropped_by(recipe(**{f"{stage}__{rule}": ...}), **dropped) is None, rule
@@ -102,7 +102,7 @@ def test_the_default_order_is_the_recipe_s() -> None:
         assert first_failing(failing_all_of(names[start:]), all_rules(recipe())) == names[start]
 
 
-def test_the_order_decides_which_name_it_is_and_nothing_else() -> None:
+def test_order_of_rules_changes_only_the_name() -> None:
     default = recipe()
     local = [rule.name for rule in rules_of(default, SINGLE_MODALITY)]
     others = default.active_rules[len(local) :]
@@ -116,7 +116,7 @@ def test_the_order_decides_which_name_it_is_and_nothing_else() -> None:
             assert (found is None) == (first_failing(case, rules_of(default, SINGLE_MODALITY)) is None)
 
 
-def test_stages_keep_their_rules_whatever_the_order() -> None:
+def test_rules_stay_in_their_stage_for_any_order() -> None:
     rules = recipe().active_rules
     shuffled = recipe(rule_order=[*rules[:8][::-1], *rules[8:10][::-1], *rules[10:]])
     scored = [rule.name for rule in rules_of(shuffled, CROSS_MODALITY)]
@@ -167,7 +167,7 @@ def test_digit_rescue(cosine: float, digit: float | None, expected: str | None) 
     assert first_failing(annotation(flipped_clip_cosine=cosine, digit_probability=digit), rules) == expected
 
 
-def test_an_unscored_sample_is_an_error_and_no_verdict() -> None:
+def test_unscored_sample_is_an_error() -> None:
     with pytest.raises(ValueError, match="has no flipped_clip_cosine"):
         dropped_by(recipe(), flipped_clip_cosine=None)
 
@@ -184,6 +184,6 @@ def test_no_rules_drop_nothing() -> None:
     assert first_failing(failing_all_of(recipe().active_rules), []) is None
 
 
-def test_a_recipe_travels_to_workers_and_rules_are_made_there() -> None:
+def test_recipe_can_be_pickled_and_rules_are_built_on_workers() -> None:
     there = pickle.loads(pickle.dumps(recipe()))
     assert [rule.name for rule in all_rules(there)] == recipe().active_rules

@@ -1,4 +1,4 @@
-"""Jobs by name, asked by the real client of a server that answers as Dataflow does."""
+"""Jobs by name: the real client against a server that answers like Dataflow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SINCE = datetime.datetime(2026, 7, 6, 12, 0, tzinfo=datetime.UTC)
 
 
 class Dataflow(HTTPServer):
-    """Two jobs a page; asked with a name, it gives those of that name only."""
+    """Two jobs per page; with a name, only the jobs of that name."""
 
     jobs: list[dict[str, Any]]
     status = 200
@@ -64,7 +64,7 @@ def dataflow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataflow]:
 
 
 def job(state: str, minutes: float, name: str = JOB.name, changed: float | None = None) -> dict[str, Any]:
-    """Made so many minutes after the lock; in its state since `changed`, at once by default."""
+    """A job created some minutes after the lock, in its state since `changed` (by default since its creation)."""
     times = (minutes, minutes if changed is None else changed)
     made, since = ((SINCE + datetime.timedelta(minutes=each)).isoformat().replace("+00:00", "Z") for each in times)
     return {"name": name, "currentState": f"JOB_STATE_{state}", "createTime": made, "currentStateTime": since}
@@ -81,11 +81,11 @@ def job(state: str, minutes: float, name: str = JOB.name, changed: float | None 
         ([job("FAILED", 2)], True),
         ([job("CANCELLED", 2)], True),
         ([job("DONE", -0.5)], True),  # two clocks
-        ([job("DONE", -4, changed=6)], True),  # a job is made minutes before its launcher takes the lock
+        ([job("DONE", -4, changed=6)], True),  # a job is created minutes before its launcher takes the lock
         ([job("CANCELLED", -4, changed=1)], True),
         ([job("QUEUED", -4)], False),
         ([job("DONE", -600, changed=-500), job("DONE", -4, changed=6)], True),
-        ([job("DONE", -600)], None),  # last week's, and this week's is about to be started
+        ([job("DONE", -600)], None),  # last week's job; this week's is about to start
         ([job("RUNNING", -600)], False),  # adopted by a second launch
         ([job("DONE", -900), job("FAILED", -600), job("RUNNING", 1)], False),
         ([job("DONE", -900), job("FAILED", -600), job("DONE", 1)], True),
@@ -97,13 +97,13 @@ def test_whether_a_job_is_over(dataflow: Dataflow, jobs: list[dict[str, Any]], o
     assert is_over(JOB, SINCE) is over
 
 
-def test_the_newest_is_first_whatever_the_pages(dataflow: Dataflow) -> None:
+def test_newest_job_is_first_for_any_paging(dataflow: Dataflow) -> None:
     dataflow.jobs = [job("DONE", minutes) for minutes in (3, 1, 5, 2, 4)]
     created = [datetime.datetime.fromisoformat(one["createTime"]) - SINCE for one in named(Api(), JOB)]
     assert created == [datetime.timedelta(minutes=minutes) for minutes in (5, 4, 3, 2, 1)]
 
 
-def test_who_may_not_ask_is_told(dataflow: Dataflow) -> None:
+def test_missing_permission_is_reported(dataflow: Dataflow) -> None:
     dataflow.status = 403
     with pytest.raises(ApiError, match=r"dataflow\.jobs\.list"):
         is_over(JOB, SINCE)

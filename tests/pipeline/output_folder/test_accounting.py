@@ -1,4 +1,4 @@
-"""What was read, what img2dataset says it wrote, and what the tables hold are the same, or the run fails."""
+"""Accounting: the run fails unless the samples read, img2dataset's statistics and the tables agree."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def finish(layout: Layout, *keys: str, letters: tuple[str, ...] = (), due: int =
     tables.write_table(layout.single_modality("a"), rows, tables.single_modality_schema(), due=due)
 
 
-def test_a_shard_that_adds_up(shard: Shard, layout: Layout) -> None:
+def test_consistent_shard(shard: Shard, layout: Layout) -> None:
     finish(layout, "k0", "k1", letters=("k2",))
     assert account_of(shard, layout) == ShardAccount([], [], 2, {"broken": (1, "m")})
 
 
-def test_what_was_taken_out_of_the_output_since_is_seen(shard: Shard, layout: Layout) -> None:
+def test_rows_removed_from_the_output_are_detected(shard: Shard, layout: Layout) -> None:
     finish(layout, "k0", "k1", letters=("k2",))
     files.delete_if_there(layout.dead_letters("single_modality", "a"))
     (fault,) = account_of(shard, layout).faults
@@ -54,7 +54,7 @@ def test_what_was_taken_out_of_the_output_since_is_seen(shard: Shard, layout: La
     finish(layout, "k0", "k1", "k2", letters=("k3",))
     (fault,) = account_of(shard, layout).faults
     assert "3 samples were read, 4 are accounted for" in fault
-    finish(layout, "k0", "k1", letters=("",), due=3)  # the tar breaks off within its third sample
+    finish(layout, "k0", "k1", letters=("",), due=3)  # the tar is truncated within its third sample
     assert account_of(shard, layout).faults == []
 
 
@@ -90,7 +90,7 @@ def test_a_pool_that_dies_for_one_reason_fails(shard: Shard, layout: Layout) -> 
         reconcile([shard], layout, max_dead_share=0.66)
 
 
-def test_the_reader_counts_keys_on_its_own(tmp_path: Path) -> None:
+def test_reader_counts_keys_independently(tmp_path: Path) -> None:
     interleaved = [("a.jpg", b"x"), ("b.jpg", b"x"), ("a.txt", b"x"), ("b.txt", b"x")]
     members = [*samples("k0"), ("notes.md", b"x"), *samples("k1"), ("alone.json", b"{}"), *interleaved]
     (shard,) = write_pool(tmp_path, {"a.tar": members})

@@ -28,7 +28,7 @@ def shard(tmp_path: Path) -> Shard:
 
 
 def stats(shard: Shard, content: Any) -> Path:
-    """img2dataset's file beside the tar."""
+    """Write img2dataset's statistics next to the tar."""
     path = Path(shard.path.removesuffix(".tar") + "_stats.json")
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path

@@ -1,4 +1,4 @@
-"""One writer at a time; a dead one's lock is taken over."""
+"""The lock: one writer at a time; the lock of a dead writer is taken over."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def hold(output: Path) -> None:
 
 @pytest.fixture
 def holder(tmp_path: Path):
-    """Another process that holds the folder."""
+    """Another process that holds the lock."""
     root = str(Path(__file__).parents[3])
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path / "out")], cwd=root, stdout=subprocess.PIPE, text=True
@@ -43,21 +43,21 @@ def holder(tmp_path: Path):
     process.wait()
 
 
-def test_the_second_is_refused_with_who_and_since_when(holder: subprocess.Popen, tmp_path: Path) -> None:
+def test_second_run_is_refused_with_holder_and_time(holder: subprocess.Popen, tmp_path: Path) -> None:
     with pytest.raises(Held, match=rf"out: process {holder.pid} of {getpass.getuser()} on \S+, since 20\d\d-"):
         hold(tmp_path / "out")
 
 
-def test_a_dead_holder_s_lock_is_taken_over(holder: subprocess.Popen, tmp_path: Path) -> None:
+def test_lock_of_a_dead_holder_is_taken_over(holder: subprocess.Popen, tmp_path: Path) -> None:
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    assert (tmp_path / "out" / ".lock.json").exists()  # it had no time to clear up
+    assert (tmp_path / "out" / ".lock.json").exists()  # it could not clean up
     hold(tmp_path / "out")
     hold(tmp_path / "out")
     assert not (tmp_path / "out" / ".lock.json").exists()
 
 
-def test_two_runs_of_one_process_are_two(tmp_path: Path) -> None:
+def test_second_run_of_one_process_is_refused(tmp_path: Path) -> None:
     with only_writer(str(tmp_path / "out")), pytest.raises(Held, match=f"process {os.getpid()}"):
         hold(tmp_path / "out")
 
@@ -66,7 +66,7 @@ def test_other_folders_are_free(holder: subprocess.Popen, tmp_path: Path) -> Non
     hold(tmp_path / "other")
 
 
-def test_a_run_that_fails_lets_go(tmp_path: Path) -> None:
+def test_failed_run_releases_the_lock(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="boom"), only_writer(str(tmp_path / "out")):
         raise RuntimeError("boom")
     hold(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What is done again, and what is not: only what the shard, a feature or a model gives cause for."""
+"""The caches: results are computed again only if the shard, a feature or a model has changed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
         ({"single_modality__language": {"allowed": ["en"], "model": "other.bin"}}, {"language"}),
         ({"single_modality__pos_pattern__max_words": 3}, {"pos_pattern"}),
         ({"single_modality__face_area": ...}, {"face_area"}),
-        # what only decides
+        # settings that only decide
         ({"single_modality__caption_length": {"min_words": 1, "min_characters": 1}}, set()),
         ({"single_modality__language": {"allowed": ["de"]}}, set()),
         ({"single_modality__pos_pattern": {"tagger": "bundled", "any_of": ["JJ"], "only_of": []}}, set()),
@@ -49,7 +49,7 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
         ({"seed": 5, "name": "other", "cross_modality__flipped_clip__min": 0.3}, set()),
     ],
 )
-def test_what_changes_the_features(changes: dict[str, Any], names: set[str]) -> None:
+def test_settings_that_change_the_features(changes: dict[str, Any], names: set[str]) -> None:
     assert changed(single(), single(**changes)) == names
 
 
@@ -65,18 +65,18 @@ def test_what_changes_the_features(changes: dict[str, Any], names: set[str]) -> 
          {"image_text_matching"}),
         ({"cross_modality__digit": {"model": "bundled:digit", "prompts": ["?"]}}, {"digit"}),
         ({"cross_modality__digit": {"model": "bundled:digit", "clip_prompts": PROMPTS}}, {"digit_prompts"}),
-        # what only decides
+        # settings that only decide
         ({"cross_modality__flipped_clip__min": 0.1}, set()),
         ({"cross_modality__flipped_clip__digit_rescue": {"min_cosine": 0.1}}, set()),
         ({"cross_modality__image_text_matching": {"model": "bundled:itm", "keep_fraction": 0.5}}, set()),
         ({"single_modality__face_area": ..., "distribution_alignment__max_copies": 20, "seed": 3}, set()),
     ],
 )  # fmt: skip
-def test_what_changes_the_scores(changes: dict[str, Any], names: set[str]) -> None:
+def test_settings_that_change_the_scores(changes: dict[str, Any], names: set[str]) -> None:
     assert changed(cross(), cross(**changes)) == names
 
 
-def test_the_share_of_prompts_that_is_asked_for_only_decides() -> None:
+def test_minimum_prompt_probability_does_not_change_the_cache_key() -> None:
     one, other = (
         cross(cross_modality__digit={"model": "bundled:digit", "clip_prompts": {"min_probability": share}})
         for share in (0.1, 0.5)
@@ -84,20 +84,20 @@ def test_the_share_of_prompts_that_is_asked_for_only_decides() -> None:
     assert changed(one, other) == set()
 
 
-def test_another_file_behind_a_name_is_another_model() -> None:
+def test_another_file_with_the_same_name_is_another_model() -> None:
     known = KNOWN | {CROSS_MODALITY: {"digit": {"sha256": "x"}}, SINGLE_MODALITY: {"pos_pattern": {"sha256": "x"}}}
     layout = Layout("/out")
     assert changed(cross(), ScoreCache(recipe(), layout, known).cache_key(SHARD)) == {"digit"}
     assert changed(single(), FeatureCache(recipe(), layout, known).cache_key(SHARD)) == {"pos_pattern"}
 
 
-def test_a_changed_shard_is_looked_at_again_wherever_it_and_the_outputs_lie() -> None:
+def test_cache_key_depends_on_the_shard_and_not_on_paths() -> None:
     cache, elsewhere = (FeatureCache(recipe(), Layout(output), KNOWN) for output in ("/out", "/elsewhere"))
     assert changed(cache.cache_key(SHARD), cache.cache_key(SHARD._replace(fingerprint="2"))) == {"shard"}
     assert elsewhere.cache_key(SHARD._replace(path="/elsewhere/00000.tar")) == cache.cache_key(SHARD)
 
 
-def test_what_only_the_pool_can_tell_hangs_on_every_shard_and_on_stage_1_s_thresholds() -> None:
+def test_pool_wide_columns_depend_on_every_shard_and_on_the_thresholds_of_stage_1() -> None:
     def over(*shards: Shard, **changes: Any) -> dict[str, str]:
         return PoolWideCache(recipe(**changes), Layout("/out"), KNOWN, shards).cache_key
 
@@ -112,8 +112,10 @@ def test_what_only_the_pool_can_tell_hangs_on_every_shard_and_on_stage_1_s_thres
 
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
-    """A shard of 6 samples, of which stage 1 keeps k0, k2 and k4, and k1 too where one word will do. k5's uid stands
-    elsewhere."""
+    """A shard of 6 samples. Stage 1 keeps k0, k2 and k4, and also k1 and k3 if one word is enough.
+
+    k5 has no pool-wide row, because its uid is repeated in another shard.
+    """
     layout = Layout(str(tmp_path))
     rows = [annotation(uid=uid(n), shard="00000", key=f"k{n}", word_count=6 if n % 2 == 0 else 1) for n in range(6)]
     written = [tables.annotation_row(row) for row in rows]
@@ -135,7 +137,7 @@ def scored(layout: Layout, key: str, **scores: Any) -> dict[str, Any]:
 def write(
     layout: Layout, rows: list[dict[str, Any]], letters: tuple[DeadLetter, ...] = (), **changes: Any
 ) -> ScoreCache:
-    """What stage 2 leaves having found `rows`."""
+    """Write the table of stage 2 for `rows`."""
     cache = ScoreCache(recipe(**changes), layout, KNOWN)
     table = cache.table(SHARD, rows, list(letters), {})
     tables.write_dead_letters(layout.dead_letters(CROSS_MODALITY, "00000"), table.dead_letters)
@@ -147,13 +149,13 @@ def cache(layout: Layout, **changes: Any) -> ScoreCache:
     return ScoreCache(recipe(**changes), layout, KNOWN)
 
 
-def test_stage_2_wants_what_stage_1_kept(layout: Layout) -> None:
+def test_stage_2_needs_the_samples_that_stage_1_kept(layout: Layout) -> None:
     wanted = cache(layout).wanted(SHARD)
     assert {key: a.uid for key, a in wanted.items()} == {"k0": uid(0), "k2": uid(2), "k4": uid(4)}
     assert not cache(layout).is_complete(SHARD)
 
 
-def test_only_what_is_missing_is_wanted(layout: Layout) -> None:
+def test_only_samples_without_scores_are_needed(layout: Layout) -> None:
     done = write(layout, [scored(layout, key) for key in ("k0", "k2", "k4")], **HIGH)
     assert done.is_complete(SHARD)
     assert not done.is_complete(SHARD._replace(fingerprint="2"))
@@ -163,7 +165,7 @@ def test_only_what_is_missing_is_wanted(layout: Layout) -> None:
     assert cache(layout, **HIGH, distribution_alignment__max_copies=20, seed=3).is_complete(SHARD)
 
 
-def test_merged_scores_stand_as_if_made_at_once(layout: Layout, tmp_path: Path) -> None:
+def test_merged_table_equals_one_written_at_once(layout: Layout, tmp_path: Path) -> None:
     whole = {"match_probability": 0.75, "digit_probability": 0.5}
     write(layout, [scored(layout, key) for key in ("k4", "k0", "k2")], **HIGH)
     more = [scored(layout, "k0", **whole), scored(layout, "k3", **whole), scored(layout, "k1", **whole)]
@@ -178,7 +180,7 @@ def test_merged_scores_stand_as_if_made_at_once(layout: Layout, tmp_path: Path) 
     assert Path(layout.cross_modality("00000")).read_bytes() == merged
 
 
-def test_smaller_batch_shapes_are_remembered_as_long_as_their_model_stays(layout: Layout) -> None:
+def test_halvings_are_kept_until_their_model_changes(layout: Layout) -> None:
     def table(halvings: dict[str, int], **changes: Any) -> dict[str, int]:
         found = cache(layout, **changes).table(SHARD, [scored(layout, "k0")], [], halvings)
         path = layout.cross_modality("00000")
@@ -190,7 +192,7 @@ def test_smaller_batch_shapes_are_remembered_as_long_as_their_model_stays(layout
     assert table({}, cross_modality__flipped_clip__batch_size=3) == {"digit": 1}
 
 
-def test_another_model_loses_its_own_scores_only(layout: Layout) -> None:
+def test_another_model_invalidates_only_its_own_scores(layout: Layout) -> None:
     whole = {"match_probability": 0.75, "digit_probability": 0.5}
     write(layout, [scored(layout, key, **whole) for key in ("k0", "k2", "k4")], **LOW)
     other = {"cross_modality__image_text_matching": {"model": "other", "min": 0.0071}}
@@ -206,7 +208,7 @@ def test_another_model_loses_its_own_scores_only(layout: Layout) -> None:
 @pytest.mark.parametrize(
     ("reason", "wanted_again"), [("undecodable_image", set()), ("model_failed", {"k2"}), ("preparation_failed", {"k2"})]
 )
-def test_what_broke_is_tried_again_only_where_another_model_may_be_asked(
+def test_failed_sample_is_retried_only_if_another_model_may_score_it(
     layout: Layout, reason: str, wanted_again: set[str]
 ) -> None:
     letter = DeadLetter("00000", "k2", uid(2), CROSS_MODALITY, reason, "m")
@@ -217,7 +219,7 @@ def test_what_broke_is_tried_again_only_where_another_model_may_be_asked(
     assert higher.is_complete(SHARD) is not bool(wanted_again)
 
 
-def test_a_dead_letter_of_a_sample_that_stage_1_drops_now_goes(layout: Layout) -> None:
+def test_dead_letter_is_removed_if_stage_1_now_drops_the_sample(layout: Layout) -> None:
     letter = DeadLetter("00000", "k1", uid(1), CROSS_MODALITY, "undecodable_image", "m")
     write(layout, [scored(layout, key) for key in ("k0", "k2", "k3", "k4")], (letter,), **HIGH, **ONE_WORD)
     stricter = cache(layout, **HIGH)
@@ -228,7 +230,7 @@ def test_a_dead_letter_of_a_sample_that_stage_1_drops_now_goes(layout: Layout) -
     assert set(cache(layout, **HIGH, **ONE_WORD).wanted(SHARD)) == {"k1"}
 
 
-def test_a_sample_that_broke_on_a_rule_that_is_off_now_has_no_features_yet(layout: Layout) -> None:
+def test_sample_that_failed_on_a_rule_that_is_now_off_has_no_features_yet(layout: Layout) -> None:
     with_language = FeatureCache(recipe(), layout, KNOWN)
     tables.write_table(
         layout.single_modality("00000"), [], tables.single_modality_schema(), with_language.cache_key(SHARD)
@@ -263,7 +265,7 @@ WHOLE = annotation(digit_prompt_probability=0.5, embedding=b"e", unflipped_clip_
           "digit_probability", "embedding"}),
     ],
 )  # fmt: skip
-def test_only_what_the_recipe_asks_for_is_known(changes: dict[str, Any], unknown: set[str]) -> None:
+def test_restricted_annotation_has_only_the_columns_of_the_recipe(changes: dict[str, Any], unknown: set[str]) -> None:
     changes = {"cross_modality__flipped_clip__min": 0.3} | changes
     if "cross_modality__digit" not in changes and "distribution_alignment" not in changes:
         changes.setdefault("cross_modality__digit", {"model": "m"})

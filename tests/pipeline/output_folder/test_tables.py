@@ -1,4 +1,4 @@
-"""Tables: what is written is read again, unchanged, and says what it was made from."""
+"""Tables: rows are read back unchanged, with their cache key."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_single(layout: Layout, annotations: list[Annotation]) -> None:
     tables.write_table(layout.single_modality("s"), rows, tables.single_modality_schema())
 
 
-def test_rows_are_read_again_in_order(tmp_path: Path) -> None:
+def test_rows_are_read_back_in_order(tmp_path: Path) -> None:
     layout = Layout(str(tmp_path))
     written = [annotation(uid=uid(n), key=f"k{n}", caption=text, width_px=2**31 - 1) for n, text in enumerate(HOSTILE)]
     write_single(layout, written[::-1])
@@ -33,7 +33,7 @@ def test_rows_are_read_again_in_order(tmp_path: Path) -> None:
     assert rows[0]["width_px"] == 2**31 - 1
 
 
-def test_what_was_never_computed_stays_unknown(tmp_path: Path) -> None:
+def test_columns_that_were_never_computed_are_none(tmp_path: Path) -> None:
     layout = Layout(str(tmp_path))
     write_single(layout, [Annotation(uid(1), "s", "k", "")])
     (row,) = tables.read_table(layout.single_modality("s"))
@@ -42,21 +42,21 @@ def test_what_was_never_computed_stays_unknown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1 / 3, 1.0])
-def test_a_share_on_its_threshold_stays_there(tmp_path: Path, share: float) -> None:
+def test_share_equal_to_its_threshold_survives_the_round_trip(tmp_path: Path, share: float) -> None:
     layout = Layout(str(tmp_path))
     write_single(layout, [annotation(face_area_share=share)])
     (row,) = tables.read_table(layout.single_modality("s"))
-    assert row["face_area_share"] == share  # else `<= 0.4` would drop a picture of exactly 0.4
+    assert row["face_area_share"] == share  # otherwise `<= 0.4` would drop a picture of exactly 0.4
 
 
-def test_an_empty_table_is_a_table(tmp_path: Path) -> None:
+def test_empty_table(tmp_path: Path) -> None:
     path = str(tmp_path / "t.parquet")
     tables.write_table(path, [], tables.cross_modality_schema(), {"made": "x"})
     assert tables.read_table(path) == []
     assert tables.is_complete(path, {"made": "x"})
 
 
-def test_columns_of_other_tables_are_left_out_and_missing_ones_are_unknown(tmp_path: Path) -> None:
+def test_columns_of_other_tables_are_ignored_and_missing_ones_are_none(tmp_path: Path) -> None:
     path = str(tmp_path / "t.parquet")
     given = {"uid": uid(1), "key": "k", "caption": "not here", "embedding": b"\0\1"}
     tables.write_table(path, [given], tables.cross_modality_schema())
@@ -67,13 +67,13 @@ def test_columns_of_other_tables_are_left_out_and_missing_ones_are_unknown(tmp_p
     assert tables.read_table(path, ["key"]) == [{"key": "k"}]
 
 
-def test_a_value_of_another_type_is_refused(tmp_path: Path) -> None:
+def test_value_of_another_type_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"integer|int32|convert"):
         tables.write_table(str(tmp_path / "t"), [{"uid": uid(1), "width_px": "wide"}], tables.single_modality_schema())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_table_is_finished_when_it_was_made_from_the_same(tmp_path: Path) -> None:
+def test_table_is_complete_if_its_cache_key_matches(tmp_path: Path) -> None:
     path = str(tmp_path / "t.parquet")
     assert not tables.is_complete(path, {"made": "this"})
     tables.write_table(path, [], tables.pool_wide_schema(), {"made": "this"})
@@ -83,7 +83,7 @@ def test_a_table_is_finished_when_it_was_made_from_the_same(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kept", [0, 1, 0.5])
-def test_a_broken_table_is_not_finished(tmp_path: Path, kept: float) -> None:
+def test_damaged_table_is_not_complete(tmp_path: Path, kept: float) -> None:
     path = tmp_path / "t.parquet"
     tables.write_table(str(path), [{"uid": uid(1)}], tables.pool_wide_schema(), {"made": "this"})
     content = path.read_bytes()
@@ -126,7 +126,7 @@ def test_annotations_are_joined_by_key_in_tar_order(tmp_path: Path) -> None:
     tables.write_table(layout.cross_modality("s"), scores, tables.cross_modality_schema())
 
     unscored = tables.read_annotations(layout, "s", with_scores=False)
-    assert [a.key for a in unscored] == ["k0", "k2", "k3"]  # k1's uid stands twice in the pool: a dead letter
+    assert [a.key for a in unscored] == ["k0", "k2", "k3"]  # k1's uid is repeated in the pool: a dead letter
     assert [a.caption_image_count for a in unscored] == [0, 2, 3]
     scored = tables.read_annotations(layout, "s")
     assert [a.flipped_clip_cosine for a in scored] == [None, 0.5, None]
@@ -135,7 +135,7 @@ def test_annotations_are_joined_by_key_in_tar_order(tmp_path: Path) -> None:
     assert [a.width_px for a in scored] == [640] * 3
 
 
-def test_dead_letters_are_read_again(tmp_path: Path) -> None:
+def test_dead_letters_are_read_back(tmp_path: Path) -> None:
     path = str(tmp_path / "d.jsonl")
     letters = [DeadLetter("s", text, uid(n), "stage", "reason", text) for n, text in enumerate(HOSTILE)]
     tables.write_dead_letters(path, letters)
@@ -146,7 +146,7 @@ def test_dead_letters_are_read_again(tmp_path: Path) -> None:
     assert all(list(json.loads(line)) == ["shard", "key", "uid", "stage", "reason", "message"] for line in lines)
 
 
-def test_no_dead_letters_leave_no_file_and_take_an_older_one_away(tmp_path: Path) -> None:
+def test_without_dead_letters_an_older_file_is_deleted(tmp_path: Path) -> None:
     path = str(tmp_path / "d.jsonl")
     assert tables.read_dead_letters(path) == []
     tables.write_dead_letters(path, [])
@@ -157,7 +157,7 @@ def test_no_dead_letters_leave_no_file_and_take_an_older_one_away(tmp_path: Path
     assert tables.read_dead_letters(path) == []
 
 
-def test_tables_name_no_machine_and_no_time(tmp_path: Path) -> None:
+def test_tables_contain_no_machine_name_and_no_time(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     tables.write_table(str(path), [{"uid": uid(1)}], tables.pool_wide_schema(), {"made": "this"})
     assert set(pq.read_schema(path).metadata) == {b"pairsift.made_from"}

@@ -1,4 +1,4 @@
-"""What a runner needs and lacks is said before anything is written."""
+"""Runners: missing requirements are reported before anything is written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Interrupted:
 
 
 def test_a_run_that_is_interrupted_ends_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The output folder is free then, and the job would go on writing there."""
+    """Otherwise the job would continue to write to an output folder that is no longer locked."""
     job = Interrupted()
     monkeypatch.setattr(beam.Pipeline, "run", lambda pipeline: job)
     with pytest.raises(KeyboardInterrupt):
@@ -52,7 +52,7 @@ def test_a_run_that_is_interrupted_ends_its_job(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def listening() -> Iterator[str]:
-    """Somebody's address, as a worker pool's is."""
+    """The address of a listening socket, like that of a worker pool."""
     with socket.create_server(("localhost", 0)) as server:
         yield f"localhost:{server.getsockname()[1]}"
 
@@ -105,12 +105,12 @@ def test_every_name_of_the_local_runner(runner: str) -> None:
         (["--runner=SparkRunner", "--job_server_java_launcher=no_java"], "there is no no_java on the PATH; install"),
     ],
 )
-def test_what_the_portable_runners_need(options: list[str], message: str, tmp_path: Path) -> None:
+def test_requirements_of_the_portable_runners(options: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         check(options, {"--input": str(tmp_path), "--output": str(tmp_path)})
 
 
-def test_a_worker_pool_that_listens_will_do(listening: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listening_worker_pool_is_accepted(listening: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*PORTABLE, "--environment_type=EXTERNAL", f"--environment_config={listening}"]
     check(options, {"--input": str(tmp_path)}, model=str(tmp_path), hub="bundled:clip")
     assert supported.is_here(options)
@@ -120,7 +120,7 @@ def test_a_worker_pool_that_listens_will_do(listening: str, tmp_path: Path, monk
         check(options, {"--input": str(tmp_path)}, model="clip")
 
 
-def test_a_pool_elsewhere_is_not_asked_from_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_remote_worker_pool_is_not_contacted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = [*PORTABLE, "--environment_type=EXTERNAL", "--environment_config=far.example:50000"]
     check(options, IN_CLOUD)
     assert not caplog.records and not supported.is_here(options)
@@ -135,7 +135,7 @@ def test_to_a_cluster_localhost_is_each_of_its_machines(listening: str) -> None:
     ]  # fmt: skip
     assert not supported.is_here(options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supported, "_describes_options", lambda endpoint: True)  # as Flink's job service does
+        patch.setattr(supported, "_describes_options", lambda endpoint: True)  # like Flink's job service
         check(options, IN_CLOUD)
 
 
@@ -159,7 +159,7 @@ def test_beams_own_job_service_is_refused() -> None:
         ours.stop()
 
 
-def test_what_dataflow_needs_is_said_at_once() -> None:
+def test_requirements_of_dataflow_are_reported_at_once() -> None:
     check(DATAFLOW, IN_CLOUD)
     assert not supported.is_here(DATAFLOW)
     with pytest.raises(UsageError) as caught:
@@ -174,7 +174,7 @@ def test_what_dataflow_needs_is_said_at_once() -> None:
     check([*DATAFLOW, "--dataflow_service_options=worker_accelerator=type:nvidia-l4;count:1"], IN_CLOUD, needs_gpu=True)
 
 
-def test_which_runner_tells_no_metrics() -> None:
+def test_runner_without_metrics() -> None:
     assert supported.has_metrics([])
     assert supported.has_metrics(["--runner=SparkRunner"])
     assert not supported.has_metrics(["--runner=SparkRunner", "--spark_submit_uber_jar"])

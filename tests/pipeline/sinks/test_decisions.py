@@ -33,7 +33,7 @@ from transforms.storage import files
 
 
 def recipe(**changes: Any) -> Recipe:
-    """The demo's recipe with thresholds that suit `annotation()`."""
+    """Return the demo recipe with thresholds that `annotation()` passes."""
     for rule, threshold in (("flipped_clip", 0.19), ("image_text_matching", 0.5)):
         if f"cross_modality__{rule}" not in changes:
             changes.setdefault(f"cross_modality__{rule}__min", threshold)
@@ -61,7 +61,7 @@ def letter(key: str, reason: str = "broken", stage: str = "single_modality") -> 
 # Deciding ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_survivor_takes_what_stage_3_placed() -> None:
+def test_survivor_has_its_placement() -> None:
     (found,) = decided([row(1)], [placed(1, copies=2)])
     assert found["dropped_by"] is None
     assert (found["cluster"], found["copies"], found["expected_copies"]) == (3, 2, 2.25)
@@ -85,25 +85,25 @@ def test_a_survivor_may_have_no_copies() -> None:
         ({"flipped_clip_cosine": 0.1, "match_probability": 0.1}, "flipped_clip"),
     ],
 )
-def test_a_dropped_sample_has_the_rule_s_name_and_no_copies(columns: dict[str, Any], rule: str) -> None:
+def test_dropped_sample_has_the_name_of_the_rule_and_no_copies(columns: dict[str, Any], rule: str) -> None:
     (found,) = decided([row(1, **columns)], [])
     assert (found["dropped_by"], found["copies"], found.get("cluster")) == (rule, 0, None)
 
 
-def test_a_semantic_duplicate_is_dropped_and_says_of_whom() -> None:
+def test_semantic_duplicate_is_dropped_and_names_its_keeper() -> None:
     (found,) = decided([row(1)], [placed(1, copies=0, duplicate_of=uid(9))])
     assert (found["dropped_by"], found["semantic_duplicate_of"]) == ("semantic_dedup", uid(9))
     assert found["cluster"] == 3
 
 
-def test_what_stage_2_could_not_judge_has_no_row() -> None:
+def test_dead_letter_of_stage_2_has_no_row() -> None:
     assert decided([row(1, flipped_clip_cosine=None)], [], {"k1"}) == []
-    # What stage 1 dropped stays dropped, whatever a stage that never looked at it says.
+    # A sample that stage 1 drops stays dropped, even with a dead letter of stage 2.
     (found,) = decided([row(1, word_count=1)], [], {"k1"})
     assert found["dropped_by"] == "caption_length"
 
 
-def test_rows_stay_in_order_and_nothing_is_changed() -> None:
+def test_rows_keep_their_order_and_values() -> None:
     rows = [row(n) for n in (3, 1, 2)]
     found = decided(rows, [placed(n) for n in (1, 2, 3)])
     assert [r["uid"] for r in found] == [uid(3), uid(1), uid(2)]
@@ -122,11 +122,11 @@ def test_a_dropped_sample_with_a_placement_is_unaccounted(columns: dict[str, Any
         decided([row(1, **columns)], [placed(1)])
 
 
-def test_a_placement_of_nobody_is_unaccounted() -> None:
+def test_placement_without_a_sample_is_unaccounted() -> None:
     with pytest.raises(Unaccounted, match=uid(7)):
         decided([row(1)], [placed(1), placed(7)])
     with pytest.raises(Unaccounted, match=uid(1)):
-        decided([row(1)], [placed(1)], {"k1"})  # a dead letter that stands in the subset all the same
+        decided([row(1)], [placed(1)], {"k1"})  # a dead letter that is in the subset anyway
 
 
 # Counting ---------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_a_funnel_names_rules_that_drop_nothing_and_stages() -> None:
     assert content["dead_letters"] == {}
 
 
-def test_the_funnel_says_which_models_were_spared_a_sample() -> None:
+def test_funnel_counts_the_samples_that_each_model_skipped() -> None:
     rows = decided(
         [
             row(1),
@@ -217,7 +217,7 @@ def test_the_funnel_counts_near_duplicates_that_stage_2_scored() -> None:
     assert next(rule for rule in found["rules"] if rule["name"] == "near_duplicate")["dropped"] == 2
 
 
-def test_the_funnel_counts_shards_at_smaller_batches_where_there_are_any() -> None:
+def test_funnel_counts_shards_at_smaller_batches_if_any() -> None:
     counts = {("in", ""): 1, ("survivors", ""): 1}
     assert "smaller_batches" not in funnel(counts, recipe())
     halved = {("smaller_batches", "digit"): 1}
@@ -225,7 +225,7 @@ def test_the_funnel_counts_shards_at_smaller_batches_where_there_are_any() -> No
     assert found["smaller_batches"] == {"digit": 2}
 
 
-def test_the_funnel_of_nothing() -> None:
+def test_funnel_of_an_empty_pool() -> None:
     content = funnel({}, recipe())
     assert (content["in"], content["survivors"], content["copies"]) == (0, 0, 0)
 
@@ -278,7 +278,7 @@ def write(layout: Layout, placements: list[Placement]) -> list[OutcomeCounts]:
     return list(WriteDecisions(layout, settings).process(("s", group), {}))
 
 
-def test_a_shard_s_decisions(tmp_path: Path) -> None:
+def test_decisions_of_a_shard(tmp_path: Path) -> None:
     layout = Layout(str(tmp_path))
     (counts,) = write(layout, lay_out(layout))
     assert {key: n for key, n in counts.items() if n} == {
@@ -296,7 +296,7 @@ def test_a_shard_s_decisions(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_sample_that_got_lost_stops_the_run_and_leaves_no_decisions(tmp_path: Path) -> None:
+def test_lost_sample_stops_the_run_and_leaves_no_decisions(tmp_path: Path) -> None:
     layout = Layout(str(tmp_path))
     placements = lay_out(layout)
     files.delete_if_there(layout.dead_letters("pool_wide", "s"))  # as if k6 had been forgotten
@@ -305,7 +305,7 @@ def test_a_sample_that_got_lost_stops_the_run_and_leaves_no_decisions(tmp_path: 
     assert not files.exists(layout.decisions("s"))
 
 
-def test_a_sample_that_was_placed_twice_stops_the_run(tmp_path: Path) -> None:
+def test_repeated_placement_stops_the_run(tmp_path: Path) -> None:
     layout = Layout(str(tmp_path))
     placements = lay_out(layout)
     with pytest.raises(Unaccounted):

@@ -1,4 +1,4 @@
-"""The writer at the end of a per-shard stage: a whole shard in order, or nothing."""
+"""The writer at the end of a per-shard stage writes a complete shard in order, or nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batch(shard: Shard, index: int, last: bool, *numbers: int, letters: int = 0)
 
 
 def due(*batches: SampleBatch) -> list[SampleBatch]:
-    """The batches, of which each shard's last says which keys were met."""
+    """Return the batches; the last one of each shard lists the keys that were found."""
     keys: dict[str, list[str]] = defaultdict(list)
     told = []
     for each in batches:
@@ -62,7 +62,7 @@ def tables_in(folder: Path) -> dict[str, list[str]]:
     return {path.stem: [row["key"] for row in tables.read_table(str(path))] for path in paths}
 
 
-def test_a_shard_is_written_when_its_last_batch_has_come(tmp_path: Path) -> None:
+def test_shard_is_written_after_its_last_batch(tmp_path: Path) -> None:
     write, (first, last) = writer(tmp_path), due(batch(A, 0, False, 1, 2), batch(A, 1, True, 3))
     write.start_bundle()
     assert list(write.process(first)) == []
@@ -78,7 +78,7 @@ def test_several_shards_in_a_bundle(tmp_path: Path) -> None:
     assert tables_in(tmp_path) == {"b": ["k5"], "a": ["k1", "k2"]}
 
 
-def test_a_writer_serves_bundle_after_bundle(tmp_path: Path) -> None:
+def test_writer_handles_several_bundles(tmp_path: Path) -> None:
     write = writer(tmp_path)
     for shard in (A, B):
         write.start_bundle()
@@ -92,22 +92,22 @@ def test_an_empty_shard_has_a_table(tmp_path: Path) -> None:
     assert tables_in(tmp_path) == {"a": []}
 
 
-def test_the_table_says_what_it_was_made_from(tmp_path: Path) -> None:
+def test_table_has_its_cache_key(tmp_path: Path) -> None:
     bundle(tmp_path, batch(A, 0, True, 1))
     path = Layout(str(tmp_path)).single_modality("a")
     assert tables.is_complete(path, cache_key(A))
     assert not tables.is_complete(path, cache_key(B))
 
 
-def test_dead_letters_are_written_beside_it_in_order(tmp_path: Path) -> None:
+def test_dead_letters_are_written_in_order(tmp_path: Path) -> None:
     path = Layout(str(tmp_path)).dead_letters(STAGE, "a")
     bundle(tmp_path, batch(A, 0, False, 1, letters=2), batch(A, 1, True, letters=1))
     assert [letter.key for letter in tables.read_dead_letters(path)] == ["x00", "x01", "x10"]
-    bundle(tmp_path, batch(A, 0, True, 1))  # a later run, where nothing failed
+    bundle(tmp_path, batch(A, 0, True, 1))  # a later run without failures
     assert tables.read_dead_letters(path) == []
 
 
-def test_dead_letters_are_there_before_the_table_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_letters_are_written_before_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError("no space")
 
@@ -147,7 +147,7 @@ def test_batches_out_of_order_write_nothing(tmp_path: Path, batches: list[Sample
         (("k1", "k3", "x00"), r"lost 1 keys \(k3\) and counted too often 1 keys \(k2\)"),
     ],
 )
-def test_a_sample_that_got_lost_on_the_way_is_an_error_and_no_table(
+def test_lost_sample_is_an_error_and_leaves_no_table(
     tmp_path: Path, keys: tuple[str, ...], fault: str
 ) -> None:
     write = writer(tmp_path)
@@ -157,7 +157,7 @@ def test_a_sample_that_got_lost_on_the_way_is_an_error_and_no_table(
     assert tables_in(tmp_path) == {}
 
 
-def test_the_dead_letter_of_a_tar_that_breaks_off_stands_for_its_last_sample_only(tmp_path: Path) -> None:
+def test_dead_letter_of_a_truncated_tar_covers_only_its_last_sample(tmp_path: Path) -> None:
     broken = DeadLetter("a", "", "", STAGE, "broken_tar", "m")
     cut = dataclasses.replace(batch(A, 0, True, 1, 2), dead_letters=(broken,), due=("k1", "k2", "cut"))
     write = writer(tmp_path)
@@ -168,7 +168,7 @@ def test_the_dead_letter_of_a_tar_that_breaks_off_stands_for_its_last_sample_onl
         list(write.process(dataclasses.replace(cut, due=("k1", "gone", "k2", "cut"))))
 
 
-def test_progress_counts_what_has_come(tmp_path: Path) -> None:
+def test_progress_counts_received_samples(tmp_path: Path) -> None:
     write, path = writer(tmp_path), Path(Layout(str(tmp_path)).progress(STAGE, "a"))
     first, last = due(batch(A, 0, False, 1, 2, letters=1), batch(A, 1, True, 3))
     write.start_bundle()
@@ -178,13 +178,13 @@ def test_progress_counts_what_has_come(tmp_path: Path) -> None:
     assert path.read_text() == "4 done"
 
 
-def test_progress_that_cannot_be_written_fails_nothing(tmp_path: Path) -> None:
+def test_progress_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
     (tmp_path / ".progress").write_text("a file")
     assert bundle(tmp_path, batch(A, 0, True, 1)) == [A]
     assert tables_in(tmp_path) == {"a": ["k1"]}
 
 
-def test_a_stage_that_is_not_fused_fails(tmp_path: Path) -> None:
+def test_unfused_stage_fails(tmp_path: Path) -> None:
     batches = due(*(batch(A, index, index == 19, index) for index in range(20)))
 
     def run(folder: Path, pieces: list[list[SampleBatch]]) -> None:

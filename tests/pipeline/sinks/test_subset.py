@@ -1,4 +1,4 @@
-"""subset.npy: what DataComp's resharder reads."""
+"""subset.npy, the input of DataComp's resharder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def as_uids(rows: np.ndarray) -> list[str]:
     return [f"{int(high):016x}{int(low):016x}" for high, low in rows]
 
 
-def test_rows_stand_for_uids() -> None:
+def test_rows_encode_uids() -> None:
     rows = subset_rows([(u, 1) for u in EXTREMES])
     assert rows.dtype == np.dtype("u8,u8")
     assert as_uids(rows) == EXTREMES
@@ -70,12 +70,12 @@ def test_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "subset.npy").read_bytes() == (tmp_path / "b" / "subset.npy").read_bytes()
 
 
-def test_the_file_is_what_numpy_itself_writes(tmp_path: Path) -> None:
+def test_file_equals_the_one_that_numpy_writes(tmp_path: Path) -> None:
     rows = write(tmp_path / "a", [placement(u, 1) for u in EXTREMES])
     np.save(tmp_path / "numpy.npy", rows)
     assert (tmp_path / "numpy.npy").read_bytes() == (tmp_path / "a" / "subset.npy").read_bytes()
 
 
 @pytest.mark.parametrize("placements", [[], [placement(uid(1), 0)]])
-def test_an_empty_subset_is_a_file_too(tmp_path: Path, placements: list[Placement]) -> None:
+def test_empty_subset_is_written(tmp_path: Path, placements: list[Placement]) -> None:
     assert write(tmp_path / "a", placements).shape == (0,)

@@ -357,7 +357,7 @@ def failing_at(offset: int) -> Callable[[str], Any]:
 
 @pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize("offset", [0, 10_240, 20_480])
-def test_a_disk_that_fails_within_a_tar_is_no_broken_tar(
+def test_disk_error_within_a_tar_is_not_a_broken_tar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int
 ) -> None:
     (shard,) = write_pool(tmp_path, {"a.tar": [m for n in range(9) for m in sample_members(f"k{n}")]})

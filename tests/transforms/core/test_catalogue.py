@@ -1,4 +1,4 @@
-"""The catalogue: one declaration a rule, from which everything else follows."""
+"""The catalogue: everything else is derived from one declaration per rule."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_rule_without_a_predicate_cannot_be_declared() -> None:
         ({"handler": print}, "a model handler runs in stage 2 only"),
     ],
 )
-def test_a_faulty_declaration_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+def test_faulty_declaration_names_the_fault(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CatalogueError) as caught:
         declared(**changes)
     assert message in str(caught.value)
@@ -116,7 +116,7 @@ def test_two_rules_of_one_name_or_column_are_refused() -> None:
         catalogue.load([Entry(LANGUAGE, package="pairsift"), Entry(language)])  # type: ignore[list-item]
 
 
-def test_an_entry_point_that_is_no_rule_or_cannot_be_imported_is_named() -> None:
+def test_faulty_entry_point_is_named() -> None:
     with pytest.raises(CatalogueError, match=r"entry point other = acme:other of acme 1\.0: is int"):
         catalogue.load([Entry(3)])  # type: ignore[list-item]
     with pytest.raises(CatalogueError, match=r"cannot be imported \(no module acme\); reinstall or uninstall"):

@@ -1,4 +1,4 @@
-"""What workers count is what the tables and the funnel say."""
+"""The workers' counters equal the figures of the tables and the funnel."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(case: Case, output: Path) -> Measured:
-    """Run all stages; what their workers measured."""
+    """Run all stages and return their workers' metrics."""
     found: list[dict[str, Any]] = []
 
     def counts_of(results: MetricResults) -> metrics.Counts:
@@ -84,15 +84,15 @@ def test_counters_add_up_to_the_funnel(measured: Measured, funnel: dict[str, Any
 
 def test_dead_letters_are_counted_where_they_are_found(measured: Measured, funnel: dict[str, Any]) -> None:
     of_stages = [beginning("dead_letters_", measured[stage]) for stage in STAGES]
-    assert of_stages[0] == funnel["dead_letters"]  # the models fail on none
+    assert of_stages[0] == funnel["dead_letters"]  # no sample fails on a model
     assert of_stages[1:] == [{}, {}]
     assert len(of_stages[0]) >= 4
 
 
-def test_what_is_read_and_decoded(case: Case, measured: Measured) -> None:
+def test_counters_of_reading_and_decoding(case: Case, measured: Measured) -> None:
     sizes = {tar.name: tar.stat().st_size for tar in case.pool.iterdir()}
     first, second = measured[SINGLE_MODALITY], measured[CROSS_MODALITY]
-    assert sum(sizes.values()) - sizes["00003.tar"] < first["tar_bytes_read"] <= sum(sizes.values())  # it breaks off
+    assert sum(sizes.values()) - sizes["00003.tar"] < first["tar_bytes_read"] <= sum(sizes.values())  # it is truncated
     assert 0 < second["tar_bytes_read"] <= sum(sizes.values())
     assert first["pictures_decoded"] == first["samples_done"] + first["dead_letters_undecodable_image"]
     assert second["pictures_decoded"] == second["samples_done"]
@@ -124,6 +124,6 @@ def test_each_call_of_a_model_is_timed(measured: Measured, funnel: dict[str, Any
     assert second["models_loaded"] == 3
 
 
-def test_all_that_can_be_measured_was(measured: Measured) -> None:
+def test_every_metric_was_updated(measured: Measured) -> None:
     absent = all_metrics().keys() - {name for of_stage in measured.values() for name in of_stage}
     assert {name for name in absent if not name.startswith("funnel_dropped_")} == {"shards_finished_before"}

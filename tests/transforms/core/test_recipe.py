@@ -1,4 +1,4 @@
-"""The recipe: whatever is wrong with it is told at once, with its place, what it got and what is allowed."""
+"""The recipe: all faults are reported at once, with path, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_every_recipe_of_the_folder_is_tested() -> None:
         load_recipe(str(path))
 
 
-def test_all_faults_come_at_once() -> None:
+def test_all_faults_are_reported_at_once() -> None:
     faults = faults_of(
         settings(
             seed=-1,
             single_modality__near_duplicate={"max_hamming": 9, "maximum": 1},
             single_modality__face_area={"max_share": "a lot"},
-            cross_modality__digit=...,  # then digit_enhancement has nothing to go by, but that is told later
+            cross_modality__digit=...,  # then digit_enhancement has no digit scores, which is reported later
             cross_modality__device="tpu",
             distribution_alignment__clusters={"count": 0},
             distribution_alignment__target={},
@@ -104,7 +104,7 @@ def test_all_faults_come_at_once() -> None:
         ({"distribution_alignment__max_copies": 0.5}, "distribution_alignment.max_copies", "0.5", "than or equal to 1"),
     ],
 )  # fmt: skip
-def test_a_fault_names_place_value_and_what_is_allowed(
+def test_fault_names_path_value_and_what_is_allowed(
     changes: dict[str, Any], where: str, got: str, allowed: str
 ) -> None:
     fault = one_fault(**changes)
@@ -155,7 +155,7 @@ def test_not_a_mapping(content: Any) -> None:
     assert "mapping" in fault
 
 
-def test_keys_that_are_no_text_are_faults() -> None:
+def test_keys_that_are_not_text_are_faults() -> None:
     content: dict[Any, Any] = settings()
     content[1] = 2
     content["single_modality"][3] = 4
@@ -170,7 +170,7 @@ def test_any_value_that_yaml_can_give_can_be_shown(tmp_path: Path) -> None:
         assert [fault.split(":")[0] for fault in caught.value.faults] == ["name"], value
 
 
-def test_exponents_that_yaml_takes_for_text_are_explained(tmp_path: Path) -> None:
+def test_exponents_that_yaml_reads_as_text_are_explained(tmp_path: Path) -> None:
     text = DEMO_RECIPE.read_text().replace("max_pool_share: 0.000001", "max_pool_share: 1e-6")
     with pytest.raises(SettingsError) as caught:
         load_text(tmp_path, text)
@@ -181,7 +181,7 @@ def test_exponents_that_yaml_takes_for_text_are_explained(tmp_path: Path) -> Non
     assert repaired.sha256 == recipe().sha256
 
 
-def test_that_explanation_stands_only_where_it_helps() -> None:
+def test_explanation_appears_only_if_it_helps() -> None:
     assert "1.0e-6" not in one_fault(cross_modality__flipped_clip__min="much")
     assert "1.0e-6" not in one_fault(cross_modality__flipped_clip__min="nan")
 
@@ -207,7 +207,7 @@ def test_unreadable_yaml_is_one_fault_and_runs_nothing(
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_key_that_stands_twice_is_a_fault(tmp_path: Path) -> None:
+def test_repeated_key_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="min_px is given twice"):
         load_text(tmp_path, "single_modality:\n  min_side: {min_px: 200, min_px: 300}\n")
 
@@ -219,12 +219,12 @@ def test_a_path_that_cannot_be_opened(path: str) -> None:
     assert len(caught.value.faults) == 1
 
 
-def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+def test_folder_is_not_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(SettingsError):
         load_recipe(str(tmp_path))
 
 
-def test_an_empty_file_is_no_mapping(tmp_path: Path) -> None:
+def test_empty_file_is_not_a_mapping(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="mapping"):
         load_text(tmp_path, "")
 
@@ -301,7 +301,7 @@ def test_settings_on_the_edge_of_contradiction_are_allowed() -> None:
 
 
 def other_order() -> list[str]:
-    """The rules that are on, the first two the other way round."""
+    """Return the active rules, with the first two swapped."""
     first, second, *rest = recipe().active_rules
     return [second, first, *rest]
 
@@ -345,7 +345,7 @@ def test_the_hash_changes_with_every_setting(path: str) -> None:
     assert recipe(**base, **{path: changed(place)}).sha256 != recipe(**base).sha256
 
 
-def test_the_hash_knows_defaults_and_no_order() -> None:
+def test_hash_includes_defaults_and_ignores_order() -> None:
     content = settings()
     reordered = {name: content[name] for name in reversed(content)}
     assert parse_recipe(reordered, "r").sha256 == recipe().sha256
@@ -355,7 +355,7 @@ def test_the_hash_knows_defaults_and_no_order() -> None:
     assert recipe(rule_order=other_order()).sha256 != recipe().sha256
 
 
-def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:
+def test_recipe_is_frozen() -> None:
     loaded = recipe()
     with pytest.raises(pydantic.ValidationError):
         loaded.seed = 5  # type: ignore[misc]

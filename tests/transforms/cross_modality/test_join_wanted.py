@@ -1,4 +1,4 @@
-"""Larger batches for the later models: nothing lost, nothing out of order, bounded."""
+"""Larger batches for the later models: nothing is lost or out of order, and memory is bounded."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_batches_are_joined_until_enough_is_wanted() -> None:
     assert [letter.key for batch in found for letter in batch.dead_letters] == ["x0", "x1", "x2", "x3", "x4"]
 
 
-def test_what_no_model_is_asked_about_keeps_only_its_row() -> None:
+def test_sample_that_no_later_model_scores_keeps_only_its_row() -> None:
     (found,) = joined(*batches([0.3, 0.1, 0.2]))
     assert [bool(s.inputs) for s in found] == [True, False, True]
 
@@ -63,7 +63,7 @@ def test_the_last_batch_always_comes(cosines: list[list[float]]) -> None:
     assert [batch.index for batch in found] == [*range(len(found))]
 
 
-def test_an_attempt_that_failed_is_let_go() -> None:
+def test_failed_attempt_is_discarded() -> None:
     failed = Attempt()
     first, second, _ = batches([0.3] * 3, [0.3] * 3, [0.3], attempt=failed)
     again = batches([0.3] * 3, [0.3] * 4)
@@ -71,11 +71,11 @@ def test_an_attempt_that_failed_is_let_go() -> None:
     join.start_bundle()
     assert list(join.process(first)) == []
     failed.out_of_memory = "flipped_clip"
-    assert list(join.process(second)) == [second]  # the writer is to know
+    assert list(join.process(second)) == [second]  # for the writer
     assert [len(out) for batch in again for out in join.process(batch)] == [7]
 
 
-def test_one_joiner_serves_shard_after_shard() -> None:
+def test_joiner_handles_several_shards() -> None:
     join = _Join(MODELS)
     join.start_bundle()
     for _ in range(2):

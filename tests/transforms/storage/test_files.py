@@ -1,4 +1,4 @@
-"""Files: whoever sees the final name sees all of it."""
+"""Files: the final name always has the complete content."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_half(path: str, error: type[BaseException]) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"x" * 3_000_000])
-def test_written_bytes_are_read_again(tmp_path: Path, content: bytes) -> None:
+def test_written_bytes_are_read_back(tmp_path: Path, content: bytes) -> None:
     path = str(tmp_path / "a" / "b" / "c.bin")
     files.write_bytes(path, content)
     assert files.read_bytes(path) == content
@@ -38,7 +38,7 @@ def test_written_bytes_are_read_again(tmp_path: Path, content: bytes) -> None:
     assert everything(tmp_path) == ["a/b/c.bin"]
 
 
-def test_the_final_name_is_not_there_before_the_file_is_whole(tmp_path: Path) -> None:
+def test_final_name_appears_only_when_the_file_is_complete(tmp_path: Path) -> None:
     path = str(tmp_path / "c.bin")
     with files.write_aside(path) as file:
         file.write(b"half")
@@ -55,7 +55,7 @@ def test_a_crash_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> N
     assert everything(tmp_path) == []
 
 
-def test_a_crash_leaves_what_was_there_before(tmp_path: Path) -> None:
+def test_crash_leaves_the_older_file(tmp_path: Path) -> None:
     path = str(tmp_path / "c.bin")
     files.write_bytes(path, b"old")
     with pytest.raises(RuntimeError):
@@ -72,13 +72,13 @@ def test_an_older_file_is_replaced(tmp_path: Path) -> None:
     assert everything(tmp_path) == ["c.bin"]
 
 
-def test_a_rename_that_did_not_happen_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_rename_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "rename", lambda source, target: None)
     with pytest.raises(files.IncompleteWrite, match=r"c\.bin"):
         files.write_bytes(str(tmp_path / "c.bin"), b"new")
 
 
-def test_a_rename_that_fails_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_rename_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(source: str, target: str) -> None:
         raise OSError("no space")
 
@@ -88,7 +88,7 @@ def test_a_rename_that_fails_is_an_error_and_leaves_nothing(tmp_path: Path, monk
     assert everything(tmp_path) == []
 
 
-def test_a_file_that_lost_bytes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lossy(source: str, target: str) -> None:
         Path(target).write_bytes(Path(source).read_bytes()[:-1])
 
@@ -97,7 +97,7 @@ def test_a_file_that_lost_bytes_is_an_error(tmp_path: Path, monkeypatch: pytest.
         files.write_bytes(str(tmp_path / "c.bin"), b"new")
 
 
-def test_two_writers_of_one_name_both_leave_it_whole(tmp_path: Path) -> None:
+def test_two_writers_of_one_name_leave_a_complete_file(tmp_path: Path) -> None:
     path = str(tmp_path / "c.bin")
     with files.write_aside(path) as one, files.write_aside(path) as other:
         one.write(b"one")
@@ -107,7 +107,7 @@ def test_two_writers_of_one_name_both_leave_it_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["out [1]", "o*t", "what?", "ünï", "a%2Fb", "with space"])
-def test_folders_may_be_named_anything(tmp_path: Path, folder: str) -> None:
+def test_unusual_folder_names(tmp_path: Path, folder: str) -> None:
     (tmp_path / "out 1").mkdir()
     path = files.join(str(tmp_path / folder), "c.bin")
     files.write_bytes(path, b"x")
@@ -133,13 +133,13 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 
 
 def killed_while_writing(path: str) -> None:
-    """A process that dies before its file is whole."""
+    """A process that dies before its file is complete."""
     with files.write_aside(path) as file:
         file.write(b"half")
         os._exit(1)
 
 
-def test_what_a_killed_process_was_writing_is_cleared_and_nothing_else(tmp_path: Path) -> None:
+def test_only_temporary_files_of_killed_processes_are_deleted(tmp_path: Path) -> None:
     kept = ["a.parquet", ".a.parquet.tmp-1", "x.tmp-" + "0" * 32, f".a.tmp-{'g' * 32}", ".progress/a.count"]
     for name in kept:
         files.write_bytes(str(tmp_path / name), b"x")
@@ -153,7 +153,7 @@ def test_what_a_killed_process_was_writing_is_cleared_and_nothing_else(tmp_path:
     files.clear_aside(str(tmp_path / "nowhere"))
 
 
-def test_what_a_living_writer_writes_is_never_cleared(tmp_path: Path) -> None:
+def test_temporary_file_of_a_live_writer_is_kept(tmp_path: Path) -> None:
     path = str(tmp_path / "c.bin")
     with files.write_aside(path) as file:
         file.write(b"whole")
@@ -180,7 +180,7 @@ def test_what_a_living_writer_writes_is_never_cleared(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("when", ["create", "write", "rename"])
-def test_a_write_that_fails_says_what_where_and_what_to_do_next(
+def test_failed_write_names_path_reason_and_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, number: int, reason: str, advice: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -203,13 +203,13 @@ def test_a_write_that_fails_says_what_where_and_what_to_do_next(
     assert everything(tmp_path) == []
 
 
-def test_an_error_of_the_content_is_none_of_writing(tmp_path: Path) -> None:
+def test_error_of_the_content_is_not_a_write_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_half(str(tmp_path / "c.bin"), FileNotFoundError)
 
 
 class Flaky(io.FileIO):
-    """A file whose disk fails at every third read, or when it is opened, as long as there are failures left."""
+    """A file on a disk that fails at every third read, or on opening, for a limited number of times."""
 
     failures = 0
     opened = 0
@@ -237,7 +237,7 @@ def flaky(monkeypatch: pytest.MonkeyPatch) -> type[Flaky]:
     return Flaky
 
 
-def test_a_read_goes_on_where_it_failed(tmp_path: Path, flaky: type[Flaky], waits: list[float]) -> None:
+def test_failed_read_resumes_at_its_position(tmp_path: Path, flaky: type[Flaky], waits: list[float]) -> None:
     content = bytes(range(256)) * 40
     path = tmp_path / "c.bin"
     path.write_bytes(content)
@@ -249,7 +249,7 @@ def test_a_read_goes_on_where_it_failed(tmp_path: Path, flaky: type[Flaky], wait
     assert len(waits) == 6
 
 
-def test_a_file_that_stays_unreadable_is_an_error_after_seconds(tmp_path: Path, waits: list[float]) -> None:
+def test_permanently_unreadable_file_is_an_error_after_seconds(tmp_path: Path, waits: list[float]) -> None:
     path = str(tmp_path / "gone.tar")
     expected = f"{path}: cannot be read at byte 0: No such file or directory; put it back or mend its access"
     with SteadyReader(path) as file, pytest.raises(files.ReadFailed, match=re.escape(expected)):
@@ -257,14 +257,14 @@ def test_a_file_that_stays_unreadable_is_an_error_after_seconds(tmp_path: Path, 
     assert waits == [0.5, 1, 2, 4]
 
 
-def test_nothing_is_decompressed_by_its_name(tmp_path: Path) -> None:
+def test_file_name_does_not_cause_decompression(tmp_path: Path) -> None:
     path = str(tmp_path / "c.gz")
     files.write_bytes(path, b"plain")
     assert (tmp_path / "c.gz").read_bytes() == b"plain"
     assert files.read_bytes(path) == b"plain"
 
 
-def test_json_keeps_its_order_and_its_letters(tmp_path: Path) -> None:
+def test_json_keeps_order_and_characters(tmp_path: Path) -> None:
     path = str(tmp_path / "c.json")
     files.write_json(path, {"b": "ü", "a": [1, None]})
     text = Path(path).read_text("utf-8")
@@ -273,7 +273,7 @@ def test_json_keeps_its_order_and_its_letters(tmp_path: Path) -> None:
     assert list(json.loads(text)) == ["b", "a"]
 
 
-def test_deleting_takes_nothing_else_along(tmp_path: Path) -> None:
+def test_delete_removes_nothing_else(tmp_path: Path) -> None:
     for name in ("o*t/a", "out/a", "o[u]t/a"):
         files.write_bytes(str(tmp_path / name), b"x")
     files.delete_if_there(str(tmp_path / "o*t" / "a"))
@@ -282,12 +282,12 @@ def test_deleting_takes_nothing_else_along(tmp_path: Path) -> None:
     assert everything(tmp_path) == ["out/a"]
 
 
-def test_deleting_what_is_not_there(tmp_path: Path) -> None:
+def test_delete_of_a_missing_path(tmp_path: Path) -> None:
     files.delete_if_there(str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("shard", ["00000", "a%2F..%2Fb", "..", ".", "", "%2e"])
-def test_every_place_lies_below_the_output_folder_and_is_its_own(shard: str) -> None:
+def test_every_path_is_unique_and_inside_the_output_folder(shard: str) -> None:
     layout = Layout("/out/x")
     places = [
         layout.single_modality(shard), layout.pool_wide(shard), layout.cross_modality(shard),
