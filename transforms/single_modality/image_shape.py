@@ -14,7 +14,7 @@ from transforms.core.settings import Settings
 if TYPE_CHECKING:
     from transforms.core.records import Annotation
 
-_ROUNDING_PX = 1.0  # by which rounding to whole pixels changes the stored image's shape
+_ROUNDING_PX = 1  # by which a stored side may differ from the exact one
 _WHOLE_NUMBER = re.compile(r"[0-9]{1,10}(\.0*)?")
 
 SIZE_FIELDS = ("original_width", "original_height", "width", "height")
@@ -79,9 +79,11 @@ def _whole_number(given: Any) -> int | None:
 
 
 def _same_shape(original: tuple[int, int], stored: tuple[int, int]) -> bool:
-    """Whether one is the other, shrunk or enlarged."""
-    scale = max(original[0] / stored[0], original[1] / stored[1])
-    return max(abs(original[0] / scale - stored[0]), abs(original[1] / scale - stored[1])) <= _ROUNDING_PX
+    """Whether one scale makes both stored sides of the original ones, each within the rounding."""
+    (width, height), (stored_width, stored_height) = original, stored
+    return (stored_width - _ROUNDING_PX) * height <= (stored_height + _ROUNDING_PX) * width and (
+        stored_height - _ROUNDING_PX
+    ) * width <= (stored_width + _ROUNDING_PX) * height
 
 
 def keeps_aspect_ratio(width_px: int, height_px: int, settings: AspectRatioSettings) -> bool:

@@ -63,6 +63,7 @@ def test_without_an_original_size_the_stored_one_counts(metadata: dict[str, Any]
         ((600, 400), (600, 400)),  # no
         ((600, 400), (384, 256)), ((150, 120), (320, 256)), ((64, 64), (256, 256)),  # keep_ratio, also enlarged
         ((220, 1100), (256, 1280)), ((2000, 200), (2560, 256)),
+        ((975, 292), (512, 153)), ((1536, 247), (512, 82)),  # rounded, written by img2dataset
         ((4000, 900), (256, 58)), ((220, 1100), (51, 256)), ((150, 120), (150, 120)),  # keep_ratio_largest
         ((900, 200), (256, 256)), ((150, 120), (512, 512)),  # border, center_crop
     ],
