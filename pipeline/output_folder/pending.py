@@ -60,7 +60,7 @@ class FeatureCache:
         self._layout = layout
         known = identities[SINGLE_MODALITY]
         rules = {score.name: recipe.settings_of(score) for score in catalogue.per_sample_scores()}
-        self._pool = _digest(recipe.pool.computing, library_versions(SINGLE_MODALITY))
+        self._pool = _digest(recipe.pool.computing, recipe.pool.keep_columns, library_versions(SINGLE_MODALITY))
         self._skips_mismatches = recipe.pool.stats_mismatch == "skip"
         self._features = {
             name: _digest(settings.computing, known.get(name)) for name, settings in rules.items() if settings

@@ -19,6 +19,7 @@ from transforms.core.catalogue import (
     IMAGE_COLUMNS,
     POOL_COLUMNS,
     SINGLE_MODALITY,
+    SOURCE_COLUMNS,
     STAGES,
     ColumnType,
     Score,
@@ -39,7 +40,8 @@ def _columns_of(scores: Iterable[Score[Any]]) -> dict[str, ColumnType]:
 
 def single_modality_schema() -> pa.Schema:
     """Return the schema of the features of a shard's captions and images."""
-    return _schema({**IDENTITY_COLUMNS, **IMAGE_COLUMNS, **_columns_of(catalogue.per_sample_scores())})
+    own = {**IDENTITY_COLUMNS, **IMAGE_COLUMNS, **SOURCE_COLUMNS}
+    return _schema({**own, **_columns_of(catalogue.per_sample_scores())})
 
 
 def pool_wide_schema() -> pa.Schema:
@@ -57,12 +59,14 @@ def cross_modality_schema() -> pa.Schema:
 
 
 def decisions_schema(recipe: Recipe) -> pa.Schema:
-    """Return the schema of the decisions: the columns of all built-in and all other active scores, and the copies."""
+    """Return the schema of the decisions: the fields of `pool.keep_columns`, the columns of all built-in and all other
+    active scores, and the copies."""
     shown = [score for score in catalogue.scores() if score.is_built_in or recipe.is_on(score)]
     of_stage = {stage: [score for score in shown if score.stage == stage] for stage in STAGES}
     pool_wide = catalogue.pool_wide_rules()
     columns: dict[str, ColumnType] = {
         **IDENTITY_COLUMNS,
+        **dict.fromkeys(recipe.pool.keep_columns, "string"),
         "dropped_by": "string",
         **IMAGE_COLUMNS,
         **_columns_of(score for score in of_stage[SINGLE_MODALITY] if score not in pool_wide),

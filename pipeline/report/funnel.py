@@ -6,10 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from transforms.core.records import SIZE_NOT_USED, UID_REPLACED
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.output_folder.layout import Layout
+
+
+_NOTES = {
+    UID_REPLACED: "the pool's uid is no UUID, no whole number and not 32 hex digits; another one was derived",
+    SIZE_NOT_USED: "the pool's original size cannot be that of the image; the stored size was judged",
+}
 
 
 def show_funnel(funnel: dict[str, Any], layout: Layout, console: Console) -> None:
@@ -31,6 +39,8 @@ def show_funnel(funnel: dict[str, Any], layout: Layout, console: Console) -> Non
         f"{funnel['survivors']:,} survivors; the training subset holds {funnel['samples']:,} of them, "
         f"{funnel['copies']:,} copies in all\n"
     )
+    for note, count in funnel.get("pool_notes", {}).items():
+        console.print(f"{count:,} samples: {_NOTES[note]} ({note})", highlight=False)
     places = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for what, path in (
         ("training subset", layout.subset),

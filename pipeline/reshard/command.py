@@ -17,6 +17,7 @@ from pipeline.output_folder import versions
 from pipeline.output_folder.layout import Layout
 from pipeline.report.progress import Progress
 from pipeline.reshard.copy_placement import CopyPlacement
+from pipeline.reshard.offsets import NAME
 from pipeline.reshard.subset import Subset, read_subset
 from pipeline.reshard.tars import ReshardedFolder, WriteResharded
 from pipeline.runners.supported import check, pipeline_of
@@ -28,8 +29,6 @@ from transforms.core.errors import UsageError
 from transforms.core.recipe import PoolSettings
 from transforms.core.records import Shard
 from transforms.storage import files
-
-NAME = "reshard"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,22 @@ import pyarrow as pa
 
 from pipeline.output_folder import tables
 from pipeline.output_folder.layout import Layout
+from pipeline.sources.members import File, Members
 from pipeline.sources.tars import BrokenTar
-from pipeline.sources.webdataset import IMAGE_EXTENSIONS, Members, read_members
+from pipeline.sources.webdataset import key_of, read_pairs
 from transforms.core.recipe import PoolSettings
-from transforms.core.records import Shard
+from transforms.core.records import DeadLetter, Sample, Shard
+
+NAME = "reshard"
 
 _FILE = pa.struct(
-    [("extension", pa.string()), ("offset", pa.int64()), ("size_bytes", pa.int64()), ("sha256", pa.string())]
+    [
+        ("extension", pa.string()),
+        ("offset", pa.int64()),
+        ("size_bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("content", pa.binary()),
+    ]
 )
 OFFSETS = pa.schema(
     [
@@ -28,8 +37,9 @@ OFFSETS = pa.schema(
 )
 """One row per sample with copies >= 1, in the order of the decisions.
 
-`files` lists the image, txt and json: the byte of the tar at which each begins, its size, and its sha256 in hex.
-`fault` says why `files` is null; it is null for a valid sample.
+`files` lists the image, txt and json: the byte of the tar at which each begins, its size, and its sha256 in hex. A
+caption that is no file in the pool has its bytes in `content` instead. `fault` says why `files` is null; it is null for
+a valid sample.
 """
 
 
@@ -44,11 +54,12 @@ def find_offsets(shard: Shard, layout: Layout, bounds: PoolSettings) -> list[dic
     wanted = {row["key"]: row for row in rows}
     not_found = "no longer in the tar" if shard.path else "the shard is no longer in the pool"
     try:
-        for members in read_members(shard.path, bounds) if shard.path and wanted else ():
-            row = wanted.pop(members.key, None)
-            if row is not None:
-                row["fault"] = _fault(members, row)
-                row["files"] = None if row["fault"] else _files(members)
+        for members, samples in read_pairs(shard, bounds, NAME) if shard.path and wanted else ():
+            for sample in samples:
+                row = wanted.pop(key_of(sample), None)
+                if row is not None:
+                    row["fault"] = _fault(sample, row)
+                    row["files"] = None if row["fault"] else _files(members, row["caption"])
             if not wanted:
                 break
     except BrokenTar as error:
@@ -58,28 +69,34 @@ def find_offsets(shard: Shard, layout: Layout, bounds: PoolSettings) -> list[dic
     return rows
 
 
-def _files(members: Members) -> list[dict[str, Any]]:
-    contents = dict.fromkeys(IMAGE_EXTENSIONS, members.image) | {"txt": members.caption, "json": members.metadata}
-    return [
-        {
-            "extension": extension,
-            "offset": members.offsets[extension],
-            "size_bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
-        for extension, content in contents.items()
-        if content is not None and extension in members.offsets
-    ]
+def _files(members: Members, caption: str) -> list[dict[str, Any]]:
+    """Return the files of a sample, under the extensions that trainers look for."""
+    assert members.image is not None
+    files = [_file(members.image, members.image.extension)]
+    if members.caption is not None:
+        files.append(_file(members.caption, "txt"))
+    else:
+        files.append({"extension": "txt", "content": caption.encode()})
+    if members.metadata is not None:
+        files.append(_file(members.metadata, "json"))
+    return files
 
 
-def _fault(members: Members, row: dict[str, Any]) -> str | None:
+def _file(file: File, extension: str) -> dict[str, Any]:
+    return {
+        "extension": extension,
+        "offset": file.offset,
+        "size_bytes": len(file.content),
+        "sha256": hashlib.sha256(file.content).hexdigest(),
+    }
+
+
+def _fault(sample: Sample | DeadLetter, row: dict[str, Any]) -> str | None:
     """Return how a sample differs from the one that the run read; None if it is the same."""
-    if members.fault:
-        return f"{members.fault[0]}: {members.fault[1]}"
-    if members.image is None or members.caption is None:
-        return "no longer has an image and a caption"
-    if hashlib.sha256(members.image).hexdigest() != row["image_sha256"]:
+    if isinstance(sample, DeadLetter):
+        return f"{sample.reason}: {sample.message}"
+    if hashlib.sha256(sample.image_bytes).hexdigest() != row["image_sha256"]:
         return "the image has changed since the run"
-    if members.caption != row["caption"].encode():
+    if sample.annotation.caption != row["caption"]:
         return "the caption has changed since the run"
     return None

@@ -230,6 +230,9 @@ class _OpenShards:
                 opened[1].close()
             opened = self._open[row.copy] = row.shard, files.open_binary(row.shard.path)
         for file in row.source["files"]:
+            if file["content"] is not None:
+                yield file["extension"], file["content"]
+                continue
             opened[1].seek(file["offset"])
             content = opened[1].read(file["size_bytes"])
             if hashlib.sha256(content).hexdigest() != file["sha256"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ DEAD_LETTER_STEPS = (SINGLE_MODALITY, POOL_WIDE, CROSS_MODALITY)
 
 IN, DROPPED, DEAD, SURVIVORS, SAMPLES, COPIES = "in", "dropped", "dead_letters", "survivors", "samples", "copies"
 NOT_ASKED, SMALLER_BATCHES, SCORED_DUPLICATES = "not_asked", "smaller_batches", "scored_duplicates"
+POOL_NOTES = "pool_notes"
 OutcomeCounts = dict[tuple[str, str], int]
 """Counts by (outcome, rule or reason); the second is "" for outcomes without one."""
 
@@ -57,7 +59,7 @@ def decide(
             where = f"{annotation.uid} ({annotation.key!a} of shard {annotation.shard})"
             raise Unaccounted(f"{where}: dropped by {dropped_by}, but its placement is {placement}")
         row = tables.annotation_row(annotation)
-        row.update(dropped_by=dropped_by, copies=0)
+        row.update(json.loads(annotation.kept_fields or "{}"), dropped_by=dropped_by, copies=0)
         if placement is not None:
             row.update(
                 cluster=placement.cluster,
@@ -85,6 +87,7 @@ def count_outcomes(rows: Iterable[dict[str, Any]], letters: Iterable[DeadLetter]
         counts[(DROPPED, row["dropped_by"]) if row["dropped_by"] else (SURVIVORS, "")] += 1
         counts[COPIES, ""] += row["copies"]
         counts[SAMPLES, ""] += row["copies"] > 0
+        counts.update((POOL_NOTES, note) for note in (row.get("pool_notes") or "").split())
         if row.get("flipped_clip_cosine") is not None:
             counts.update([(SCORED_DUPLICATES, "")] if row["dropped_by"] == NEAR_DUPLICATE.name else [])
             counts.update((NOT_ASKED, model) for model, column in _later_models().items() if row.get(column) is None)
@@ -177,6 +180,7 @@ def funnel(total: OutcomeCounts, recipe: Recipe) -> dict[str, Any]:
         dropped = total.get((DROPPED, rule.name), 0)
         rules.append({"name": rule.name, "stage": rule.stage, "in": left, "dropped": dropped, "kept": left - dropped})
         left -= dropped
+    notes = {note: n for (what, note), n in sorted(total.items()) if what == POOL_NOTES}
     smaller = {rule: n for (what, rule), n in sorted(total.items()) if what == SMALLER_BATCHES}
     return {
         "in": total.get((IN, ""), 0),
@@ -191,6 +195,8 @@ def funnel(total: OutcomeCounts, recipe: Recipe) -> dict[str, Any]:
         SCORED_DUPLICATES: total.get((SCORED_DUPLICATES, ""), 0),
         # shards scored again at smaller batch shapes, because GPU memory ran out
         **({SMALLER_BATCHES: smaller} if smaller else {}),
+        # judged samples of which something that the pool says was not used
+        **({POOL_NOTES: notes} if notes else {}),
     }
 
 

@@ -14,9 +14,10 @@ import apache_beam as beam
 
 from pipeline.decoding.images import UndecodableImage
 from pipeline.decoding.watched_decoder import Decode, decoder_for
+from pipeline.sources.grouping import Reading
 from pipeline.sources.pool import check_unchanged, dead_shard
 from pipeline.sources.prefetch import map_alternating, map_prefetched
-from pipeline.sources.webdataset import Reading, read_samples
+from pipeline.sources.webdataset import key_of, read_samples
 from transforms.core.metrics import (
     DECODE_BATCH_MS,
     PICTURES_DECODED,
@@ -148,8 +149,7 @@ class _ReadShard(beam.DoFn):
         missing = dict(wanted)
         # Ignore broken samples that are not wanted: stage 1, which reads the complete shard, has reported them.
         for found in read_samples(shard, self._bounds, self._pending.stage, reading) if wanted else ():
-            key = found.key if isinstance(found, DeadLetter) else found.annotation.key
-            annotation = missing.pop(key, None)
+            annotation = missing.pop(key_of(found), None)
             if annotation is not None and isinstance(found, Sample):
                 yield Sample(annotation, found.metadata, found.image_bytes)
             elif annotation is not None and isinstance(found, DeadLetter):

@@ -89,12 +89,17 @@ def _check_nothing_follows(stream: Any) -> None:
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit_bytes: int) -> bytes:
-    content = tar.extractfile(member)
-    assert content is not None  # a regular member always has content
+    # From the stream itself: tarfile's file objects take longer than to read a small member.
+    stream: Any = tar.fileobj
+    size_bytes = member.size if limit_bytes < 0 else min(limit_bytes, member.size)
     try:
-        return content.read(limit_bytes)
+        stream.seek(member.offset_data)
+        content = stream.read(size_bytes)
+        if len(content) < size_bytes:
+            raise tarfile.ReadError("unexpected end of data")
     except (tarfile.TarError, EOFError) as error:
         raise _broken_at(member.offset, error) from error
+    return content
 
 
 def _broken_at(offset: int, error: Exception) -> BrokenTar:

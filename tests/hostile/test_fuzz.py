@@ -44,7 +44,7 @@ TAR_REASONS = {"broken_tar", "tar_too_large"}
 SAMPLE_REASONS = {
     "missing_image", "missing_caption", "undecodable_caption", "undecodable_json", "json_too_deep", "key_too_long",
     "duplicate_member", "duplicate_key", "unsupported_member", "image_too_large", "caption_too_large",
-    "metadata_too_large",
+    "metadata_too_large", "json_too_many_values", "too_many_captions", "broken_tar",
 }  # fmt: skip
 
 Check = Callable[[Any], None]
@@ -248,8 +248,8 @@ def check_metadata(folder: Path) -> Check:
             return
         int(item.annotation.uid, 16)
         assert len(item.annotation.uid) == 32
-        width, height = original_size_px(item.metadata, (100, 50))
-        assert 100 <= width < 2**31 and 50 <= height < 2**31
+        width, height = original_size_px(item.metadata, (100, 50)) or (100, 50)
+        assert 0 < width < 2**31 and 0 < height < 2**31
         boxes = boxes_from_metadata(item.metadata.get("face_bboxes"))
         assert boxes is None or 0.0 <= union_area(boxes) <= 1.0
 

@@ -41,9 +41,15 @@ IMAGE_COLUMNS: dict[str, ColumnType] = {
     "image_sha256": "string",
     "perceptual_hash": "string",
 }
+SOURCE_COLUMNS: dict[str, ColumnType] = {"kept_fields": "string", "pool_notes": "string"}
+"""Of stage 1's tables only. `kept_fields`: the fields of `pool.keep_columns` as a JSON object. `pool_notes`: what the
+pool says of the sample and pairsift does not use (`transforms.core.records`), separated by spaces."""
+
 POOL_COLUMNS: dict[str, ColumnType] = {"pool_samples": "int64"}
 ALIGNMENT_COLUMNS: dict[str, ColumnType] = {"cluster": "int32"}
+DECISION_COLUMNS: dict[str, ColumnType] = {"dropped_by": "string", "expected_copies": "float64", "copies": "int32"}
 
+_OWN_COLUMNS = {**IDENTITY_COLUMNS, **IMAGE_COLUMNS, **SOURCE_COLUMNS, **POOL_COLUMNS, **ALIGNMENT_COLUMNS}
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -83,6 +89,8 @@ class Score(Generic[AnySettings]):
     summary: one phrase for the docs.
     source: where the rule and its defaults come from: "paper", "DataComp", or "ours", with details.
     columns: the columns that it adds, with their types.
+    fields: the fields of the pool's json that its annotator reads. A sample's metadata has these, and those that the
+        recipe names.
     value: the column that holds the score itself.
     order: position among the scores of its stage, which is also the default order of the rules. Ties end at the name.
     title: the label of its step in the graph; by default derived from the name.
@@ -102,6 +110,7 @@ class Score(Generic[AnySettings]):
     summary: str
     source: str
     columns: Mapping[str, ColumnType] = dataclasses.field(default_factory=dict)
+    fields: tuple[str, ...] = ()
     value: str | None = None
     order: int = 1000
     title: str = ""
@@ -122,7 +131,7 @@ class Score(Generic[AnySettings]):
             raise self._fault(f"stage is {self.stage!r}; allowed: {', '.join(STAGES)}")
         if not (isinstance(self.settings, type) and issubclass(self.settings, Settings)):
             raise self._fault("settings must be a subclass of Settings")
-        taken = {*IDENTITY_COLUMNS, *IMAGE_COLUMNS, *POOL_COLUMNS, *ALIGNMENT_COLUMNS} & self.columns.keys()
+        taken = _OWN_COLUMNS.keys() & self.columns.keys()
         if taken:
             raise self._fault(f"column {min(taken)} is pairsift's own; choose another name")
         unfit = [name for name in self.columns if not _NAME.fullmatch(name)]
@@ -250,9 +259,15 @@ def model_scores() -> tuple[Score[Any], ...]:
 
 
 @functools.cache
+def metadata_fields() -> frozenset[str]:
+    """The fields of the pool's json that an installed score reads."""
+    return frozenset(field for score in scores() for field in score.fields)
+
+
+@functools.cache
 def columns() -> dict[str, ColumnType]:
     """All columns that an annotation can have, with their types."""
-    found = {**IDENTITY_COLUMNS, **IMAGE_COLUMNS, **POOL_COLUMNS, **ALIGNMENT_COLUMNS}
+    found = dict(_OWN_COLUMNS)
     for score in scores():
         found.update(score.columns)
     return found

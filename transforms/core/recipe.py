@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
@@ -41,28 +43,70 @@ FILES = ("yunet_model", "tasks", "centroids")
 
 SectionSettings = TypeVar("SectionSettings", bound=Settings)
 
+_SUFFIX = re.compile(r"\*|[^./*]+(\.[^./*]+)*(\.\*)?")
+
+
+def _checked_suffix(suffix: str) -> str:
+    if suffix != suffix.lower() or not _SUFFIX.fullmatch(suffix):
+        raise ValueError("give what follows the key in lower case and without the first dot, for example image.jpg")
+    return suffix
+
+
+MemberSuffix = Annotated[str, pydantic.AfterValidator(_checked_suffix)]
+FieldName = Annotated[str, Field(min_length=1, max_length=100)]
+
 
 class PoolSettings(Settings):
-    """Limits on what is read from a pool. A sample that exceeds one becomes a dead letter.
+    """What the pairs of a pool are made of, and limits on what is read. What exceeds one becomes a dead letter.
+
+    `image_members`, `caption_members` and `json_members` name a sample's files by what follows the key, best first;
+    `*` stands for jpg, jpeg, png and webp. `caption_fields` name the fields of the json (or of the parquet beside the
+    tar) that hold the caption where no member does; `uid_fields` those that hold the uid. Of a picture with several
+    captions, `each` is a sample of its own, or the `first` is the caption. `keep_columns` carries fields into the
+    decisions. docs/pools.md has examples.
 
     `max_dead_share`: where more than this share of the samples are dead letters for one reason, the run fails; 1.0
     never does. `stats_mismatch`: whether a shard that holds another number of samples than img2dataset's `_stats.json`
     says is reported only, or skipped too.
     """
 
-    only_decide = frozenset({"max_dead_share", "stats_mismatch"})
+    only_decide = frozenset({"keep_columns", "max_dead_share", "stats_mismatch"})
+
+    image_members: list[MemberSuffix] = Field(["*", "image.*", "img.*"], min_length=1)
+    caption_members: list[MemberSuffix] = Field(["txt", "caption", "cap", "text", "caption.txt", "cap.txt", "text.txt"])
+    json_members: list[MemberSuffix] = Field(["json", "meta.json", "metadata.json"])
+    caption_fields: list[FieldName] = Field(["caption", "captions", "text", "texts", "alt_text"])
+    several_captions: Literal["each", "first"] = "each"
+    uid_fields: list[FieldName] = Field(["uid"])
+    keep_columns: list[FieldName] = Field([])
 
     max_image_bytes: int = Field(20 * 2**20, gt=0)
     max_image_pixels: int = Field(64_000_000, gt=0, le=178_000_000)  # Pillow itself refuses more
     max_caption_bytes: int = Field(16_384, gt=0)
+    max_captions: int = Field(32, ge=1)
     max_json_bytes: int = Field(2**20, gt=0)
     max_json_depth: int = Field(64, ge=1, le=500)  # Python's own parser fails near 1,000
+    max_json_values: int = Field(20_000, gt=0)
     max_key_characters: int = Field(1024, ge=64)
     max_tar_members: int = Field(1_000_000, gt=0)
     max_tar_bytes: int = Field(64 * 2**30, gt=0)
+    max_regroup_bytes: int = Field(256 * 2**20, gt=0)
+    max_parquet_bytes: int = Field(256 * 2**20, gt=0)
     max_decode_seconds: float = Field(60.0, gt=0.0)
     max_dead_share: PositiveShare = 0.9
     stats_mismatch: Literal["report", "skip"] = "report"
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> PoolSettings:
+        if not (self.caption_members or self.caption_fields):
+            raise ValueError("give `caption_members` or `caption_fields`, else no sample has a caption")
+        named = [*self.image_members, *self.caption_members, *self.json_members]
+        repeated = [name for name, count in Counter(named).items() if count > 1]
+        if repeated:
+            raise ValueError(f"{repeated[0]} is named twice among the members of a sample")
+        if len(set(self.keep_columns)) < len(self.keep_columns):
+            raise ValueError("`keep_columns` names a field twice")
+        return self
 
 
 class StageSettings(Settings):
@@ -248,6 +292,9 @@ class Recipe(Settings):
         stages = [stage_of[name] for name in self.rule_order or ()]
         if stages != sorted(stages, key=STAGES.index):
             raise ValueError("`rule_order` must name the rules of an earlier stage before those of a later one")
+        taken = set(self.pool.keep_columns) & {*catalogue.columns(), *catalogue.DECISION_COLUMNS}
+        if taken:
+            raise ValueError(f"`pool.keep_columns`: the decisions have a column {min(taken)} of their own")
         if self.distribution_alignment.digit_enhancement and not self.cross_modality.digit:
             raise ValueError("`distribution_alignment.digit_enhancement` needs the section `cross_modality.digit`")
         return self

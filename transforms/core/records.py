@@ -18,6 +18,12 @@ from apache_beam import coders
 from transforms.core import catalogue
 
 _UID = re.compile(r"[0-9a-f]{32}")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,39}")
+
+UID_REPLACED, SIZE_NOT_USED = "uid_replaced", "original_size_not_used"
+"""Values of the column `pool_notes`: the uid that the pool gives cannot be one; the original size that it gives cannot
+be that of the stored picture."""
 
 
 class Shard(NamedTuple):
@@ -111,8 +117,9 @@ def _annotation(row: dict[str, Any]) -> Annotation:
 class Sample:
     """A sample within one fused stage; it never crosses a shuffle.
 
-    `metadata` is the pool's JSON (untrusted). `pixels` is RGB uint8 (height, width, 3). `inputs` replaces the pixels in
-    stage 2: the input of each model by rule, or the error that its preparation raised.
+    `metadata` contains the fields of the pool's JSON (untrusted) that the recipe and the installed scores name.
+    `pixels` is RGB uint8 (height, width, 3). `inputs` replaces the pixels in stage 2: the input of each model by rule,
+    or the error that its preparation raised.
     """
 
     annotation: Annotation
@@ -213,13 +220,42 @@ _PICKLE = coders.PickleCoder()
 coders.registry.register_coder(SampleBatch, SampleBatchCoder)
 
 
-def uid_of(shard_name: str, key: str, metadata: Mapping[str, Any]) -> str:
-    """Return the sample's uid: the pool's own if it is 32 hex digits, else the first 32 hex digits of the sha256 of
-    `shard name + "/" + key` (our choice; DataComp's subset files need 128-bit uids)."""
-    given = metadata.get("uid")
-    if isinstance(given, str) and _UID.fullmatch(given.lower()):
-        return given.lower()
-    return hashlib.sha256(f"{shard_name}/{key}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+def pool_uid(given: Any) -> str | None:
+    """Return the uid that the pool gives a sample, as 32 hex digits; None where it cannot be one.
+
+    32 hex digits are taken in lower case, a UUID without its dashes. A whole number n, also as text or as a float
+    below 2^53, becomes the hex digits of n modulo 2^128; -2^63 <= n < 2^128 are allowed (our choice: no two ids that a
+    table of integers can hold become one).
+    """
+    if isinstance(given, str):
+        text = given.strip().lower()
+        if _UID.fullmatch(text):
+            return text
+        if _UUID.fullmatch(text):
+            return text.replace("-", "")
+        given = int(text) if _WHOLE_NUMBER.fullmatch(text) else None
+    if isinstance(given, float) and given.is_integer() and abs(given) < 2**53:
+        given = int(given)
+    if type(given) is not int or not -(2**63) <= given < 2**128:
+        return None
+    return f"{given % 2**128:032x}"
+
+
+def substitute_uid(shard: str, key: str, image: bytes, caption: bytes) -> str:
+    """Return the uid of a sample whose pool gives it none: a hash of image, caption, shard and key, as 32 hex digits.
+
+    Our choice. Because of the content, two different pairs never share it, though they are of two pools that name
+    shards and keys alike. Because of the place, a pair that is twice in a pool is two samples, which `near_duplicate`
+    judges.
+    """
+    place = f"{shard}/{key}".encode("utf-8", "surrogatepass")
+    parts = (hashlib.sha256(part).digest() for part in (image, caption, place))
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
+
+
+def caption_uid(uid: str, caption: bytes) -> str:
+    """Return the uid of one of several pairs of the picture `uid`, each with a caption of its own."""
+    return hashlib.sha256(uid.encode() + b"/" + caption).hexdigest()[:32]
 
 
 def dead_letter(annotation: Annotation, stage: str, reason: str, message: str) -> DeadLetter:

@@ -216,6 +216,7 @@ FACE_AREA = Rule(
     summary="faces cover at most 0.4 of the image",
     source="paper: the rule; ours: the threshold",
     columns={"face_area_share": "float64"},  # a share of exactly 0.4 must stay 0.4: it is on the threshold
+    fields=("face_bboxes",),
     value="face_area_share",
     threshold="max_share",
     keeps_if="at_most",

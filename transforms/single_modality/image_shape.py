@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,11 @@ from transforms.core.settings import Settings
 if TYPE_CHECKING:
     from transforms.core.records import Annotation
 
-# Rounding to whole pixels changes the stored image's ratio by up to this much.
-_RATIO_TOLERANCE_PX = 1.0
+_ROUNDING_PX = 1  # by which a stored side may differ from the exact one
+_WHOLE_NUMBER = re.compile(r"[0-9]{1,10}(\.0*)?")
+
+SIZE_FIELDS = ("original_width", "original_height", "width", "height")
+"""The fields of the pool's json from which the original size is found."""
 
 
 class AspectRatioSettings(Settings):
@@ -29,21 +33,57 @@ class MinSideSettings(Settings):
     min_px: int = Field(200, ge=1)
 
 
-def original_size_px(metadata: Mapping[str, Any], stored: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) in px of the original image on the web.
+def original_size_px(metadata: Mapping[str, Any], stored: tuple[int, int]) -> tuple[int, int] | None:
+    """(width, height) in px of the original image on the web; None where the pool gives one that cannot be true.
 
-    Downloaders shrink images, so a side that is short in the pool may have been long enough. The pool's
-    `original_width` and `original_height` are used if they are integers, at least the stored size, and of its shape.
-    Otherwise the stored size is used (our choice: metadata is trusted only as far as it can be checked).
+    Downloaders shrink, enlarge, pad and crop images, so the stored size is not what the rules judge. The pool's
+    `original_width` and `original_height` are used if they are whole numbers (also as 900.0 or "900") and if the stored
+    image can have been made from such an image in one of img2dataset's ways of resizing:
+
+    - `no`, `keep_ratio`, `keep_ratio_largest`: it has the same shape, within the rounding to whole pixels;
+    - `border`, `center_crop`: it is square. Then `width` and `height`, where given, must be square too, or have the
+      shape of the original (another tool has cropped the image since).
+
+    An image that was stored as it came may have a tag that turns it: then the two sides are exchanged. Without an
+    original size it is the stored one.
     """
-    width, height = metadata.get("original_width"), metadata.get("original_height")
-    if type(width) is not int or type(height) is not int:
+    given = metadata.get("original_width"), metadata.get("original_height")
+    if given == (None, None):
         return stored
-    if not (stored[0] <= width < 2**31 and stored[1] <= height < 2**31):
+    original = _size_px(given)
+    if original is None:
+        return None
+    if _same_shape(original, stored):
+        return original
+    if original == (stored[1], stored[0]):
         return stored
-    scale = max(width / stored[0], height / stored[1])
-    off_px = max(abs(width / scale - stored[0]), abs(height / scale - stored[1]))
-    return (width, height) if off_px <= _RATIO_TOLERANCE_PX else stored
+    written = _size_px((metadata.get("width"), metadata.get("height"))) or stored
+    is_of_this_image = written[0] == written[1] or _same_shape(original, written)
+    return original if stored[0] == stored[1] and is_of_this_image else None
+
+
+def _size_px(given: tuple[Any, Any]) -> tuple[int, int] | None:
+    sides = [_whole_number(side) for side in given]
+    width, height = sides
+    if width is None or height is None or not (0 < width < 2**31 and 0 < height < 2**31):
+        return None
+    return width, height
+
+
+def _whole_number(given: Any) -> int | None:
+    if isinstance(given, str) and _WHOLE_NUMBER.fullmatch(given):
+        return int(given.partition(".")[0])
+    if isinstance(given, float) and given.is_integer():
+        return int(given)
+    return given if type(given) is int else None
+
+
+def _same_shape(original: tuple[int, int], stored: tuple[int, int]) -> bool:
+    """Whether one scale makes both stored sides of the original ones, each within the rounding."""
+    (width, height), (stored_width, stored_height) = original, stored
+    return (stored_width - _ROUNDING_PX) * height <= (stored_height + _ROUNDING_PX) * width and (
+        stored_height - _ROUNDING_PX
+    ) * width <= (stored_width + _ROUNDING_PX) * height
 
 
 def keeps_aspect_ratio(width_px: int, height_px: int, settings: AspectRatioSettings) -> bool:

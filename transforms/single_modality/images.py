@@ -9,14 +9,14 @@ import apache_beam as beam
 
 from transforms.annotate import AnnotateSamples
 from transforms.core.catalogue import SINGLE_MODALITY
-from transforms.core.records import Sample, SampleBatch
+from transforms.core.records import SIZE_NOT_USED, Sample, SampleBatch
 from transforms.single_modality.image_shape import original_size_px
 from transforms.single_modality.perceptual_hash import perceptual_hash
 
 
 class ImageFeatures(beam.PTransform):
-    """PCollection[SampleBatch] -> the same with `original_width_px`, `original_height_px`, `image_sha256` and
-    `perceptual_hash`."""
+    """PCollection[SampleBatch] -> the same with `original_width_px`, `original_height_px`, `image_sha256`,
+    `perceptual_hash`, and a note in `pool_notes` where the pool's original size cannot be true."""
 
     def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
         annotate = AnnotateSamples("image_features", SINGLE_MODALITY, ImageAnnotator)
@@ -33,10 +33,14 @@ class ImageAnnotator:
         """See the class."""
         stored = sample.annotation
         assert stored.width_px and stored.height_px and sample.pixels is not None  # the reader decodes
-        width, height = original_size_px(sample.metadata, (stored.width_px, stored.height_px))
+        size = stored.width_px, stored.height_px
+        original = original_size_px(sample.metadata, size)
+        width, height = original or size
+        notes = () if original else (SIZE_NOT_USED,)
         return {
             "original_width_px": width,
             "original_height_px": height,
+            "pool_notes": " ".join([*(stored.pool_notes or "").split(), *notes]) or None,
             "image_sha256": hashlib.sha256(sample.image_bytes).hexdigest(),
             "perceptual_hash": perceptual_hash(sample.pixels),
         }

@@ -1,4 +1,4 @@
-"""Sequential reads that retry, for files on a network."""
+"""Reads that retry, for files on a network."""
 
 from __future__ import annotations
 
@@ -53,8 +53,19 @@ class SteadyReader(io.RawIOBase):
         return content
 
     def tell(self) -> int:
-        """The number of bytes read."""
+        """The offset of the next byte: the number of bytes read, unless `seek` was used."""
         return self._offset
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Read on from `offset`, counted from the start of the file."""
+        assert whence == io.SEEK_SET
+        if self._file is not None and offset != self._offset:
+            try:
+                self._file.seek(offset)
+            except Exception:  # `read` opens it again, and reports what fails
+                self._file = None
+        self._offset = offset
+        return offset
 
     def close(self) -> None:
         if self._file is not None:

@@ -107,7 +107,7 @@ def test_every_column_of_an_annotation_has_its_table() -> None:
     }
     assert names - by_stage == {"cluster", "semantic_duplicate_of"}
     assert by_stage <= names
-    assert set(tables.decisions_schema(recipe()).names) == names - {"embedding"} | {
+    assert set(tables.decisions_schema(recipe()).names) == names - {"embedding", "kept_fields", "pool_notes"} | {
         "dropped_by",
         "expected_copies",
         "copies",

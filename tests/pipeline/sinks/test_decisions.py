@@ -69,6 +69,24 @@ def test_survivor_has_its_placement() -> None:
     assert (found["uid"], found["key"], found["shard"]) == (uid(1), "k1", "s")
 
 
+def test_fields_of_the_pool_are_columns_of_the_decisions(tmp_path: Path) -> None:
+    asked = recipe(pool={"keep_columns": ["url", "NSFW"]})
+    rows = [row(1, kept_fields='{"url": "u", "gone": "x"}'), row(2, kept_fields="{}", word_count=1), row(3)]
+    found = decide(rows, {uid(n): placed(n) for n in (1, 3)}, set(), asked, {})
+    tables.write_table(str(tmp_path / "t.parquet"), found, tables.decisions_schema(asked))
+    written = tables.read_table(str(tmp_path / "t.parquet"))
+    assert [(one["url"], one["NSFW"]) for one in written] == [("u", None), (None, None), (None, None)]
+    assert {"url", "NSFW"} == set(written[0]) - set(tables.decisions_schema(recipe()).names)
+
+
+def test_notes_of_the_pool_are_counted_in_the_funnel() -> None:
+    rows = [row(1, pool_notes="uid_replaced"), row(2, pool_notes="uid_replaced original_size_not_used"), row(3)]
+    counts = count_outcomes(decided(rows, [placed(1), placed(2), placed(3)]), [])
+    assert funnel({**counts, ("in", ""): 3}, recipe())["pool_notes"] == {"original_size_not_used": 1, "uid_replaced": 2}
+    without = count_outcomes(decided([row(3)], [placed(3)]), [])
+    assert "pool_notes" not in funnel({**without, ("in", ""): 1}, recipe())
+
+
 def test_a_survivor_may_have_no_copies() -> None:
     (found,) = decided([row(1)], [placed(1, copies=0)])
     assert (found["dropped_by"], found["copies"]) == (None, 0)

@@ -93,7 +93,7 @@ def test_a_batch_belongs_to_one_shard(tmp_path: Path) -> None:
 
 def test_samples_are_decoded(tmp_path: Path) -> None:
     big = encode(picture(900, 700), "JPEG")
-    shards = write_pool(tmp_path, {"a.tar": [("k.jpg", big), ("k.txt", b"c"), ("k.json", b'{"a": 1}')]})
+    shards = write_pool(tmp_path, {"a.tar": [("k.jpg", big), ("k.txt", b"c"), ("k.json", b'{"a": 1, "width": 9}')]})
     for draft, shape in ((None, (700, 900, 3)), (320, (350, 450, 3))):
         ((batch,), _) = read(FakeCache(), shards, draft=draft)
         (sample,) = batch
@@ -101,7 +101,7 @@ def test_samples_are_decoded(tmp_path: Path) -> None:
         assert sample.pixels.shape == shape
         assert (sample.annotation.width_px, sample.annotation.height_px) == (900, 700)
         assert sample.image_bytes == big
-        assert sample.metadata == {"a": 1}
+        assert sample.metadata == {"width": 9}
 
 
 def broken(key: str) -> Members:

@@ -92,8 +92,9 @@ def test_dead_letters_are_counted_where_they_are_found(measured: Measured, funne
 def test_counters_of_reading_and_decoding(case: Case, measured: Measured) -> None:
     sizes = {tar.name: tar.stat().st_size for tar in case.pool.iterdir()}
     first, second = measured[SINGLE_MODALITY], measured[CROSS_MODALITY]
-    assert sum(sizes.values()) - sizes["00003.tar"] < first["tar_bytes_read"] <= sum(sizes.values())  # it is truncated
-    assert 0 < second["tar_bytes_read"] <= sum(sizes.values())
+    # One breaks off; the images of those that have samples without a json are read again.
+    assert sum(sizes.values()) - sizes["00003.tar"] < first["tar_bytes_read"] < 2 * sum(sizes.values())
+    assert 0 < second["tar_bytes_read"] < 2 * sum(sizes.values())
     assert first["pictures_decoded"] == first["samples_done"] + first["dead_letters_undecodable_image"]
     assert second["pictures_decoded"] == second["samples_done"]
     for of_stage in (first, second):

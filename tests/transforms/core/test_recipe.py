@@ -412,3 +412,31 @@ def test_aliases_are_refused_where_they_are(tmp_path: Path, text: str, where: st
 def test_nesting_as_deep_as_any_setting_is_read(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="deep: unknown setting"):
         load_text(tmp_path, "deep: " + "[" * 30 + "]" * 30)
+
+
+@pytest.mark.parametrize(
+    ("pool", "where", "allowed"),
+    [
+        ({"image_members": []}, "pool.image_members", "at least 1 item"),
+        ({"image_members": [".jpg"]}, "pool.image_members.0", "for example image.jpg"),
+        ({"image_members": ["JPG"]}, "pool.image_members.0", "lower case"),
+        ({"image_members": ["a/b"]}, "pool.image_members.0", "for example image.jpg"),
+        ({"image_members": ["*.jpg"]}, "pool.image_members.0", "for example image.jpg"),
+        ({"image_members": ["jpg"], "caption_members": ["txt", "jpg"]}, "pool", "jpg is named twice"),
+        ({"caption_members": [], "caption_fields": []}, "pool", "no sample has a caption"),
+        ({"several_captions": "best"}, "pool.several_captions", "'each' or 'first'"),
+        ({"keep_columns": ["url", "url"]}, "pool", "a field twice"),
+        ({"keep_columns": [""]}, "pool.keep_columns.0", "at least 1 character"),
+        ({"keep_columns": ["caption"]}, "settings", "a column caption of their own"),
+        ({"keep_columns": ["copies"]}, "settings", "a column copies of their own"),
+    ],
+)  # fmt: skip
+def test_faults_of_what_a_pool_is_made_of(pool: dict[str, Any], where: str, allowed: str) -> None:
+    fault = one_fault(pool=pool)
+    assert fault.startswith(f"{where}: ")
+    assert allowed in fault
+
+
+def test_kept_columns_change_no_score() -> None:
+    asked = recipe(pool={"keep_columns": ["url"]}).pool
+    assert asked.computing == recipe().pool.computing

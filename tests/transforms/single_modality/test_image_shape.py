@@ -19,7 +19,7 @@ from transforms.single_modality.image_shape import (
     keeps_min_side,
     original_size_px,
 )
-from transforms.single_modality.images import ImageFeatures
+from transforms.single_modality.images import ImageAnnotator, ImageFeatures
 from transforms.single_modality.perceptual_hash import perceptual_hash
 
 STORED = (300, 200)
@@ -33,27 +33,62 @@ def test_an_original_of_the_same_shape_is_believed(original: tuple[int, int]) ->
     assert original_size_px({"original_width": original[0], "original_height": original[1]}, STORED) == original
 
 
+@pytest.mark.parametrize(("width", "height"), [(900.0, 600.0), ("900", "600"), ("900.0", "600."), (900, "600")])
+def test_a_size_that_went_through_a_table_is_a_size(width: Any, height: Any) -> None:
+    assert original_size_px({"original_width": width, "original_height": height}, (256, 171)) == (900, 600)
+
+
 @pytest.mark.parametrize(
     ("width", "height"),
     [
-        (None, None), (600, None), (None, 400), ("600", "400"), (600.0, 400.0), (True, True), ([600], [400]),
-        (299, 200), (300, 199), (150, 100), (-600, -400), (0, 0),
-        (600, 600), (200 * 3, 300 * 3), (3100, 2000), (2**31, 2**31 * 2 // 3), (10**400, 10**400),
-        (float("nan"), float("inf")),
+        (600, None), (None, 400), ("600px", "400px"), ("6e2", "4e2"), (600.5, 400.5), (True, True), ([600], [400]),
+        (-600, -400), (0, 0), ("0", "0"), ("-600", "-400"), (600, 600), (200 * 3, 300 * 3), (3100, 2000),
+        (2**31, 2**31 * 2 // 3), (10**400, 10**400), ("9" * 5000, "9" * 5000), (float("nan"), float("inf")),
     ],
 )  # fmt: skip
-def test_else_the_stored_size_counts(width: Any, height: Any) -> None:
-    assert original_size_px({"original_width": width, "original_height": height}, STORED) == STORED
+def test_a_size_that_cannot_be_true_is_not_used(width: Any, height: Any) -> None:
+    assert original_size_px({"original_width": width, "original_height": height}, STORED) is None
 
 
-def test_without_metadata_the_stored_size_counts() -> None:
-    assert original_size_px({}, STORED) == STORED
+@pytest.mark.parametrize(
+    "metadata", [{}, {"original_width": None, "original_height": None}, {"width": 900, "height": 600}]
+)
+def test_without_an_original_size_the_stored_one_counts(metadata: dict[str, Any]) -> None:
+    assert original_size_px(metadata, STORED) == STORED
+
+
+@pytest.mark.parametrize(
+    ("original", "stored"),
+    [
+        ((600, 400), (600, 400)),  # no
+        ((600, 400), (384, 256)), ((150, 120), (320, 256)), ((64, 64), (256, 256)),  # keep_ratio, also enlarged
+        ((220, 1100), (256, 1280)), ((2000, 200), (2560, 256)),
+        ((975, 292), (512, 153)), ((1536, 247), (512, 82)),  # rounded, written by img2dataset
+        ((4000, 900), (256, 58)), ((220, 1100), (51, 256)), ((150, 120), (150, 120)),  # keep_ratio_largest
+        ((900, 200), (256, 256)), ((150, 120), (512, 512)),  # border, center_crop
+    ],
+)  # fmt: skip
+def test_every_way_of_resizing_of_img2dataset(original: tuple[int, int], stored: tuple[int, int]) -> None:
+    written = {"width": stored[0], "height": stored[1]}
+    for more in ({}, written):
+        found = original_size_px({"original_width": original[0], "original_height": original[1], **more}, stored)
+        assert found == original
+
+
+def test_an_image_that_a_tag_turns() -> None:
+    assert original_size_px({"original_width": 400, "original_height": 600}, (600, 400)) == (600, 400)
+
+
+def test_a_square_image_may_be_cropped_after_the_download() -> None:
+    sizes = {"original_width": 900, "original_height": 600}
+    assert original_size_px({**sizes, "width": 512, "height": 341}, (224, 224)) == (900, 600)
+    assert original_size_px({**sizes, "width": 341, "height": 512}, (224, 224)) is None  # those of another image
 
 
 @pytest.mark.parametrize(("stored", "original"), [((1, 1), (5000, 1)), ((1, 512), (1, 5000)), ((512, 1), (50_000, 98))])
 def test_tiny_sides_do_not_break_it(stored: tuple[int, int], original: tuple[int, int]) -> None:
     found = original_size_px({"original_width": original[0], "original_height": original[1]}, stored)
-    assert found in (stored, original)
+    assert found in (None, original)
 
 
 def test_a_shrunk_picture_rounded_to_whole_pixels_is_believed() -> None:
@@ -82,6 +117,20 @@ def test_only_squares_pass_a_ratio_of_one() -> None:
 )
 def test_min_side(width: int, height: int, kept: bool) -> None:
     assert keeps_min_side(width, height, MinSideSettings()) is kept
+
+
+@pytest.mark.parametrize(
+    ("metadata", "notes", "size", "found"),
+    [({"original_width": 5, "original_height": 99}, None, (96, 64), "original_size_not_used"),
+     ({"original_width": 5, "original_height": 99}, "uid_replaced", (96, 64), "uid_replaced original_size_not_used"),
+     ({"original_width": "192", "original_height": 128.0}, "uid_replaced", (192, 128), "uid_replaced")],
+)  # fmt: skip
+def test_a_size_that_is_not_used_is_noted(
+    metadata: dict[str, Any], notes: str | None, size: tuple[int, int], found: str
+) -> None:
+    known = {"width_px": 96, "height_px": 64, "pool_notes": notes}
+    columns = ImageAnnotator().columns(Sample(annotation(**known), metadata, jpeg(), np.asarray(picture())))
+    assert (columns["original_width_px"], columns["original_height_px"], columns["pool_notes"]) == (*size, found)
 
 
 def features(sample: Sample) -> tuple[Any, ...]:
