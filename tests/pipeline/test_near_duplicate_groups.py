@@ -61,7 +61,7 @@ def write(folder: Path, rows: list[Annotation], scored: Recipe) -> graphs.Job:
     write_listing(job.layout, shards)
     for shard in shards:
         own = [tables.annotation_row(r) for r in rows if r.shard == shard.name]
-        key = job.cross_modality_work.cache_key(shard)
+        key = job.score_cache.cache_key(shard)
         tables.write_table(job.layout.single_modality(shard.name), own, tables.single_modality_schema(), due=len(own))
         scores = [r for r in own if r.get("flipped_clip_cosine") is not None]
         tables.write_table(job.layout.cross_modality(shard.name), scores, tables.cross_modality_schema(), key)
@@ -185,7 +185,7 @@ def test_the_group_is_a_column(mixed: Any) -> None:
 
 def test_stage_2_scores_keepers_and_further_members(mixed: Any) -> None:
     job, _ = mixed
-    work = job.cross_modality_work
-    kept = {key for shard in job.shards for key in work._kept(shard)}
+    cache = job.score_cache
+    kept = {key for shard in job.shards for key in cache._kept(shard)}
     assert kept == {f"k{n}" for n in (1, 2, 3, 11, 12, 21, 22, 23, 32, 33, 34, 41, 51, 52)}
-    assert sum(work.count_wanted(shard) for shard in job.shards) == 0  # 11 is a dead letter, which holds
+    assert sum(cache.count_wanted(shard) for shard in job.shards) == 0  # 11 is a dead letter, which holds
