@@ -185,7 +185,7 @@ def test_the_group_is_a_column(mixed: Any) -> None:
 
 def test_stage_2_scores_keepers_and_further_members(mixed: Any) -> None:
     job, _ = mixed
-    work = job.score_cache
-    kept = {key for shard in job.shards for key in work._kept(shard)}
+    cache = job.score_cache
+    kept = {key for shard in job.shards for key in cache._kept(shard)}
     assert kept == {f"k{n}" for n in (1, 2, 3, 11, 12, 21, 22, 23, 32, 33, 34, 41, 51, 52)}
-    assert sum(work.count_wanted(shard) for shard in job.shards) == 0  # 11 is a dead letter, which holds
+    assert sum(cache.count_wanted(shard) for shard in job.shards) == 0  # 11 is a dead letter, which holds
