@@ -93,6 +93,8 @@ def _file(file: File, extension: str) -> dict[str, Any]:
 
 def _fault(sample: Sample | DeadLetter, row: dict[str, Any]) -> str | None:
     """Return how a sample differs from the one that the run read; None if it is the same."""
+    if isinstance(sample, DeadLetter) and sample.reason.startswith("missing_"):
+        return f"no longer has an image and a caption ({sample.message})"
     if isinstance(sample, DeadLetter):
         return f"{sample.reason}: {sample.message}"
     if hashlib.sha256(sample.image_bytes).hexdigest() != row["image_sha256"]:
