@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
+from transforms.core.plain_text import plain_text
 from transforms.core.records import Annotation, Sample
 from transforms.models.cascade import wanted
 from transforms.models.handler import InMemory, SampleBatchHandler
@@ -54,7 +55,7 @@ class BlipPreparation:
 
     def prepare(self, sample: Sample) -> BlipInput:
         """The model inputs for a decoded sample."""
-        return BlipInput(self.pictures(pixels_of(sample)), *self._tokenize(sample.annotation.caption))
+        return BlipInput(self.pictures(pixels_of(sample)), *self._tokenize(plain_text(sample.annotation.caption)))
 
     def probe(self, tokens: int) -> BlipInput:
         """A known-good input in the bucket for `tokens` tokens."""

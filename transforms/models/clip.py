@@ -19,6 +19,7 @@ from PIL import Image
 from torch.func import functional_call
 from torch.nn.functional import normalize
 
+from transforms.core.plain_text import plain_text
 from transforms.core.records import Annotation, Sample
 from transforms.models.handler import InMemory, SampleBatchHandler
 from transforms.models.pictures import byte_table, grey, normalised, on_device, pixels_of
@@ -105,7 +106,8 @@ class ClipPreparation:
         upright = Image.fromarray(pixels)
         flipped = upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # four times as fast as a numpy copy
         views = [flipped, upright] if self._score_unflipped else [flipped]
-        return ClipInput(np.stack([self._bytes(view) for view in views]), self.tokens(sample.annotation.caption))
+        tokens = self.tokens(plain_text(sample.annotation.caption))
+        return ClipInput(np.stack([self._bytes(view) for view in views]), tokens)
 
     def probe(self) -> ClipInput:
         """A known-good input."""

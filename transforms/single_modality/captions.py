@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from transforms.core.catalogue import SINGLE_MODALITY, Rule
+from transforms.core.plain_text import plain_text
 from transforms.core.settings import Settings, Share
 
 if TYPE_CHECKING:
@@ -28,8 +29,12 @@ class CaptionLengthSettings(Settings):
 
 
 def caption_length(caption: str) -> tuple[int, int]:
-    """Words (split at white space) and characters of a caption, as in DataComp's basic filter."""
-    return len(caption.split()), len(caption)
+    """Words (split at white space) and characters of a caption's plain text.
+
+    Source: DataComp's basic filter, which counts the caption as it is, with any HTML. The plain text is our choice.
+    """
+    text = plain_text(caption)
+    return len(text.split()), len(text)
 
 
 def keeps_length(word_count: int, character_count: int, settings: CaptionLengthSettings) -> bool:
@@ -89,9 +94,9 @@ _NOT_WORD = re.compile(r"[\W_]+")
 
 
 def caption_key(caption: str) -> str:
-    """32 hex digits that identify the normalised caption (our choice: NFKC, case folded, and every run of characters
-    other than letters and digits as one space)."""
-    text = unicodedata.normalize("NFKC", caption).casefold()
+    """32 hex digits that identify the normalised caption (our choice: its plain text in NFKC, case folded, and every
+    run of characters other than letters and digits as one space)."""
+    text = unicodedata.normalize("NFKC", plain_text(caption)).casefold()
     text = _NOT_WORD.sub(" ", text).strip()
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 

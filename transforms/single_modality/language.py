@@ -19,6 +19,7 @@ import pydantic
 from pydantic import Field
 
 from transforms.core.catalogue import SINGLE_MODALITY, Rule
+from transforms.core.plain_text import plain_text
 from transforms.core.settings import Settings
 from transforms.storage import files
 from transforms.storage.local_copies import local_copy
@@ -87,13 +88,13 @@ def model_identity(model_path: str | None) -> dict[str, str]:
 
 
 def detect(detector: LanguageDetector, caption: str) -> tuple[str, float]:
-    """The most probable language (ISO 639-1 or -3, e.g. "en") and its probability in [0, 1].
+    """The most probable language of a caption's plain text (ISO 639-1 or -3, e.g. "en"), and its probability in [0, 1].
 
     Returns ("und", 0.0) if the model knows no part of the caption, such as an empty text or most digits and symbols.
     fastText itself reports "en" with probability 0.12 for those, which is only its bias.
     """
     # One line, and without lone surrogates, which fastText cannot encode.
-    line = " ".join(caption.encode("utf-8", "replace").decode("utf-8").split())
+    line = " ".join(plain_text(caption).encode("utf-8", "replace").decode("utf-8").split())
     language, probability = _top(detector.model, line)
     if (language, probability) == detector.blank or not math.isfinite(probability):
         return UNDETERMINED, 0.0

@@ -23,6 +23,7 @@ import pydantic
 from pydantic import Field
 
 from transforms.core.catalogue import SINGLE_MODALITY, Rule
+from transforms.core.plain_text import plain_text
 from transforms.core.settings import Settings
 
 if TYPE_CHECKING:  # NLTK is imported when the tagger is loaded
@@ -116,8 +117,8 @@ def fingerprint(tagger: PerceptronTagger) -> str:
 
 
 def tag_caption(tagger: PerceptronTagger, caption: str, max_words: int) -> str:
-    """The Penn tags of a caption's first `max_words` tokens, joined by spaces; "" for no token."""
-    return " ".join(tag for _, tag in tagger.tag(words_of(caption, max_words)))
+    """The Penn tags of the first `max_words` tokens of a caption's plain text, joined by spaces; "" for no token."""
+    return " ".join(tag for _, tag in tagger.tag(words_of(plain_text(caption), max_words)))
 
 
 def keeps(

@@ -29,7 +29,10 @@ from transforms.single_modality.captions import (
         ("a dog runs", 3, 10),
         ("  a\tdog\nruns  ", 3, 14),
         ("a\u00a0dog\u2003runs", 3, 10),
-        ("zero\u200bwidth", 1, 10),
+        ("zero\u200bwidth", 1, 9),
+        ("<p>a&nbsp;dog</p>", 2, 5),
+        ("STRASSE", 1, 7),
+        ("Straße", 1, 7),
         ("狗在跑", 1, 3),
         ("e\u0301\U0001f600", 1, 3),
     ],
@@ -114,3 +117,10 @@ def test_a_share_of_zero_leaves_the_count() -> None:
     settings = CaptionFrequencySettings(min_images=1, max_pool_share=0.0)
     assert keeps_frequency(1, 10**9, settings)
     assert not keeps_frequency(2, 10**9, settings)
+
+
+def test_letter_case_and_html_do_not_change_a_caption_key() -> None:
+    same = [
+        "top: straße & ıstanbul", "TOP: STRASSE & ISTANBUL", "Top: Straße &amp; ıstanbul", "<p>top: straße&nbsp;ıstanbul",
+    ]  # fmt: skip
+    assert len({caption_key(caption) for caption in same}) == 1

@@ -45,6 +45,17 @@ def test_line_breaks_are_white_space(detector):
         assert language.detect(detector, broken) == plain
 
 
+@pytest.mark.parametrize("caption", ["Lemon SVG theme", "Gatto Cat", "Henry Ford 1908", "ein Hund läuft", "A dog on grass"])
+def test_letter_case_changes_nothing(detector, caption):
+    found = {language.detect(detector, variant(caption)) for variant in (str, str.lower, str.upper, str.title)}
+    assert len(found) == 1
+
+
+def test_html_and_marks_change_nothing(detector):
+    plain = language.detect(detector, "a dog in the park")
+    assert language.detect(detector, "\ufeff<p>a&nbsp;dog in the&nbsp;park</p>") == plain
+
+
 @pytest.mark.parametrize("caption", ["", " \n", "12345 678", "🙂🙂", "\ud800"])
 def test_no_known_part_is_undetermined(detector, caption):
     assert language.detect(detector, caption) == ("und", 0.0)

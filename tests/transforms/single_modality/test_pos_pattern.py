@@ -120,6 +120,16 @@ def test_captions_of_names_numbers_and_symbols_are_dropped(tagger, caption):
     assert not keeps(tag_caption(tagger, caption, 64))
 
 
+@pytest.mark.parametrize("caption", ["brown leather sofa", "old man reading a newspaper", "Maria Rossi 2004", "Abraham Lincoln"])
+def test_letter_case_changes_nothing(tagger, caption):
+    found = {tag_caption(tagger, variant(caption), 64) for variant in (str, str.lower, str.upper, str.title)}
+    assert len(found) == 1
+
+
+def test_html_and_marks_are_no_words(tagger):
+    assert tag_caption(tagger, "\ufeff<p>a&nbsp;dog</p>", 9) == tag_caption(tagger, "a dog", 9) == "DT NN"
+
+
 def test_tags_by_context(tagger):
     assert tag_caption(tagger, "a dog", 9) == "DT NN"
     assert tag_caption(tagger, "the dogs are running", 9) == "DT NNS VBP VBG"
