@@ -28,7 +28,7 @@ _ELEMENTS = (
 )
 _TAG = re.compile(
     rf"<(?:/?(?:{_ELEMENTS})(?=[\s/>])[^<>]*|[!?][^<>]*)>"
-    rf"|<(?:{_ELEMENTS})\s[^<>]*=[^<>]*$"  # cut off with the caption
+    rf"|<(?:{_ELEMENTS})\s[^<>=]*=[^<>]*$"  # cut off with the caption
 )
 _INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 _CONTROL = re.compile(r"[^\S ]|[\x00-\x1f\x7f-\x9f]")

@@ -46,3 +46,9 @@ def test_letter_case_of_no_text_matters(text: str) -> None:
 def test_plain_text(caption: str, text: str) -> None:
     assert plain_text(caption) == text
 
+
+def test_a_hostile_caption_takes_linear_time() -> None:
+    """At most the 16 KiB that the recipe allows. With quadratic time it takes ten seconds."""
+    cut_off = "<a " + "=" * 16_000 + "<"
+    assert plain_text(cut_off) == cut_off
+    assert plain_text("<a " * 5_000) == "<a " * 5_000
