@@ -501,7 +501,7 @@ KINDS: dict[str, Make] = {
     ),
     "deep JSON": of_json(deep_json, "json_too_deep"),
     "a number of 9,999 digits": of_json(lambda rng: b'{"width": ' + b"9" * 9_999 + b"}", "undecodable_json"),
-    "JSON of many values": of_json(lambda rng: b'{"a": [' + b"0," * 30_000 + b"0]}", "json_too_many_values"),
+    "JSON of many values": of_json(lambda rng: b'{"a": [' + b"[]," * 30_000 + b"0]}", "json_too_many_values"),
     "UTF-16 JSON": of_json(lambda rng: '{"width": 240}'.encode("utf-16"), JUDGED),
     "odd values in JSON": of_json(odd_values, JUDGED, "repeated_uid"),
     "odd face boxes": of_json(odd_boxes, JUDGED),

@@ -86,7 +86,7 @@ class PoolSettings(Settings):
     max_captions: int = Field(32, ge=1)
     max_json_bytes: int = Field(2**20, gt=0)
     max_json_depth: int = Field(64, ge=1, le=500)  # Python's own parser fails near 1,000
-    max_json_values: int = Field(20_000, gt=0)
+    max_json_values: int = Field(50_000, gt=0)
     max_key_characters: int = Field(1024, ge=64)
     max_tar_members: int = Field(1_000_000, gt=0)
     max_tar_bytes: int = Field(64 * 2**30, gt=0)
