@@ -21,7 +21,7 @@ COMMANDS = ("demo", "validate", "run", "select", "reshard", "centroids", "estima
 
 def imported_by(*arguments: str) -> set[str]:
     """The top-level packages that the command imports."""
-    command = [sys.executable, "-X", "importtime", "-m", "pipeline.cli", *arguments]
+    command = [sys.executable, "-X", "importtime", "-m", "pairsift", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     names = re.findall(r"^import time: .*\| +(\S+)$", done.stderr, re.MULTILINE)
     assert "typer" in names  # otherwise the report of imports has another format
