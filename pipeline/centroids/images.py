@@ -22,7 +22,7 @@ from pipeline.sources.tars import BrokenTar, tar_members
 from transforms.core.recipe import PoolSettings
 from transforms.storage import files
 
-_PILLOW_FORMATS = (*FORMATS, "BMP", "GIF", "PPM", "TIFF")
+_PILLOW_FORMATS = (*FORMATS, "PPM")
 _EXTENSIONS = frozenset(
     "jpg jpeg png webp bmp gif pbm pgm pnm ppm tif tiff dcm dicom exr j2c j2k jp2 jpc jpf jpx avif heic hdr jxl".split()
 )
@@ -178,12 +178,7 @@ def _tiff_pages(content: bytes) -> int:
     """Return the number of pages of a TIFF. Raises UndecodableImage if its list of pages is damaged."""
     try:
         with Image.open(io.BytesIO(content), formats=("TIFF",)) as image:
-            pages = getattr(image, "n_frames", 1)
-            if pages == 1 and image.mode in ("I", "F"):
-                raise UndecodableImage("undecodable_image", "32-bit samples are not supported; their range is unknown")
-            return pages
-    except UndecodableImage:
-        raise
+            return getattr(image, "n_frames", 1)
     except MemoryError:
         raise
     except Exception as error:  # Pillow may raise any exception on damaged files

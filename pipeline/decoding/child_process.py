@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 _MAX_LINE_BYTES = 2000
+_ENDING_S = 5.0  # between closing its output and its end
 
 
 class CannotStart(RuntimeError):
     """The program does not exist, or does not answer as expected."""
+
+
+class Stalled(RuntimeError):
+    """The process waits for something that does not come: it sleeps and uses no CPU time."""
 
 
 class ChildProcess:
@@ -54,6 +61,12 @@ class ChildProcess:
         """Return whether the process is still running."""
         return self._popen.poll() is None
 
+    def exit_status(self) -> int | None:
+        """Return the exit status of an ending process, or minus the signal that ends it; None if it does not end."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._popen.wait(_ENDING_S)
+        return None
+
     def write(self, content: bytes) -> None:
         """Send bytes to the process. Raises BrokenPipeError if it has ended."""
         assert self._popen.stdin is not None
@@ -67,6 +80,21 @@ class ChildProcess:
         if len(content) < size_bytes:
             raise EOFError(self._last_line() or f"exit status {self._popen.wait()}")
         return content
+
+    def wait_for_output(self, stalled_after_s: float) -> None:
+        """Wait until there is output, or the process has ended.
+
+        Raises Stalled where the process has slept for `stalled_after_s` seconds without any CPU time. A process that
+        waits for a core does not sleep, so the result does not depend on how busy the machine is.
+        """
+        assert self._popen.stdout is not None
+        output, before = select.poll(), ""
+        output.register(self._popen.stdout, select.POLLIN)
+        while not output.poll(1000 * stalled_after_s):
+            state, cpu_time = _state_and_cpu_time(self._popen.pid)
+            if state == "S" and cpu_time == before:
+                raise Stalled(f"process {self._popen.pid} sleeps")
+            before = cpu_time
 
     def kill(self) -> None:
         """Kill the process if it is still running, and close its streams."""
@@ -86,6 +114,12 @@ class ChildProcess:
         self._errors.seek(max(0, self._errors.tell() - _MAX_LINE_BYTES))
         lines = self._errors.read().decode("utf-8", "replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _state_and_cpu_time(pid: int) -> tuple[str, str]:
+    """Return the state of a process (`S`: it sleeps) and its CPU time so far (proc(5): state, utime and stime)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return fields[0], " ".join(fields[11:13])
 
 
 class TimeLimit:

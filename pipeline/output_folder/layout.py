@@ -64,15 +64,6 @@ class Layout:
             return str(local_copies.cache_folder() / "progress" / hashlib.sha256(self.output.encode()).hexdigest()[:32])
         return files.join(self.output, ".progress")
 
-    def in_progress(self, stage: str, shard: str) -> str:
-        """A mark that exists while a stage works on a shard, and remains if that work never ended."""
-        return files.join(self.in_progress_folder, stage, f"{shard}.mark")
-
-    @property
-    def in_progress_folder(self) -> str:
-        """Deleted when the run ends without an error."""
-        return files.join(self.output, ".in_progress")
-
     @property
     def alignment_work(self) -> str:
         """Arrays that the steps of stage 3 exchange. Deleted when that stage ends."""

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from transforms.core import catalogue
+from pipeline.decoding import images
+from transforms.core import catalogue, plain_text
 from transforms.core.recipe import (
     CROSS_MODALITY,
     DISTRIBUTION_ALIGNMENT,
@@ -42,9 +43,9 @@ LIBRARIES = {
 """The packages that compute a stage's features or scores. Another version may change the last bits of the results."""
 
 
-def library_versions(stage: str) -> dict[str, str]:
-    """Return the versions of the packages that compute a stage's features or scores."""
-    return {name: version(name) for name in LIBRARIES[stage]}
+def computing_versions(stage: str) -> dict[str, Any]:
+    """Return the versions of what computes a stage's features or scores, and of what makes their inputs."""
+    return {**{name: version(name) for name in LIBRARIES[stage]}, "pixels": images.VERSION, "text": plain_text.VERSION}
 
 
 def identities(recipe: Recipe) -> dict[str, Any]:

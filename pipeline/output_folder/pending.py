@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pipeline.output_folder import tables
 from pipeline.output_folder.img2dataset_stats import STATS_MISMATCH, mismatch_letters, successes
 from pipeline.output_folder.layout import Layout
-from pipeline.output_folder.manifest import library_versions
+from pipeline.output_folder.manifest import computing_versions
 from transforms.core import catalogue
 from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY, Recipe
 from transforms.core.records import Annotation, DeadLetter, Shard
@@ -60,7 +60,7 @@ class FeatureCache:
         self._layout = layout
         known = identities[SINGLE_MODALITY]
         rules = {score.name: recipe.settings_of(score) for score in catalogue.per_sample_scores()}
-        self._pool = _digest(recipe.pool.computing, recipe.pool.keep_columns, library_versions(SINGLE_MODALITY))
+        self._pool = _digest(recipe.pool.computing, recipe.pool.keep_columns, computing_versions(SINGLE_MODALITY))
         self._skips_mismatches = recipe.pool.stats_mismatch == "skip"
         self._features = {
             name: _digest(settings.computing, known.get(name)) for name, settings in rules.items() if settings
@@ -79,10 +79,6 @@ class FeatureCache:
         if any(letter.reason in self._failures_of_others for letter in letters):
             return False
         return self._agrees_with_stats(shard, letters)
-
-    def in_progress(self, shard: Shard) -> str:
-        """Return the path of the marker file that exists while the shard is being processed."""
-        return self._layout.in_progress(self.stage, shard.name)
 
     def wanted(self, shard: Shard) -> None:
         """Return None: all samples of the shard."""
@@ -148,7 +144,7 @@ class ScoreCache:
     def __init__(self, recipe: Recipe, layout: Layout, identities: Mapping[str, Any]) -> None:
         self._layout, self._recipe = layout, recipe
         cross, known = recipe.cross_modality, identities[CROSS_MODALITY]
-        computed_by = cross.device, cross.precision, library_versions(CROSS_MODALITY)
+        computed_by = cross.device, cross.precision, computing_versions(CROSS_MODALITY)
         self._pool = _digest(recipe.pool.computing, *computed_by)
         sections = {
             score.name: recipe.settings_of(score) for score in catalogue.scores_of(CROSS_MODALITY) if score.columns
@@ -180,10 +176,6 @@ class ScoreCache:
         """Return whether the shard has a valid table of scores, complete or not."""
         there = tables.read_cache_key(self._layout.cross_modality(shard.name))
         return there is not None and there.get(_SHARD) == self.cache_key(shard)[_SHARD]
-
-    def in_progress(self, shard: Shard) -> str:
-        """Return the path of the marker file that exists while the shard is being processed."""
-        return self._layout.in_progress(self.stage, shard.name)
 
     def wanted(self, shard: Shard) -> dict[str, Annotation]:
         """Return the samples that stage 1 keeps and that lack a score, by key, with their stored scores."""

@@ -83,7 +83,6 @@ def run(
                 funnel = decide(job, Publication(content, keep_versions), beam_options, progress, work)
             else:
                 run_stage(stage, job, beam_options, progress, work)
-        files.delete_folder(layout.in_progress_folder)
         files.write_json(layout.run, {**work.content, "shards": len(job.shards), "shards_vanished": shards_vanished})
     return Outcome(funnel, shown(layout))
 

@@ -71,7 +71,6 @@ def publish(layout: Layout, publication: Publication) -> None:
             layout.single_modality(name),  # last, because `vanished` finds the shard by this table
         ):
             files.delete_if_there(path)
-    files.delete_folder(layout.in_progress_folder)
     if publication.holder:
         release_for_job(layout.output, publication.holder)
 

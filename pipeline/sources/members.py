@@ -10,15 +10,15 @@ from transforms.core.recipe import PoolSettings
 
 Kind = Literal["image", "caption", "metadata"]
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_OTHER_EXTENSIONS = ("avif", "bmp", "gif", "heic", "jxl", "tif", "tiff", "txt", "json")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+_OTHER_EXTENSIONS = ("heic", "heif", "jp2", "jxl", "txt", "json")
 MAX_NAMES = 12  # of one sample, for messages
 
 
 class MemberName(NamedTuple):
     """What a name says of a member.
 
-    `key` names the sample, `kind` is None for a file that is not read but is a sign of a sample (k.gif). `rank` orders
+    `key` names the sample, `kind` is None for a file that is not read but is a sign of a sample (k.heic). `rank` orders
     files of one kind: the smallest is used. `max_bytes` is the recipe's limit. `has_dot`: the key has a dot, so that it
     may name a further file of the sample before that dot. `full_length` is that of the key before it was shortened.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -12,8 +11,8 @@ from typing import Any, Protocol
 
 import apache_beam as beam
 
+from pipeline.decoding.guarded_decoder import DECODERS, Decode, shared_decoders
 from pipeline.decoding.images import UndecodableImage
-from pipeline.decoding.watched_decoder import Decode, decoder_for
 from pipeline.sources.grouping import Reading
 from pipeline.sources.pool import check_unchanged, dead_shard
 from pipeline.sources.prefetch import map_alternating, map_prefetched
@@ -30,8 +29,8 @@ from transforms.core.metrics import (
 from transforms.core.recipe import PoolSettings
 from transforms.core.records import Annotation, Attempt, DeadLetter, Sample, SampleBatch, Shard, dead_letter
 
-# Per process: the cores it may use, capped because each thread may hold a full-size picture in memory.
-DECODE_THREADS = min(8, len(os.sched_getaffinity(0)))
+MAX_BATCH_BYTES = MAX_READ_AHEAD_BYTES = 128 * 2**20
+"""Files and decoded pictures in a batch, and as many again that are read ahead: 64 pictures of 512 px take 50 MiB."""
 
 
 _Wanted = dict[str, Annotation] | None
@@ -50,9 +49,6 @@ class PendingReads(Protocol):
 
     def wanted(self, shard: Shard) -> _Wanted:
         """Return the samples to read, by key, with their existing annotations; None means all samples of the shard."""
-
-    def in_progress(self, shard: Shard) -> str:
-        """Return the path of the marker file that exists while the shard is being processed."""
 
 
 Prepare = Callable[[Sample], Sample]
@@ -109,13 +105,12 @@ class _ReadShard(beam.DoFn):
             return
         if self._load_prepare and self._prepare is None:
             self._prepare = self._load_prepare()
-        with decoder_for(self._pending.in_progress(shard), self._bounds.max_decode_seconds) as decode:
-            yield from self._read(shard, decode)
+        yield from self._read(shard)
 
-    def _read(self, shard: Shard, decode: Decode) -> Iterator[SampleBatch]:
+    def _read(self, shard: Shard) -> Iterator[SampleBatch]:
         """Yield the batches of a shard. Starts over with smaller batches if a model runs out of GPU memory."""
         wanted, attempt = self._pending.wanted(shard), Attempt()
-        decoding = _Decoding(decode)
+        decoding = _Decoding(shared_decoders(self._bounds.max_decode_seconds).decode)
         while True:
             if (wanted is None or wanted) and not shard.fault:
                 counter(TARS_OPENED).inc()
@@ -136,7 +131,8 @@ class _ReadShard(beam.DoFn):
         self, shard: Shard, wanted: _Wanted, decode: Decode, reading: Reading
     ) -> Generator[Sample | DeadLetter, None, None]:
         decoded = functools.partial(self._decoded, decode)
-        return self._map(decoded, self._samples(shard, wanted, reading), DECODE_THREADS, self._batch_size)
+        samples = self._samples(shard, wanted, reading)
+        return self._map(decoded, samples, DECODERS, self._batch_size, _size_bytes, MAX_READ_AHEAD_BYTES)
 
     def _samples(self, shard: Shard, wanted: _Wanted, reading: Reading) -> Iterator[Sample | DeadLetter]:
         if shard.fault:
@@ -202,23 +198,33 @@ class _Decoding:
             distribution(DECODE_BATCH_MS).update(round(1000 * seconds))
 
 
+def _size_bytes(sample: Sample | DeadLetter) -> int:
+    """Return the size of the file and the pixels of a sample. The inputs of models are small and of one size."""
+    if isinstance(sample, DeadLetter):
+        return 0
+    return len(sample.image_bytes) + (sample.pixels.nbytes if sample.pixels is not None else 0)
+
+
 def _batches(
     shard: Shard, samples: Iterable[Sample | DeadLetter], batch_size: int, attempt: Attempt, expected: Iterable[str]
 ) -> Iterator[SampleBatch]:
-    """Yield batches of `batch_size` samples in tar order. The last one may be smaller, or empty.
+    """Yield batches of `batch_size` samples in tar order, or of fewer where these take `MAX_BATCH_BYTES`.
+
+    The last batch may be smaller, or empty.
 
     `expected` holds the keys of the samples that the stage has to account for. It is read after the last sample, when
     it is complete.
     """
-    index = 0
+    index = size_bytes = 0
     good: list[Sample] = []
     letters: list[DeadLetter] = []
     for sample in samples:
         if isinstance(sample, DeadLetter):
             letters.append(sample)
             continue
-        if len(good) == batch_size:
+        if len(good) == batch_size or size_bytes >= MAX_BATCH_BYTES:
             yield SampleBatch(shard, index, False, tuple(good), tuple(letters), attempt)
-            index, good, letters = index + 1, [], []
+            index, good, letters, size_bytes = index + 1, [], [], 0
         good.append(sample)
+        size_bytes += _size_bytes(sample)
     yield SampleBatch(shard, index, True, tuple(good), tuple(letters), attempt, tuple(expected))

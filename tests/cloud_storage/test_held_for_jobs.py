@@ -94,7 +94,6 @@ def test_late_retry_of_the_last_step_does_not_affect_the_next_run(output: str) -
     hold_for_job(output, job)  # the job of the next scheduled run has the same name
     theirs = (
         f"{output}/versions/2/subset.npy",
-        layout.in_progress(SINGLE_MODALITY, "a"),
         f"{layout.alignment_work}/tiles/0",
     )
     for path in theirs:

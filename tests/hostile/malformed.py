@@ -194,8 +194,14 @@ def png_wrong_crc(rng: random.Random) -> bytes:
     return bytes(content)
 
 
+def turned_and_transparent(rng: random.Random) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = rng.randrange(300)
+    return encode(picture().convert(rng.choice(["RGBA", "LA"])), "PNG", exif=exif)
+
+
 def other_format(rng: random.Random) -> bytes:
-    return encode(picture(), rng.choice(["GIF", "BMP", "TIFF", "ICO", "PPM", "TGA", "PDF"]))
+    return encode(picture(), rng.choice(["ICO", "PPM", "TGA", "JPEG2000", "DDS"]))
 
 
 def png_as_jpg(rng: random.Random) -> bytes:
@@ -454,7 +460,16 @@ KINDS: dict[str, Make] = {
     "png with a wrong CRC": of_image(png_wrong_crc, "undecodable_image", extension="png"),
     "wrong extension": of_image(png_as_jpg, JUDGED),
     "format that is not read": of_image(other_format, "undecodable_image"),
-    "gif by its name": of_image(lambda rng: encode(picture(), "GIF"), "missing_image", extension="gif"),
+    "heic by its name": of_image(lambda rng: b"\0\0\0\x18ftypheic", "missing_image", extension="heic"),
+    "gif": of_image(lambda rng: encode(picture(), "GIF"), JUDGED, extension="gif"),
+    "bmp": of_image(lambda rng: encode(picture(), "BMP"), JUDGED, extension="bmp"),
+    "tiff": of_image(lambda rng: encode(picture(), "TIFF"), JUDGED, extension="tif"),
+    "avif": of_image(lambda rng: encode(picture(), "AVIF"), JUDGED, extension="avif"),
+    "gif cut": of_image(lambda rng: encode(picture(), "GIF")[: rng.randrange(20, 900)], "undecodable_image"),
+    "bmp cut": of_image(lambda rng: encode(picture(), "BMP")[: rng.randrange(9, 9000)], "undecodable_image"),
+    "tiff cut": of_image(lambda rng: encode(picture(), "TIFF")[: rng.randrange(9, 9000)], "undecodable_image"),
+    "avif cut": of_image(lambda rng: encode(picture(), "AVIF")[: rng.randrange(9, 900)], "undecodable_image"),
+    "turned and transparent": of_image(turned_and_transparent, JUDGED, extension="png"),
     "animated": of_image(animated, JUDGED, extension="webp"),
     "0x0": of_image(no_pixels, "undecodable_image", extension="png"),
     "60,000x1": of_image(a_line, JUDGED, extension="png"),

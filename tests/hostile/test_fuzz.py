@@ -310,7 +310,11 @@ def test_captions(check_caption: Check, record_property: Any) -> None:
 IMAGES = [
     encode(picture(40, 30, seed), format_, **options)
     for seed, (format_, options) in enumerate(
-        [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})]
+        [
+            ("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True}),
+            ("GIF", {}), ("BMP", {}), ("AVIF", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_deflate"}),
+            ("TIFF", {"compression": "jpeg"}),
+        ]  # fmt: skip
     )
 ] + [encode(picture(40, 30).convert(mode), "PNG") for mode in ("P", "LA", "1")]
 

@@ -20,7 +20,7 @@ def test_killed_worker_on_the_portable_runner_loses_no_work(tmp_path, tmp_path_f
     with worker_pool() as pool, job_service() as address:
         case = Case(Path(str(POOL)), Path(str(RECIPE)), pool.options(address))
         run = Run(case, tmp_path / "out")
-        wait_for(lambda: list((tmp_path / "out").glob(".in_progress/cross_modality/*.mark")), 400)
+        wait_for(lambda: list((tmp_path / "out").glob(".progress/cross_modality/*.count")), 400)
         pool.workers[0].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         message = error_of(run)

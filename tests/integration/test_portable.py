@@ -32,7 +32,7 @@ def portable(case: Case, pool: Pool, job_endpoint: str = EMBED) -> Case:
 
 
 def at_work(output: Path, stage: str = "*") -> None:
-    wait_for(lambda: list(output.glob(f".in_progress/{stage}/*.mark")), 300)  # the stage has started
+    wait_for(lambda: list(output.glob(f".progress/{stage}/*.count")), 300)  # the stage has started
 
 
 def test_two_workers_of_a_pool_give_the_bytes_of_a_local_run(

@@ -80,7 +80,7 @@ def test_six_pairs_are_six_samples_in_any_order_of_their_members(tmp_path: Path,
 def test_streaming_and_listing_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(1)
     pool = PoolSettings(max_image_bytes=2000)
-    kinds = ["jpg", "txt", "json", "gif", "png", "seg.png", "caption.txt", "cap", "md"]
+    kinds = ["jpg", "txt", "json", "heic", "png", "seg.png", "caption.txt", "cap", "md"]
     for _ in range(60):
         members = []
         for key in rng.choices(["a", "b", "c", "c.d", "e.f", "g"], k=rng.randrange(1, 7)):

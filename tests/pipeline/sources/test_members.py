@@ -18,7 +18,7 @@ DEFAULT = NameReader(PoolSettings())
         ("k.cap", "k", "caption"), ("k.Caption.TXT", "k", "caption"), ("k.json", "k", "metadata"),
         ("k.meta.json", "k", "metadata"), ("22.05.jpg", "22.05", "image"), ("0.5x.txt", "0.5x", "caption"),
         ("v1.2/k.jpg", "v1.2/k", "image"), ("k.seg.png", "k.seg", "image"), ("22.05.image.jpg", "22.05", "image"),
-        ("k.gif", "k", None), ("k.v2.tiff", "k.v2", None),
+        ("k.gif", "k", "image"), ("k.heic", "k", None), ("k.v2.jxl", "k.v2", None),
     ],
 )  # fmt: skip
 def test_names_by_default(name: str, key: str, kind: str | None) -> None:

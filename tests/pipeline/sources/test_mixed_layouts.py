@@ -103,7 +103,7 @@ ORDERS: list[Callable[[Members, random.Random], Members]] = [
 ]
 UNJUDGED: list[tuple[str, Members]] = [
     ("missing_caption", [("x0.jpg", b"x"), file("x0.json", uid="x")]),
-    ("missing_image", [("x1.txt", b"c"), ("x1.gif", b"x")]),
+    ("missing_image", [("x1.txt", b"c"), ("x1.heic", b"x")]),
     ("undecodable_json", [("x2.jpg", b"x"), ("x2.txt", b"c"), ("x2.json", b"{")]),
     ("duplicate_member", [("x3.jpg", b"x"), ("x3.png", b"x"), ("x3.txt", b"c")]),
 ]

@@ -42,7 +42,6 @@ def test_no_shard_is_named_like_a_folder(tmp_path: Path, name: str) -> None:
         for path in (
             layout.single_modality(shard.name), layout.pool_wide(shard.name), layout.cross_modality(shard.name),
             layout.dead_letters("s", shard.name), layout.decisions(shard.name), layout.progress("s", shard.name),
-            layout.in_progress("s", shard.name),
         ):  # fmt: skip
             resolved = Path(os.path.normpath(path))
             assert resolved.is_relative_to(tmp_path / "out")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.sources.prefetch import map_alternating, map_prefetched
+from pipeline.sources.prefetch import grouped, map_alternating, map_prefetched
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 20])
@@ -52,6 +52,35 @@ def test_prefetching_stops_at_the_limit() -> None:
     assert len(taken) == 5
     results.close()
     assert len(taken) == 5
+
+
+def test_prefetching_stops_at_the_limit_in_bytes() -> None:
+    """Items count while they wait, and what is computed from them after that."""
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for n in range(100):
+            taken.append(n)
+            yield n
+
+    sizes = {0: 1, "0": 1, **dict.fromkeys(range(1, 100), 10), **{str(n): 40 for n in range(1, 100)}}
+    results = map_prefetched(str, items(), 1, 50, sizes.__getitem__, max_bytes=100)
+    assert next(results) == "0"
+    until = time.monotonic() + 10
+    while len(taken) < 4 and time.monotonic() < until:
+        time.sleep(0.001)
+    time.sleep(0.05)  # time enough to take more
+    assert 4 <= len(taken) <= 1 + 10
+    assert [*results] == [str(n) for n in range(1, 100)]
+
+
+def test_a_result_larger_than_the_limit_is_computed_alone() -> None:
+    assert list(map_prefetched(str, range(9), 2, 4, lambda _: 1000, max_bytes=10)) == [str(n) for n in range(9)]
+
+
+def test_groups_are_bounded_by_count_and_bytes() -> None:
+    assert list(grouped([1, 1, 1, 5, 1, 9, 1], 3, int, 5)) == [[1, 1, 1], [5], [1, 9], [1]]
+    assert list(grouped([], 3, int, 5)) == []
 
 
 def test_error_of_the_items_follows_the_results_before_it() -> None:

@@ -13,6 +13,7 @@ import pytest
 from apache_beam.testing.util import assert_that, equal_to
 
 from pipeline.output_folder.pending import ShardTable
+from pipeline.sources import shards as shards_module
 from pipeline.sources.pool import list_shards
 from pipeline.sources.shards import ReadShards
 from tests.helpers import BOUNDS, Members, annotation, encode, picture, sample_members, uid, write_pool
@@ -34,9 +35,6 @@ class FakeCache:
 
     def wanted(self, shard: Shard) -> dict[str, Annotation] | None:
         return self.wants
-
-    def in_progress(self, shard: Shard) -> str:
-        return f"{shard.path}.marker"
 
     def table(
         self, shard: Shard, rows: list[dict[str, Any]], letters: list[DeadLetter], halvings: Mapping[str, int]
@@ -81,6 +79,19 @@ def test_all_batches_but_the_last_are_full(tmp_path: Path, count: int, sizes: li
     assert [batch.last for batch in batches] == [False] * (len(sizes) - 1) + [True]
     assert [key for batch in batches for key in names(batch)] == keys
     assert {batch.shard for batch in batches} == set(shards)
+
+
+def test_batches_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in a batch depends on the tar alone: a batch ends with the sample that reaches the limit."""
+    sizes = [(40, 30), (40, 30), (90, 80), (40, 30), (40, 30), (40, 30)]
+    pictures = [encode(picture(*size), "BMP") for size in sizes]
+    members = [one for n, bmp in enumerate(pictures) for one in ((f"k{n}.bmp", bmp), (f"k{n}.txt", b"c"))]
+    monkeypatch.setattr(shards_module, "MAX_BATCH_BYTES", 16_000)  # a small picture takes 7,254 with its file
+    for read_ahead_bytes in (1, 2**30):
+        monkeypatch.setattr(shards_module, "MAX_READ_AHEAD_BYTES", read_ahead_bytes)
+        batches, _ = read(FakeCache(), write_pool(tmp_path, {"a.tar": members}), batch_size=9)
+        assert [names(batch) for batch in batches] == [["k0", "k1", "k2"], ["k3", "k4", "k5"]]
+        assert [batch.last for batch in batches] == [False, True]
 
 
 def test_a_batch_belongs_to_one_shard(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_json_may_be_absent(tmp_path: Path) -> None:
     assert sample.metadata == {}
 
 
-@pytest.mark.parametrize("names", [["photo.gif"], ["photo.seg.gif", "photo.tiff"]])
+@pytest.mark.parametrize("names", [["photo.heic"], ["photo.seg.heic", "photo.jxl"]])
 def test_sample_without_a_readable_member_is_a_dead_letter(tmp_path: Path, names: list[str]) -> None:
     assert keys(read(tmp_path, [(name, b"x") for name in names])) == ["!missing_image:photo"]
 
@@ -112,8 +112,8 @@ def test_captions_are_unchanged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "reason", "named"),
     [
-        (sample_members("k")[1:], "missing_image", "k.{jpg,jpeg,png,webp,image.*,img.*}; the key has k.txt, k.json"),
-        ([*sample_members("k")[1:], ("k.gif", b"GIF89a")], "missing_image", "the key has k.txt, k.json, k.gif"),
+        (sample_members("k")[1:], "missing_image", "k.{jpg,jpeg,png,webp,gif,bmp,tif,tiff,avif,image.*,img.*}; the key has"),
+        ([*sample_members("k")[1:], ("k.heic", b"x")], "missing_image", "the key has k.txt, k.json, k.heic"),
         ([sample_members("k")[0], sample_members("k")[2]], "missing_caption", "k.{txt,caption,"),
         ([("k.jpg", b"x"), ("k.txt", b"\xff\xfe")], "undecodable_caption", "utf-8"),
         ([("k.jpg", b"x"), ("k.txt", b"c"), ("k.json", b"{")], "undecodable_json", ""),

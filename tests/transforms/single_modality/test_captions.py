@@ -121,6 +121,7 @@ def test_a_share_of_zero_leaves_the_count() -> None:
 
 def test_letter_case_and_html_do_not_change_a_caption_key() -> None:
     same = [
-        "top: straße & ıstanbul", "TOP: STRASSE & ISTANBUL", "Top: Straße &amp; ıstanbul", "<p>top: straße&nbsp;ıstanbul",
+        "top: straße & ıstanbul", "TOP: STRASSE & ISTANBUL", "Top: Straße &amp; ıstanbul",
+        "<p>top: straße&nbsp;ıstanbul",
     ]  # fmt: skip
     assert len({caption_key(caption) for caption in same}) == 1

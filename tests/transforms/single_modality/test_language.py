@@ -45,7 +45,7 @@ def test_line_breaks_are_white_space(detector):
         assert language.detect(detector, broken) == plain
 
 
-@pytest.mark.parametrize("caption", ["Lemon SVG theme", "Gatto Cat", "Henry Ford 1908", "ein Hund läuft", "A dog on grass"])
+@pytest.mark.parametrize("caption", ["Lemon SVG theme", "Gatto Cat", "Henry Ford 1908", "ein Hund läuft"])
 def test_letter_case_changes_nothing(detector, caption):
     found = {language.detect(detector, variant(caption)) for variant in (str, str.lower, str.upper, str.title)}
     assert len(found) == 1

@@ -120,7 +120,7 @@ def test_captions_of_names_numbers_and_symbols_are_dropped(tagger, caption):
     assert not keeps(tag_caption(tagger, caption, 64))
 
 
-@pytest.mark.parametrize("caption", ["brown leather sofa", "old man reading a newspaper", "Maria Rossi 2004", "Abraham Lincoln"])
+@pytest.mark.parametrize("caption", ["brown leather sofa", "old man reading", "Maria Rossi 2004", "Abraham Lincoln"])
 def test_letter_case_changes_nothing(tagger, caption):
     found = {tag_caption(tagger, variant(caption), 64) for variant in (str, str.lower, str.upper, str.title)}
     assert len(found) == 1
