@@ -60,8 +60,8 @@ class PoolSettings(Settings):
     """What the pairs of a pool are made of, and limits on what is read. What exceeds one becomes a dead letter.
 
     `image_members`, `caption_members` and `json_members` name a sample's files by what follows the key, best first;
-    `*` stands for the extensions of all formats that are read. `caption_fields` name the fields of the json (or of the parquet beside the
-    tar) that hold the caption where no member does; `uid_fields` those that hold the uid. Of a picture with several
+    `*` stands for the extensions of all formats that are read. `caption_fields` name the fields of the json (or of the
+    parquet beside the tar) that hold the caption where no member does; `uid_fields` those that hold the uid. Of a picture with several
     captions, `each` is a sample of its own, or the `first` is the caption. `keep_columns` carries fields into the
     decisions. docs/pools.md has examples.
 
