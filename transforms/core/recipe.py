@@ -61,9 +61,9 @@ class PoolSettings(Settings):
 
     `image_members`, `caption_members` and `json_members` name a sample's files by what follows the key, best first;
     `*` stands for the extensions of all formats that are read. `caption_fields` name the fields of the json (or of the
-    parquet beside the tar) that hold the caption where no member does; `uid_fields` those that hold the uid. Of a picture with several
-    captions, `each` is a sample of its own, or the `first` is the caption. `keep_columns` carries fields into the
-    decisions. docs/pools.md has examples.
+    parquet beside the tar) that hold the caption where no member does; `uid_fields` those that hold the uid. Of a
+    picture with several captions, `each` is a sample of its own, or the `first` is the caption. `keep_columns` carries
+    fields into the decisions. docs/pools.md has examples.
 
     `max_dead_share`: where more than this share of the samples are dead letters for one reason, the run fails; 1.0
     never does. `stats_mismatch`: whether a shard that holds another number of samples than img2dataset's `_stats.json`

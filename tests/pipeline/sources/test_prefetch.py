@@ -63,7 +63,7 @@ def test_prefetching_stops_at_the_limit_in_bytes() -> None:
             taken.append(n)
             yield n
 
-    sizes: dict[int | str, int] = {n: 10 for n in range(100)} | {str(n): 40 for n in range(100)}
+    sizes: dict[int | str, int] = dict.fromkeys(range(100), 10) | {str(n): 40 for n in range(100)}
     sizes |= {0: 1, "0": 1}
     results = map_prefetched(str, items(), 1, 50, sizes.__getitem__, max_bytes=100)
     assert next(results) == "0"
