@@ -309,9 +309,11 @@ def test_captions(check_caption: Check, record_property: Any) -> None:
 
 FILES: list[tuple[str, dict[str, Any]]] = [
     ("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True}), ("GIF", {}),
-    ("BMP", {}), ("AVIF", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_deflate"}), ("TIFF", {"compression": "jpeg"}),
+    ("BMP", {}), ("AVIF", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_deflate"}),
+    ("TIFF", {"compression": "jpeg"}),
 ]  # fmt: skip
-IMAGES = [encode(picture(40, 30, seed), format_, **options) for seed, (format_, options) in enumerate(FILES)] + [encode(picture(40, 30).convert(mode), "PNG") for mode in ("P", "LA", "1")]
+IMAGES = [encode(picture(40, 30, seed), format_, **options) for seed, (format_, options) in enumerate(FILES)]
+IMAGES += [encode(picture(40, 30).convert(mode), "PNG") for mode in ("P", "LA", "1")]
 
 
 @st.composite

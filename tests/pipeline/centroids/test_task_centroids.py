@@ -141,7 +141,7 @@ def test_unreadable_image_is_named_and_counted(place: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[0]) == {"name": "pets", "images": 7, "unreadable": 1, "centroids": 7}
     (line,) = result.stderr.splitlines()
-    assert line.startswith("pairsift: unreadable: pets/bad\\x1b[1m.jpg: the format is none of JPEG")
+    assert line.startswith("pairsift: unreadable: pets/bad\\x1b[1m.jpg: the file is text; supported: JPEG")
 
 
 def test_image_that_the_model_rejects_is_named_and_counted(place: Path) -> None:
