@@ -96,7 +96,7 @@ def test_deleting(cloud: GoogleCloud, pairsift: Pairsift) -> None:
         (["--cron", "0 3 * *"], "--cron: got 0 3 * *; allowed: minute, hour, day, month, weekday"),
         (["--cron", "@weekly"], "--cron: got @weekly"),
         (["--weekly", "Mon 03:00", "--time-zone", "CEST"], "--time-zone: got CEST"),
-        (["--weekly", "Mon 03:00", "--input", "pool"], "--input: got pool"),
+        (["--weekly", "Mon 03:00", "--input", "pool"], "--input 2: got pool"),
     ],
 )
 def test_wrong_use(cloud: GoogleCloud, pairsift: Pairsift, more: list[str], message: str) -> None:

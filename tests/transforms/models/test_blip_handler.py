@@ -23,6 +23,7 @@ from tests.transforms.models.model_batches import (
     scores,
 )
 from transforms.core import recipe
+from transforms.core.plain_text import plain_text
 from transforms.core.records import Sample
 from transforms.cross_modality.image_text_matching import IMAGE_TEXT_MATCHING, ImageTextMatchingSettings
 from transforms.models.blip import BlipHandler, LoadedBlip, bucket, match_probability
@@ -55,7 +56,7 @@ def plain_probability(folder: Path, sample: Sample, backend: str) -> float:
     model, processor = plain_model(folder, backend)
     picture = Image.fromarray(pixels_of(sample))
     inputs = processor(
-        images=picture, text=sample.annotation.caption, return_tensors="pt", truncation=True, max_length=64
+        images=picture, text=plain_text(sample.annotation.caption), return_tensors="pt", truncation=True, max_length=64
     )
     with torch.no_grad():
         return float(model(**inputs).itm_score.softmax(-1)[0, 1])

@@ -17,6 +17,7 @@ from tests.helpers import encode
 from tests.transforms.models.model_batches import make_batch, make_sample, scores
 from tests.transforms.models.tiny_models import PROMPT
 from transforms.core import recipe
+from transforms.core.plain_text import plain_text
 from transforms.core.records import Sample, SampleBatch
 from transforms.cross_modality.digit import DigitSettings
 from transforms.cross_modality.flipped_clip import FlippedClipSettings
@@ -162,7 +163,7 @@ def test_itm(itm_folder: Path, scored: list[Sample]):
     with torch.no_grad():
         for sample, (mode, content) in zip(scored, FILES, strict=True):
             inputs = processor(
-                images=plain_picture(mode, content), text=sample.annotation.caption, return_tensors="pt",
+                images=plain_picture(mode, content), text=plain_text(sample.annotation.caption), return_tensors="pt",
                 truncation=True, max_length=64,
             )  # fmt: skip
             expected.append(float(model(**inputs).itm_score.softmax(-1)[0, 1]))
