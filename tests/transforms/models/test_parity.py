@@ -9,7 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import Blip2ForConditionalGeneration, Blip2Processor, BlipForImageTextRetrieval, BlipProcessor
 
 from pipeline.decoding.images import decode
@@ -70,8 +70,10 @@ FILES = [(mode, make(noisy(100 * i + j))) for i, (mode, make) in enumerate(MODES
 
 
 def plain_picture(mode: str, content: bytes) -> Image.Image:
-    """The image as the libraries open it; 16-bit grey, which they clip to white, is scaled as in the product."""
-    image = Image.open(io.BytesIO(content))
+    """The image as Pillow opens it, upright and on white; 16-bit grey, which Pillow clips to white, is scaled."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    if mode == "alpha":
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if mode == "16 bit":
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
