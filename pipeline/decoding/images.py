@@ -135,7 +135,9 @@ def _working_bytes(image: Image.Image, stored: tuple[int, int]) -> int:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(Base.Orientation, 1)
-    except Exception:  # damaged EXIF data raises anything; the image is then taken for upright, as viewers do
+    except MemoryError:
+        raise
+    except Exception:  # damaged EXIF data raises anything; like a viewer, take the image for upright
         return 1
 
 

@@ -34,11 +34,11 @@ class MinSideSettings(Settings):
 
 
 def original_size_px(metadata: Mapping[str, Any], stored: tuple[int, int]) -> tuple[int, int] | None:
-    """(width, height) in px of the original image on the web; None where the pool gives one that cannot be true.
+    """(width, height) in px of the original image on the web; None if the pool gives an impossible one.
 
     Downloaders shrink, enlarge, pad and crop images, so the stored size is not what the rules judge. The pool's
-    `original_width` and `original_height` are used if they are whole numbers (also as 900.0 or "900") and if the stored
-    image can have been made from such an image in one of img2dataset's ways of resizing:
+    `original_width` and `original_height` are used if they are whole numbers (also as 900.0 or "900") and if one of
+    img2dataset's ways of resizing turns an image of that size into the stored one:
 
     - `no`, `keep_ratio`, `keep_ratio_largest`: it has the same shape, within the rounding to whole pixels;
     - `border`, `center_crop`: it is square. Then `width` and `height`, where given, must be square too, or have the

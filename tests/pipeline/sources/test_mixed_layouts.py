@@ -28,7 +28,7 @@ POOL = PoolSettings(keep_columns=["url"])
 
 
 class Pair(NamedTuple):
-    """What is to be read of a pair. `uid` is None where the pool has none that can be used."""
+    """The expected sample of a pair. `uid` is None if the pool gives no usable one."""
 
     key: str
     uid: str | None
@@ -47,7 +47,7 @@ def file(name: str, **metadata: Any) -> tuple[str, bytes]:
 
 
 Layout = Callable[[int, str], tuple[Members, list[Pair]]]
-"""From a pair's number and key to its members and what is to be read of it."""
+"""Makes the members of a pair and its expected sample, from a number and a key."""
 
 
 def border(n: int, key: str) -> tuple[Members, list[Pair]]:
