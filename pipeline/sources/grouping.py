@@ -82,7 +82,7 @@ def _adjacent(
                     return held, itertools.chain([(name, member)], named)
                 yield _plain(held, emitted, reading)
                 held = []
-            if name.has_dot or name.key in emitted:
+            if name.key in emitted:
                 return held, itertools.chain([(name, member)], named)
             held.append(_entry(name, member, pool, in_memory=True))
     except BrokenTar:

@@ -19,15 +19,14 @@ class MemberName(NamedTuple):
     """What a name says of a member.
 
     `key` names the sample, `kind` is None for a file that is not read but is a sign of a sample (k.heic). `rank` orders
-    files of one kind: the smallest is used. `max_bytes` is the recipe's limit. `has_dot`: the key has a dot, so that it
-    may name a further file of the sample before that dot. `full_length` is that of the key before it was shortened.
+    files of one kind: the smallest is used. `max_bytes` is the recipe's limit. `full_length` is that of the key before
+    it was shortened.
     """
 
     key: str
     kind: Kind | None
     rank: int
     max_bytes: int
-    has_dot: bool
     full_length: int
 
 
@@ -55,16 +54,16 @@ class NameReader:
     def read(self, name: str) -> MemberName | None:
         """Return what a member's name says, or None for a file that belongs to no sample."""
         start = name.rfind("/") + 1
-        dot = first = name.find(".", start)
+        dot = name.find(".", start)
         if dot <= start:  # without an extension, or hidden
             return None
         while dot >= 0:
             known = self._known.get(name[dot + 1 :].lower())
             if known:
-                return MemberName(self._key(name, dot), *known, dot > first, dot)
+                return MemberName(self._key(name, dot), *known, dot)
             last, dot = dot, name.find(".", dot + 1)
         if name[last + 1 :].lower() in self._signs:
-            return MemberName(self._key(name, last), None, 0, 0, last > first, last)
+            return MemberName(self._key(name, last), None, 0, 0, last)
         return None
 
     def _key(self, name: str, length: int) -> str:

@@ -25,7 +25,6 @@ def test_names_by_default(name: str, key: str, kind: str | None) -> None:
     found = DEFAULT.read(name)
     assert found is not None
     assert (found.key, found.kind) == (key, kind)
-    assert found.has_dot == ("." in key.rpartition("/")[2])
 
 
 @pytest.mark.parametrize("name", ["README", "README.md", "k.npy", ".hidden.txt", "._k.jpg", "sub/.jpg", "k.", "", "j"])
