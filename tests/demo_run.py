@@ -33,10 +33,10 @@ def run_demo(output: Path, *beam_options: str, pool: Path | str = str(POOL)) -> 
     return outcome.funnel
 
 
-def write_small_pool(folder: Path, samples: int = 40) -> Path:
-    """Write the first samples of each shard of the demo under `folder`."""
+def write_small_pool(folder: Path, samples: int = 40, pool: Path | str = str(POOL)) -> Path:
+    """Write the first samples of each shard of `pool`, by default the demo's, under `folder`."""
     folder.mkdir(parents=True)
-    for shard in list_shards(str(POOL)):
+    for shard in list_shards(str(pool)):
         with tarfile.open(shard.path) as tar, tarfile.open(folder / f"{shard.name}.tar", "w") as small:
             for member in itertools.islice(tar, 3 * samples):
                 small.addfile(member, tar.extractfile(member))
