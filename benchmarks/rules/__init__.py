@@ -1,0 +1,1 @@
+"""Recall and false drops of each rule's defaults, on labelled sets that the defaults were not chosen on."""
