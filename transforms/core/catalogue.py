@@ -212,7 +212,7 @@ def load(entry_points: Iterable[importlib.metadata.EntryPoint]) -> tuple[Score[A
 
 
 def _load(entry_point: importlib.metadata.EntryPoint) -> Score[Any]:
-    provider = f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else "unknown"
+    provider = _provider(entry_point.dist)
     where = f"entry point {entry_point.name} = {entry_point.value} of {provider}"
     try:
         score = entry_point.load()
@@ -221,6 +221,11 @@ def _load(entry_point: importlib.metadata.EntryPoint) -> Score[Any]:
     if not isinstance(score, Score):
         raise CatalogueError(f"{where}: is {type(score).__name__}; it must name a Score or a Rule")
     return dataclasses.replace(score, provider=provider)
+
+
+@functools.cache  # each access to a name or a version parses the distribution's metadata again
+def _provider(distribution: importlib.metadata.Distribution | None) -> str:
+    return f"{distribution.name} {distribution.version}" if distribution else "unknown"
 
 
 @functools.cache

@@ -12,8 +12,6 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock
-
 from transforms.storage import files
 
 
@@ -44,6 +42,8 @@ def _private(folder: Path) -> Path:
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[None]:
     """Hold a file lock. Raises OSError if the filesystem offers none."""
+    from filelock import FileLock  # its import takes longer than that of all other modules here
+
     lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire()
