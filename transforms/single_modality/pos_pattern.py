@@ -25,6 +25,7 @@ from pydantic import Field
 from transforms.core.catalogue import SINGLE_MODALITY, Rule
 from transforms.core.plain_text import plain_text
 from transforms.core.settings import Settings
+from transforms.single_modality.perceptron import ArrayPerceptron
 
 if TYPE_CHECKING:  # NLTK is imported when the tagger is loaded
     from nltk.tag.perceptron import PerceptronTagger
@@ -116,7 +117,7 @@ def fingerprint(tagger: PerceptronTagger) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def tag_caption(tagger: PerceptronTagger, caption: str, max_words: int) -> str:
+def tag_caption(tagger: PerceptronTagger | ArrayPerceptron, caption: str, max_words: int) -> str:
     """The Penn tags of the first `max_words` tokens of a caption's plain text, joined by spaces; "" for no token."""
     return " ".join(tag for _, tag in tagger.tag(words_of(plain_text(caption), max_words)))
 
@@ -145,7 +146,8 @@ class PosPatternAnnotator:
 
     def load(self) -> None:
         """Load the tagger."""
-        self._tagger, _ = load_tagger(self._settings.tagger)
+        tagger, _ = load_tagger(self._settings.tagger)
+        self._tagger = ArrayPerceptron(tagger)
 
     def columns(self, sample: Sample) -> dict[str, Any]:
         """See the class."""
