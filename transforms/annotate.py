@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import apache_beam as beam
@@ -12,6 +15,9 @@ from transforms.core.catalogue import Annotator, Score
 from transforms.core.metrics import MODELS_LOADED, batch_ms, counter, load_ms, timed_ms
 from transforms.core.records import DeadLetter, Sample, SampleBatch, dead_letter
 from transforms.core.settings import Settings
+
+THREADS = min(8, len(os.sched_getaffinity(0)))
+"""Threads per process, at most: the cores that it may use, capped because much of the work holds the GIL."""
 
 
 class Annotate(beam.PTransform):
@@ -32,6 +38,7 @@ class AnnotateSamples(beam.DoFn):
     `NAME_failed`.
 
     The annotator is made and loaded when the first sample arrives, so that shards that are complete load no model.
+    Several threads each take a part of the batch, because OpenCV, fastText and Pillow release the GIL.
     """
 
     def __init__(self, name: str, stage: str, make: Callable[[], Annotator], loads_model: bool = False) -> None:
@@ -39,24 +46,28 @@ class AnnotateSamples(beam.DoFn):
         self._annotator: Annotator | None = None
 
     def process(self, batch: SampleBatch) -> Iterator[SampleBatch]:
-        annotator = self._annotator
-        if annotator is None and batch.samples:
-            annotator = self._load()
-        samples: list[Sample] = []
-        letters: list[DeadLetter] = []
+        if not batch.samples:
+            yield batch
+            return
+        annotator = self._annotator or self._load()
         with timed_ms(batch_ms(self._name)):
-            for sample in batch:
-                assert annotator is not None
-                try:
-                    samples.append(sample.annotated(**annotator.columns(sample)))
-                except MemoryError:  # not the sample's fault
-                    raise
-                except (
-                    Exception
-                ) as error:  # pool content can break any library; only this sample is lost, with a reason
-                    message = f"{type(error).__name__}: {error}"
-                    letters.append(dead_letter(sample.annotation, self._stage, f"{self._name}_failed", message))
-        yield batch.replace(tuple(samples), tuple(letters))
+            annotated = functools.partial(self._annotated, annotator)
+            found = list(itertools.chain.from_iterable(_threads().map(annotated, _parts(batch.samples))))
+        samples = tuple(item for item in found if isinstance(item, Sample))
+        letters = tuple(item for item in found if isinstance(item, DeadLetter))
+        yield batch.replace(samples, letters)
+
+    def _annotated(self, annotator: Annotator, samples: Sequence[Sample]) -> list[Sample | DeadLetter]:
+        found: list[Sample | DeadLetter] = []
+        for sample in samples:
+            try:
+                found.append(sample.annotated(**annotator.columns(sample)))
+            except MemoryError:  # not the sample's fault
+                raise
+            except Exception as error:  # pool content can break any library; only this sample is lost, with a reason
+                message = f"{type(error).__name__}: {error}"
+                found.append(dead_letter(sample.annotation, self._stage, f"{self._name}_failed", message))
+        return found
 
     def _load(self) -> Annotator:
         annotator = self._make()
@@ -68,3 +79,15 @@ class AnnotateSamples(beam.DoFn):
             annotator.load()
         self._annotator = annotator
         return annotator
+
+
+def _parts(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+    """Consecutive parts of a batch, one for each thread; none is empty."""
+    size = -(-len(samples) // THREADS)
+    return [samples[start : start + size] for start in range(0, len(samples), size)] if samples else []
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """The threads of this process, for all steps."""
+    return ThreadPoolExecutor(THREADS, "annotate")

@@ -62,7 +62,8 @@ class CatalogueError(RuntimeError):
 class Annotator(Protocol):
     """Computes the columns of one score, sample by sample, on a worker.
 
-    `load` is called once, before the first sample. An exception from `columns` turns that sample into a dead letter.
+    `load` is called once, before the first sample. `columns` is called by several threads at once. An exception from it
+    turns that sample into a dead letter.
     """
 
     def load(self) -> None:
