@@ -41,11 +41,9 @@ FASTEST = resolve("auto", "cpu")
 # `make test-large`.
 PRECISIONS = [FASTEST] if FASTEST == "bf16" else [FASTEST, pytest.param("bf16", marks=pytest.mark.large)]
 
-LARGER = () if FASTEST == "bf16" else (pytest.mark.slow,)
-
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("architecture", ["ViT-B-32", "ViT-L-14"])
+@pytest.mark.parametrize("architecture", ["ViT-B-32", pytest.param("ViT-L-14", marks=pytest.mark.slow)])
 def test_clip(tmp_path: Path, architecture: str, precision: str):
     random_models.save_open_clip(tmp_path / "clip", open_clip.get_model_config(architecture))
     settings = FlippedClipSettings(model=str(tmp_path / "clip"), min=0.0, batch_size=4)
@@ -59,16 +57,16 @@ def test_clip_in_fp32(tmp_path: Path):
     assert_bits_stay(ClipHandler(settings, "cpu", "fp32"))
 
 
+@pytest.mark.slow
 def test_siglip(tmp_path: Path):
     random_models.save_siglip(tmp_path / "siglip")
     settings = FlippedClipSettings(model=str(tmp_path / "siglip"), min=-1.0, batch_size=4)
     assert_bits_stay(ClipHandler(settings, "cpu", "bf16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(
-    "vision", [pytest.param({}, id="base"), pytest.param(random_models.LARGE_VISION, id="large", marks=LARGER)]
-)
+@pytest.mark.parametrize("vision", [pytest.param({}, id="base"), pytest.param(random_models.LARGE_VISION, id="large")])
 def test_blip_itm(tmp_path: Path, vision: dict, precision: str):
     random_models.save_itm(tmp_path / "itm", ["a", "red", "square", "number", "picture", "of"], **vision)
     settings = ImageTextMatchingSettings(model=str(tmp_path / "itm"), min=0.0, batch_size=2)
