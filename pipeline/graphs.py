@@ -67,6 +67,7 @@ class Job:
     - `identities`: the models and weights behind each stage.
     - `publication`: if given, stage 3 publishes its results as its last step.
     - `accelerator`: the resource hint of the step that runs the models.
+    - `cores`: how many cores each worker process has. Outputs do not depend on it.
     - `checks_before`: whether stages 2 and 3 check at run time that the earlier stages are complete, for runs where
       this is not known when the graph is built.
     """
@@ -77,6 +78,7 @@ class Job:
     identities: dict[str, Any]
     publication: Publication | None = None
     accelerator: str | None = None
+    cores: int = 1
     checks_before: bool = False
 
     @property
@@ -172,20 +174,21 @@ class ScoreShards(beam.PTransform):
     def expand(self, shards: beam.PCollection[Shard]) -> beam.PCollection[Shard]:
         job = self._job
         models, scores = job.recipe.cross_modality, job.score_cache
+        calls = job.cores if models.device == "cpu" else 1
 
         read = shards | "Read kept" >> ReadShards(
             scores,
             job.recipe.pool,
-            models.flipped_clip.batch_size,
+            calls * models.flipped_clip.batch_size,
             load_prepare=functools.partial(load_prepare, models),
             in_turns=models.device == "cpu",  # the models use all cores
         )
         first, *later = (score for score in catalogue.model_scores() if job.recipe.is_on(score))
-        batches = read[ReadShards.BATCHES] | first.label >> ScoreByModel(first, models)
+        batches = read[ReadShards.BATCHES] | first.label >> ScoreByModel(first, models, calls)
         if later:
             batches |= "Join wanted" >> JoinWanted(models)
         for score in later:
-            batches |= score.label >> ScoreByModel(score, models)
+            batches |= score.label >> ScoreByModel(score, models, calls)
         for score in catalogue.scores_of(CROSS_MODALITY):
             batches = _annotated(batches, score, job.recipe)
         return batches | "Write scores" >> beam.ParDo(

@@ -70,7 +70,7 @@ def check(
     pool on this machine, to check that they are running.
     """
     PipelineOptions(beam_options).get_all_options()  # exits with status 2 where Beam refuses a value
-    options, kind = PipelineOptions(beam_options), _kind(beam_options)
+    options, kind = PipelineOptions(beam_options), kind_of(beam_options)
     if kind is Kind.LOCAL:
         return
     if kind is Kind.DATAFLOW:
@@ -84,7 +84,7 @@ def check(
 
 def is_here(beam_options: list[str]) -> bool:
     """Whether the workers run on this machine, and so have its hardware and files."""
-    kind = _kind(beam_options)
+    kind = kind_of(beam_options)
     if kind is Kind.DATAFLOW:
         return False
     if kind is Kind.LOCAL:
@@ -96,7 +96,7 @@ def is_here(beam_options: list[str]) -> bool:
 
 def may_outlive_client(beam_options: list[str]) -> bool:
     """Whether the job may go on after this process was killed: it runs in a cluster or another job service."""
-    kind = _kind(beam_options)
+    kind = kind_of(beam_options)
     embedded = PipelineOptions(beam_options).view_as(PortableOptions).job_endpoint == EMBED
     return not (kind is Kind.LOCAL or (kind is Kind.PORTABLE and embedded))
 
@@ -104,14 +104,14 @@ def may_outlive_client(beam_options: list[str]) -> bool:
 def has_metrics(beam_options: list[str]) -> bool:
     """Whether the runner reports the metrics of its workers."""
     options = PipelineOptions(beam_options)
-    return not (_kind(beam_options) is Kind.SPARK and options.view_as(SparkRunnerOptions).spark_submit_uber_jar)
+    return not (kind_of(beam_options) is Kind.SPARK and options.view_as(SparkRunnerOptions).spark_submit_uber_jar)
 
 
 def pipeline_of(beam_options: list[str]) -> beam.Pipeline:
     """An empty pipeline on the runner that `beam_options` name, by default the local runner."""
     memoise_inspection()
     # Not Beam's DirectRunner, which first tries to download another runner.
-    ours = {Kind.LOCAL: FnApiRunner, Kind.PORTABLE: _PortableRunner}.get(_kind(beam_options))
+    ours = {Kind.LOCAL: FnApiRunner, Kind.PORTABLE: _PortableRunner}.get(kind_of(beam_options))
     return beam.Pipeline(runner=ours() if ours else None, options=PipelineOptions(beam_options))
 
 
@@ -133,7 +133,7 @@ class _Handle(JobServiceHandle):
         return super().run(preparation_id)
 
 
-def _kind(beam_options: list[str]) -> Kind:
+def kind_of(beam_options: list[str]) -> Kind:
     """The runner that the options name. Raises UsageError if it is not supported."""
     named = PipelineOptions(beam_options).view_as(StandardOptions).runner
     if named is None:

@@ -14,6 +14,7 @@ from pipeline.output_folder.layout import TABLE_OF, Layout
 from pipeline.output_folder.listing import write_listing
 from pipeline.report.progress import Progress
 from pipeline.runners import supported
+from pipeline.runners.cores import cores_per_worker
 from pipeline.runs.claim import check_path, check_pool, only_writer, shown
 from pipeline.runs.job import settled_job
 from pipeline.runs.stage import WorkDone, decide, run_stage, token_of
@@ -71,7 +72,7 @@ def run(
     with only_writer(layout):
         # Repeat the checks: another run may have ended and tars may have arrived before this run got the lock.
         check_pool(layout, pool)
-        job = dataclasses.replace(job, shards=tuple(list_shards(pool)))
+        job = dataclasses.replace(job, shards=tuple(list_shards(pool)), cores=cores_per_worker(beam_options))
         _check_earlier_stages(stages, job)
         files.write_json(layout.newest_manifest, content)
         write_listing(layout, job.shards)

@@ -7,6 +7,8 @@ import json
 import time
 from typing import Any
 
+import torch
+
 from pipeline import graphs
 from pipeline.output_folder import owner, versions
 from pipeline.report.progress import Progress
@@ -39,10 +41,12 @@ def token_of(beam_options: list[str]) -> str:
 def run_stage(stage: str, job: graphs.Job, beam_options: list[str], progress: Progress, work: WorkDone) -> None:
     """Run one stage, show its progress, and add its seconds and counts to `work`."""
     started = time.monotonic()
+    threads = torch.get_num_threads()  # models in this process set it
     try:
         with progress.stage(stage, job.layout, job.shards):
             work.counts[stage] = _run_stage(stage, job, beam_options)
     finally:
+        torch.set_num_threads(threads)
         files.delete_folder(job.layout.progress_folder)
     progress.counted(stage, work.counts[stage])
     work.seconds[stage] = round(time.monotonic() - started, 3)

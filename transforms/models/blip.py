@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -81,7 +80,6 @@ class LoadedBlip(InMemory):
     model: Any
     preparation: BlipPreparation
     table: torch.Tensor
-    lock: Any = dataclasses.field(default_factory=threading.Lock)  # one batch at a time, to bound peak memory
 
     def prepare(self, sample: Sample) -> BlipInput:
         """See `BlipPreparation.prepare`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,7 +51,6 @@ class LoadedBlip2(InMemory):
     prompts: tuple[torch.Tensor, ...]
     yes: int
     no: int
-    lock: Any = dataclasses.field(default_factory=threading.Lock)  # one batch at a time, to bound peak memory
 
     def prepare(self, sample: Sample) -> np.ndarray:
         """See `Blip2Preparation.prepare`."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import threading
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -142,7 +141,6 @@ class LoadedClip(InMemory):
     preparation: ClipPreparation
     table: torch.Tensor
     prompts: tuple[str, ...] = ()
-    lock: Any = dataclasses.field(default_factory=threading.Lock)  # one batch at a time, to bound peak memory
 
     def prepare(self, sample: Sample) -> ClipInput:
         """See `ClipPreparation.prepare`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -51,17 +52,28 @@ class FixedBatches(Generic[Prepared]):
     returns a known-good input. Where a row fails on its own, scoring the probe shows whether the row is bad (it becomes
     a failure) or the model is broken (RuntimeError; otherwise the whole pool would become dead letters). Out of memory
     is raised as `torch.OutOfMemoryError` or `MemoryError`.
+
+    `calls` calls of `score` run at once, each in a thread of its own.
     """
 
     size: int
     score: Callable[[list[Prepared]], np.ndarray]
     probe: Callable[[], Prepared]
+    calls: int = 1
 
     def __call__(self, rows: Mapping[int, Prepared]) -> Scores:
-        scores = Scores({}, [])
         items = list(rows.items())
-        for start in range(0, len(items), self.size):
-            self._score_or_halve(items[start : start + self.size], scores)
+        groups = (items[start : start + self.size] for start in range(0, len(items), self.size))
+        scores = Scores({}, [])
+        with ThreadPoolExecutor(self.calls) as threads:
+            for by_row, failures in threads.map(self._scored, groups):
+                scores.by_row.update(by_row)
+                scores.failures.extend(failures)
+        return scores
+
+    def _scored(self, group: list[tuple[int, Prepared]]) -> Scores:
+        scores = Scores({}, [])
+        self._score_or_halve(group, scores)
         return scores
 
     def _score_or_halve(self, prepared: list[tuple[int, Prepared]], scores: Scores) -> None:

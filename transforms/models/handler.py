@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import abc
+import copy
+import dataclasses
 import functools
+import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from queue import SimpleQueue
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from apache_beam.ml.inference.base import ModelHandler
 
 from transforms.core import metrics
-from transforms.core.metrics import counter, distribution, timed_ms
+from transforms.core.metrics import counter, distribution
 from transforms.core.recipe import CROSS_MODALITY
 from transforms.core.records import Annotation, DeadLetter, Sample, SampleBatch, dead_letter
 from transforms.models.fixed_batches import PREPARATION_FAILED, Failure, FixedBatches, describe
@@ -37,35 +41,58 @@ class LoadedModel(Protocol):
     def score(self, inputs: list[Any]) -> np.ndarray:
         """Scores of inputs of one shape; the first axis is over the inputs."""
 
+    def twin(self) -> LoadedModel:
+        """See `InMemory.twin`."""
+
     def constants(self) -> Any:
         """What `SampleBatchHandler.columns` needs besides the scores; None if it needs nothing."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InMemory:
-    """Base class of models that are loaded when they are constructed."""
+    """Base class of models that are loaded when they are constructed.
+
+    One call of `score` runs at a time, which bounds peak memory.
+    """
+
+    model: Any
+    lock: Any = dataclasses.field(default_factory=threading.Lock)
 
     def load(self) -> bool:
         """Does nothing; returns False."""
         return False
+
+    def twin(self) -> Self:
+        """A model with the same weights in memory, which can score at the same time as this one.
+
+        Libraries change modules during a call (`torch.func.functional_call` does), so two calls need two of them.
+        """
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        module = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        return dataclasses.replace(self, model=module, lock=threading.Lock())
 
 
 class OnDemand:
     """A model that is loaded on first use.
 
     RunInference loads models at setup, before a worker knows whether any of its shards needs work. Where all tables
-    exist already, nothing is loaded.
+    exist already, nothing is loaded. `calls` calls of `score` can run at once, each on a twin of the model.
     """
 
-    def __init__(self, make: Callable[[], LoadedModel]) -> None:
-        self._make, self._lock = make, threading.Lock()
+    def __init__(self, make: Callable[[], LoadedModel], calls: int = 1) -> None:
+        self._make, self._calls, self._lock = make, calls, threading.Lock()
         self._model: LoadedModel | None = None
+        self._idle: SimpleQueue[LoadedModel] = SimpleQueue()
 
     def load(self) -> bool:
         """See `LoadedModel.load`."""
         with self._lock:
             if self._model is not None:
                 return False
-            self._model = self._make()
+            model = self._make()
+            for one in (model, *(model.twin() for _ in range(self._calls - 1))):
+                self._idle.put(one)
+            self._model = model
             return True
 
     def prepare(self, sample: Sample) -> Any:
@@ -82,12 +109,15 @@ class OnDemand:
         Where the GPU runs out of memory, cached blocks are released and the call is retried once. The peak of another
         model on the same GPU may have been the cause, and that should not change the batch shape that scores come from.
         """
-        model = self._loaded()
+        self.load()
+        model = self._idle.get()
         try:
             return model.score(inputs)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return model.score(inputs)
+        finally:
+            self._idle.put(model)
 
     def constants(self) -> Any:
         """See `LoadedModel.constants`."""
@@ -110,6 +140,9 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
 
     `batch_size` is the number of rows in each call of the model. It is halved if a GPU runs out of memory.
     """
+
+    calls: int = 1
+    """How many calls of the model run at once on a CPU, each in one thread. Scores do not depend on it."""
 
     rule: ClassVar[str]
     """The rule (or score) that the model computes; also the key of its inputs in `Sample.inputs`."""
@@ -143,7 +176,11 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
 
     def load_model(self) -> LoadedModel:
         device = available_device(self._device)
-        return OnDemand(lambda: self.load_on(device))
+        if device.type == "cuda":
+            return OnDemand(lambda: self.load_on(device))
+        # The last bits of a score depend on the number of threads of a call, so it is the same on every machine.
+        torch.set_num_threads(1)
+        return OnDemand(lambda: self.load_on(device), self.calls)
 
     def run_inference(
         self, batch: SampleBatch, model: LoadedModel, inference_args: dict[str, Any] | None = None
@@ -197,16 +234,22 @@ class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Ge
         columns: dict[int, dict[str, Any]] = {}
         counter(metrics.samples(self.rule)).inc(len(wanted))
 
+        seconds: list[float] = []  # Beam ignores metrics of other threads
+
         def score(inputs: list[Any]) -> np.ndarray:
-            with timed_ms(metrics.batch_ms(self.rule)):
-                return model.score(inputs)
+            started = time.perf_counter()
+            scores = model.score(inputs)
+            seconds.append(time.perf_counter() - started)
+            return scores
 
         for shape, rows in by_shape.items():
             for start in range(0, len(rows), size):
                 distribution(metrics.batch_samples(self.rule)).update(min(size, len(rows) - start))
-            scores, failed = FixedBatches(size, score, functools.partial(model.probe, shape))(rows)
+            scores, failed = FixedBatches(size, score, functools.partial(model.probe, shape), self.calls)(rows)
             columns |= {row: self.columns(row_scores, constants) for row, row_scores in scores.items()}
             failures += failed
+        for taken in seconds:
+            distribution(metrics.batch_ms(self.rule)).update(round(1000 * taken))
         return _with_results(batch, self.rule, columns, failures)
 
 

@@ -78,6 +78,22 @@ def embedding_of(sample: Sample) -> np.ndarray:
     return np.frombuffer(sample.annotation.embedding, np.float16).astype(np.float32)
 
 
+def test_scores_do_not_depend_on_how_many_calls_run_at_once(handler: ClipHandler, clip_folder: Path) -> None:
+    batch = make_batch([make_sample(i) for i in range(13)])
+    expected = scores(handler.run_inference(batch, handler.load_model())[0])
+    several = ClipHandler(settings_for(clip_folder), "cpu")
+    several.calls = 3
+    assert scores(several.run_inference(batch, several.load_model())[0]) == expected
+    assert len(set(expected.values())) == 13
+
+
+def test_a_twin_shares_the_weights(model: LoadedClip) -> None:
+    twin = model.twin()
+    for ours, theirs in zip(model.model.parameters(), twin.model.parameters(), strict=True):
+        assert ours.data_ptr() == theirs.data_ptr()
+    assert twin.model is not model.model and twin.lock is not model.lock
+
+
 def test_scores_equal_those_of_open_clip_on_the_mirrored_image(
     clip_folder: Path, handler: ClipHandler, model: LoadedClip
 ):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -87,3 +89,15 @@ def test_without_rows_the_model_is_not_called():
     model = FakeModel()
     assert model.run([]) == ({}, [])
     assert not model.batches
+
+
+def test_calls_run_at_once_and_every_row_is_scored_once():
+    together = threading.Barrier(3, timeout=20)
+
+    def score(rows):
+        together.wait()
+        return np.array([[row] for row in rows])
+
+    scores = FixedBatches(2, score, lambda: 100.0, calls=3)({row: float(row) for row in range(6)})
+    assert {row: value.item() for row, value in scores.by_row.items()} == {row: float(row) for row in range(6)}
+    assert list(scores.by_row) == list(range(6)) and scores.failures == []
