@@ -27,7 +27,7 @@ class Annotate(beam.PTransform):
         super().__init__()
         assert score.annotator, score.name
         make = functools.partial(score.annotator, settings)
-        self._annotate = AnnotateSamples(score.name, score.stage, make, score.loads_model)
+        self._annotate = AnnotateSamples(score.name, score.stage, make, score.loads_model, score.thread_safe)
 
     def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
         return batches | "Annotate" >> beam.ParDo(self._annotate).with_output_types(SampleBatch)
@@ -37,12 +37,20 @@ class AnnotateSamples(beam.DoFn):
     """Adds columns to every sample of a batch. A sample for which that fails becomes a dead letter with the reason
     `NAME_failed`.
 
-    The annotator is made and loaded when the first sample arrives, so that shards that are complete load no model.
-    Several threads each take a part of the batch, because OpenCV, fastText and Pillow release the GIL.
+    The annotator is made and loaded when the first sample arrives, so that shards that are complete load no model. If
+    it is thread-safe, several threads each take a part of the batch.
     """
 
-    def __init__(self, name: str, stage: str, make: Callable[[], Annotator], loads_model: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        stage: str,
+        make: Callable[[], Annotator],
+        loads_model: bool = False,
+        thread_safe: bool = False,
+    ) -> None:
         self._name, self._stage, self._make, self._loads_model = name, stage, make, loads_model
+        self._thread_safe = thread_safe
         self._annotator: Annotator | None = None
 
     def process(self, batch: SampleBatch) -> Iterator[SampleBatch]:
@@ -52,7 +60,8 @@ class AnnotateSamples(beam.DoFn):
         annotator = self._annotator or self._load()
         with timed_ms(batch_ms(self._name)):
             annotated = functools.partial(self._annotated, annotator)
-            found = list(itertools.chain.from_iterable(_threads().map(annotated, _parts(batch.samples))))
+            parts = _parts(batch.samples) if self._thread_safe else [batch.samples]
+            found = list(itertools.chain.from_iterable(_threads().map(annotated, parts)))
         samples = tuple(item for item in found if isinstance(item, Sample))
         letters = tuple(item for item in found if isinstance(item, DeadLetter))
         yield batch.replace(samples, letters)

@@ -41,11 +41,24 @@ def batch_of(names: list[str]) -> SampleBatch:
 def test_threads_work_on_one_batch_and_its_order_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(annotate, "THREADS", 3)
     annotate._threads.cache_clear()
-    (found,) = AnnotateSamples("caption_length", "single_modality", Counted).process(batch_of(NAMES))
+    step = AnnotateSamples("caption_length", "single_modality", Counted, thread_safe=True)
+    (found,) = step.process(batch_of(NAMES))
     annotate._threads.cache_clear()
     assert [sample.annotation.word_count for sample in found] == [0, 1, 2, 4, 5, 6, 8, 9, 10]
     assert [letter.key for letter in found.dead_letters] == ["k3", "k7"]
     assert {letter.reason for letter in found.dead_letters} == {"caption_length_failed"}
+
+
+def test_an_annotator_that_is_not_thread_safe_meets_one_thread() -> None:
+    threads = set()
+
+    class Alone(Counted):
+        def columns(self, sample: Sample) -> dict[str, Any]:
+            threads.add(threading.get_ident())
+            return {}
+
+    list(AnnotateSamples("caption_length", "single_modality", Alone).process(batch_of(NAMES)))
+    assert len(threads) == 1
 
 
 def test_running_out_of_memory_is_no_samples_fault() -> None:

@@ -62,8 +62,7 @@ class CatalogueError(RuntimeError):
 class Annotator(Protocol):
     """Computes the columns of one score, sample by sample, on a worker.
 
-    `load` is called once, before the first sample. `columns` is called by several threads at once. An exception from it
-    turns that sample into a dead letter.
+    `load` is called once, before the first sample. An exception from `columns` turns that sample into a dead letter.
     """
 
     def load(self) -> None:
@@ -102,6 +101,8 @@ class Score(Generic[AnySettings]):
     identity: what the columns depend on besides the settings, such as the hash of a model's file. A change of it makes
         kept columns stale. It is part of the manifest. Raises OSError, ValueError, or LookupError for missing files.
     loads_model: whether `annotator` loads a model, which is counted and timed.
+    thread_safe: whether several threads may call the annotator's `columns` at once, which is faster where it releases
+        the GIL for most of its time. A model of OpenCV is not thread-safe.
     check: raises ValueError if the settings contradict other sections of the same stage.
     """
 
@@ -121,6 +122,7 @@ class Score(Generic[AnySettings]):
     preparation: Callable[[AnySettings], Preparation] | None = None
     identity: Callable[[AnySettings], Mapping[str, Any]] | None = None
     loads_model: bool = False
+    thread_safe: bool = False
     check: Callable[[AnySettings, Any], None] | None = None
     provider: str = ""
     """The distribution that declares it, with its version. Filled in when the catalogue is loaded."""

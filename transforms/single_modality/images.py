@@ -19,7 +19,7 @@ class ImageFeatures(beam.PTransform):
     `perceptual_hash`, and a note in `pool_notes` where the pool's original size cannot be true."""
 
     def expand(self, batches: beam.PCollection[SampleBatch]) -> beam.PCollection[SampleBatch]:
-        annotate = AnnotateSamples("image_features", SINGLE_MODALITY, ImageAnnotator)
+        annotate = AnnotateSamples("image_features", SINGLE_MODALITY, ImageAnnotator, thread_safe=True)
         return batches | "Annotate" >> beam.ParDo(annotate).with_output_types(SampleBatch)
 
 

@@ -149,5 +149,6 @@ LANGUAGE = Rule(
     annotator=LanguageAnnotator,
     identity=_identity,
     loads_model=True,
+    thread_safe=True,
     keeps=_keeps,
 )
