@@ -48,8 +48,6 @@ from transforms.distribution_alignment.duplicate_search import SemanticDedup
 from transforms.distribution_alignment.records import Placements
 from transforms.distribution_alignment.tiles import FindRanges, ToTiles
 from transforms.distribution_alignment.work_folder import WorkFolder
-from transforms.models.prepare import load_prepare
-from transforms.models.score import ScoreByModel
 from transforms.single_modality.duplicate_groups import Changes, DecideGroups
 from transforms.single_modality.images import ImageFeatures
 from transforms.single_modality.pool_wide import CaptionFrequency, NearDuplicate, UniqueUids
@@ -172,6 +170,10 @@ class ScoreShards(beam.PTransform):
         self._job = job
 
     def expand(self, shards: beam.PCollection[Shard]) -> beam.PCollection[Shard]:
+        # Torch takes seconds to import, and only this stage needs it.
+        from transforms.models.prepare import load_prepare
+        from transforms.models.score import ScoreByModel
+
         job = self._job
         models, scores = job.recipe.cross_modality, job.score_cache
         calls = job.cores if models.device == "cpu" else 1

@@ -22,7 +22,6 @@ from transforms.core.recipe import (
 )
 from transforms.distribution_alignment.cids import load_tasks, load_tasks_model, task_weights
 from transforms.distribution_alignment.clusters import load_centroids
-from transforms.models import clip
 from transforms.models.embedding_identity import described, differences
 from transforms.models.precision import resolve
 from transforms.models.settings import ModelSettings
@@ -109,6 +108,8 @@ def _alignment_identities(recipe: Recipe, embedding: dict[str, Any] | None) -> d
 
 def clip_identity(settings: CrossModalitySettings, clip_model: Mapping[str, Any]) -> dict[str, Any]:
     """Return what determines stage 2's embeddings. `clip_model` is the `weights.model_identity` of its CLIP."""
+    from transforms.models import clip  # imports Torch, which takes seconds
+
     precision = resolve(settings.precision, settings.device)
     return clip.embedding_identity(settings.flipped_clip, precision, clip_model["sha256"])
 

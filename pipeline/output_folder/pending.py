@@ -20,8 +20,15 @@ from pipeline.output_folder.manifest import computing_versions
 from transforms.core import catalogue
 from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY, Recipe
 from transforms.core.records import Annotation, DeadLetter, Shard
-from transforms.models.cascade import asked, match_floor, prompt_floor, unscored
-from transforms.models.fixed_batches import MODEL_FAILED, NOT_FINITE, PREPARATION_FAILED
+from transforms.models.cascade import (
+    MODEL_FAILED,
+    NOT_FINITE,
+    PREPARATION_FAILED,
+    asked,
+    match_floor,
+    prompt_floor,
+    unscored,
+)
 from transforms.rules import ActiveRule, first_failing, rules_of
 from transforms.single_modality.near_duplicate import as_contender
 from transforms.storage import files

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from pipeline import graphs
 from pipeline.output_folder import versions
 from pipeline.output_folder.layout import TABLE_OF, Layout
@@ -26,6 +24,12 @@ from transforms.core.errors import UsageError
 from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT, SINGLE_MODALITY, STAGES, Recipe, model_files
 from transforms.core.records import Shard
 from transforms.storage import files
+
+
+def _has_gpu() -> bool:
+    import torch  # takes seconds, and most runs need no GPU here
+
+    return torch.cuda.is_available()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,7 @@ def run(
     if SINGLE_MODALITY in stages:
         look_first(shards, recipe.pool, layout)
     is_here = supported.is_here(beam_options)
-    if needs_gpu and is_here and not torch.cuda.is_available():
+    if needs_gpu and is_here and not _has_gpu():
         raise UsageError("recipe: cross_modality.device is cuda, but this machine has no GPU; use a GPU or say cpu")
     job, content = settled_job(recipe, pool, layout, shards, fetch=is_here)
     _check_earlier_stages(stages, job)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
-
-import torch
 
 from pipeline import graphs
 from pipeline.output_folder import owner, versions
@@ -16,7 +16,7 @@ from pipeline.runners import supported
 from pipeline.runners.workers import run_to_end
 from pipeline.sinks.publication import Publication
 from transforms.core.metrics import Counts, counts_of
-from transforms.core.recipe import DISTRIBUTION_ALIGNMENT
+from transforms.core.recipe import CROSS_MODALITY, DISTRIBUTION_ALIGNMENT
 from transforms.storage import files
 
 
@@ -41,15 +41,28 @@ def token_of(beam_options: list[str]) -> str:
 def run_stage(stage: str, job: graphs.Job, beam_options: list[str], progress: Progress, work: WorkDone) -> None:
     """Run one stage, show its progress, and add its seconds and counts to `work`."""
     started = time.monotonic()
-    threads = torch.get_num_threads()  # models in this process set it
     try:
-        with progress.stage(stage, job.layout, job.shards):
+        with progress.stage(stage, job.layout, job.shards), _torch_threads_kept(stage):
             work.counts[stage] = _run_stage(stage, job, beam_options)
     finally:
-        torch.set_num_threads(threads)
         files.delete_folder(job.layout.progress_folder)
     progress.counted(stage, work.counts[stage])
     work.seconds[stage] = round(time.monotonic() - started, 3)
+
+
+@contextlib.contextmanager
+def _torch_threads_kept(stage: str) -> Iterator[None]:
+    """Restore the number of Torch's threads, which models in this process set for the whole of it."""
+    if stage != CROSS_MODALITY:
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def decide(

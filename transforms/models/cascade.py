@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from transforms.core.records import Annotation
     from transforms.cross_modality.digit import DigitSettings
 
+PREPARATION_FAILED = "preparation_failed"
+MODEL_FAILED = "model_failed"
+NOT_FINITE = "not_finite"
+"""Reasons of dead letters of samples that a model cannot score."""
+
 
 def wanted(
     annotation: Annotation,

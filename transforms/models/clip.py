@@ -22,7 +22,7 @@ from transforms.core.plain_text import plain_text
 from transforms.core.records import Annotation, Sample
 from transforms.models.handler import InMemory, SampleBatchHandler
 from transforms.models.pictures import byte_table, grey, normalised, on_device, pixels_of
-from transforms.models.precision import DTYPES, dtype_on
+from transforms.models.precision import dtype_on, usable_on
 from transforms.models.probability import as_float32
 from transforms.models.weights import LOCAL, ClipSource, clip_source
 
@@ -272,7 +272,7 @@ class ClipHandler(SampleBatchHandler[LoadedClip]):
         model, preprocess = create_model_from_pretrained(
             source.name,
             pretrained=source.pretrained,
-            precision=next(name for name, known in DTYPES.items() if known is dtype),
+            precision=usable_on(self._precision, device),
             device=device,
             force_quick_gelu=source.quick_gelu,
             weights_only=True,

@@ -17,11 +17,9 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-Prepared = TypeVar("Prepared")
+from transforms.models.cascade import MODEL_FAILED, NOT_FINITE
 
-PREPARATION_FAILED = "preparation_failed"
-MODEL_FAILED = "model_failed"
-NOT_FINITE = "not_finite"
+Prepared = TypeVar("Prepared")
 
 # Running out of memory is never blamed on a row: every batch of a fixed shape needs the same memory.
 _OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)

@@ -22,7 +22,8 @@ from transforms.core import metrics
 from transforms.core.metrics import counter, distribution
 from transforms.core.recipe import CROSS_MODALITY
 from transforms.core.records import Annotation, DeadLetter, Sample, SampleBatch, dead_letter
-from transforms.models.fixed_batches import PREPARATION_FAILED, Failure, FixedBatches, describe
+from transforms.models.cascade import PREPARATION_FAILED
+from transforms.models.fixed_batches import Failure, FixedBatches, describe
 from transforms.models.pictures import pixels_of
 
 

@@ -19,14 +19,15 @@ import functools
 import importlib.resources
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transforms.core import catalogue
 from transforms.core.recipe import CrossModalitySettings
 from transforms.models.settings import ClipModelSettings, ModelSettings
 from transforms.storage import files, local_copies
+
+if TYPE_CHECKING:  # Torch takes seconds to import
+    import torch
 
 _BUNDLED = "bundled:"
 LOCAL = "local-dir:"
