@@ -56,7 +56,7 @@ def annotators(recipe: Recipe) -> Iterator[tuple[str, Annotator]]:
 def microseconds_by_step(recipe: Recipe, samples: list[Sample]) -> dict[str, float]:
     """The CPU time of each step a sample, on this thread."""
     decoded: list[Sample] = []
-    found = {}
+    found: dict[str, float] = {}
     with _timed(found, "decode", len(samples)):
         for sample in samples:
             pixels, (width, height) = decode(sample.image_bytes, pictures.BOUNDS.max_image_pixels, DRAFT_SIDE_PX)

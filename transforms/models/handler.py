@@ -42,11 +42,15 @@ class LoadedModel(Protocol):
     def score(self, inputs: list[Any]) -> np.ndarray:
         """Scores of inputs of one shape; the first axis is over the inputs."""
 
-    def twin(self) -> LoadedModel:
-        """See `InMemory.twin`."""
-
     def constants(self) -> Any:
         """What `SampleBatchHandler.columns` needs besides the scores; None if it needs nothing."""
+
+
+class LocalModel(LoadedModel, Protocol):
+    """A model in this process."""
+
+    def twin(self) -> Self:
+        """A model with the same weights in memory, which can score at the same time as this one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class InMemory:
         return False
 
     def twin(self) -> Self:
-        """A model with the same weights in memory, which can score at the same time as this one.
+        """See `LocalModel.twin`.
 
         Libraries change modules during a call (`torch.func.functional_call` does), so two calls need two of them.
         """
@@ -80,10 +84,10 @@ class OnDemand:
     exist already, nothing is loaded. `calls` calls of `score` can run at once, each on a twin of the model.
     """
 
-    def __init__(self, make: Callable[[], LoadedModel], calls: int = 1) -> None:
+    def __init__(self, make: Callable[[], LocalModel], calls: int = 1) -> None:
         self._make, self._calls, self._lock = make, calls, threading.Lock()
-        self._model: LoadedModel | None = None
-        self._idle: SimpleQueue[LoadedModel] = SimpleQueue()
+        self._model: LocalModel | None = None
+        self._idle: SimpleQueue[LocalModel] = SimpleQueue()
 
     def load(self) -> bool:
         """See `LoadedModel.load`."""
@@ -124,13 +128,13 @@ class OnDemand:
         """See `LoadedModel.constants`."""
         return self._loaded().constants()
 
-    def _loaded(self) -> LoadedModel:
+    def _loaded(self) -> LocalModel:
         self.load()
         assert self._model is not None
         return self._model
 
 
-Loaded = TypeVar("Loaded", bound=LoadedModel)
+Loaded = TypeVar("Loaded", bound=LocalModel)
 
 
 class SampleBatchHandler(ModelHandler[SampleBatch, SampleBatch, LoadedModel], Generic[Loaded], abc.ABC):
