@@ -56,7 +56,7 @@ setup(
         "nltk>=3.10",
         "numpy>=2",
         "open_clip_torch>=3.3",
-        "opencv-python-headless>=4.14,<5",
+        "opencv-python-headless>=4.14,<5",  # 5.0's wheel lacks the cascade of tools.build_demo_pool
         "pillow>=12",
         "pyarrow",
         "pydantic>=2.14",
