@@ -1,7 +1,7 @@
 """Recall and false drops of `face_area` for pools without face boxes, and the table its settings were chosen by.
 
-The labelled faces (`sets/faces.csv`) are 156 faces of 131 Flickr8k photographs. All pictures of a subset of 1,000 were
-looked at; a box that YuNet (320 px) or CenterFace proposed, or the mean of both, was accepted or drawn anew by eye.
+The labelled faces (`sets/faces.csv`) are 164 faces of 136 Flickr8k photographs. All pictures of a subset of 1,000 were
+looked at. YuNet (320 px) proposed boxes, which were accepted, redrawn or completed by eye.
 Each face is cropped so that its box covers a known share of the crop. A hash of the picture's name splits the set:
 settings were chosen on one half, and `python -m benchmarks.rules` reports the other.
 

@@ -43,7 +43,7 @@ class FaceAreaSettings(Settings):
     only_decide = frozenset({"max_share"})
 
     max_share: Share = 0.4
-    min_score: Share = 0.7
+    min_score: Share = 0.6
     yunet_model: str | None = None
 
 
