@@ -161,8 +161,8 @@ def test_finds_most_tight_faces_and_hardly_any_elsewhere(detector):
     grey = (np.load(PICTURES / "lfw_subset.npy")[::2] * 255).astype(np.uint8)
     large = [cv2.cvtColor(cv2.resize(g, (128, 128)), cv2.COLOR_GRAY2RGB) for g in grey]
     dropped = [not faces.keeps(share(detector, rgb), 0.4) for rgb in large]
-    assert sum(dropped[:50]) >= 45  # faces
-    assert sum(dropped[50:]) == 0  # crops without a face
+    assert sum(dropped[:50]) >= 48  # faces
+    assert sum(dropped[50:]) <= 1  # crops without a face
 
 
 @pytest.mark.parametrize("name", ["coffee.png", "chelsea.png", "text.png", "logo.png", "rocket.jpg"])
