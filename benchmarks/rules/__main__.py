@@ -14,9 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.rules import language, pattern
 from benchmarks.rules.figures import SHARED_DATA, Figure, Sources
 
-MEASUREMENTS: dict[str, Callable[[Sources], list[Figure]]] = {}
+MEASUREMENTS: dict[str, Callable[[Sources], list[Figure]]] = {
+    "language": language.measure,
+    "pos_pattern": pattern.measure,
+}
 
 HEADER = ("rule", "set", "question", "count", "share", "95 % interval", "goal")
 
