@@ -12,14 +12,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# WordNet's lexicographer files: animal, artifact, body, communication, event, food, group, location, object, person,
-# phenomenon, plant, possession, shape, substance.
-VISIBLE = frozenset("05 06 08 10 11 13 14 15 17 18 19 20 21 25 27".split())
+# WordNet's lexicographer files: animal, artifact, body, communication, event, food, location, object, person,
+# phenomenon, plant, possession, shape, substance. Not group: "Republic of Chad", "Kansas State".
+VISIBLE = frozenset("05 06 08 10 11 13 15 17 18 19 20 21 25 27".split())
 PERSON = "18"
 LEAST_LETTERS = 3
-LEAST_NOUN_SHARE = (
-    0.5  # of a word's occurrences in the texts that WordNet's authors tagged; chosen on labelled captions
-)
+LEAST_NOUN_SHARE = 0.5  # of its occurrences in the texts that WordNet's authors tagged; chosen on labelled captions
+LEAST_TITLE_COUNT = 5  # occurrences of a title such as "president" there; "victor" and "dame" are rather names
 _PARTS = {"1": "noun", "2": "verb", "3": "adj", "4": "adv", "5": "adj"}  # the digits in cntlist.rev
 
 
@@ -36,22 +35,26 @@ class Synset:
 def common_nouns(folder: Path) -> dict[str, str]:
     """Each common noun of a visible thing, and its Penn tag: NN, or NNS for its plural.
 
-    Words that are also persons' names ("hill", "rose") are left out: in captions of names they are no nouns. So are
-    words that are as often a verb, an adjective or an adverb.
+    Words that are also names ("rose", "chile") are left out: in captions of names they are no nouns. So are words that
+    are as often a verb, an adjective or an adverb.
     """
     synsets = {synset.offset: synset for synset in _synsets(folder)}
     words = {word for synset in synsets.values() if not synset.name for word in synset.words}
     elsewhere = {part: _lemmas(folder, part) for part in ("verb", "adj", "adv")}
-    shares = _noun_shares(folder)
+    counts = _counts(folder)
     first_file = {word: synsets[offset].file for word, offset in _first_senses(folder)}
     first_names, last_names = _names(synsets.values())
-    titles = {word for word in first_names if first_file.get(word) == PERSON}  # Emperor Akbar
-    names = (first_names - titles) | last_names
+    titles = {word for word in first_names if first_file.get(word) == PERSON}  # President Carter
+    titles = {word for word in titles if counts[word]["noun"] >= LEAST_TITLE_COUNT}
+    names = (first_names - titles) | last_names | _single_names(synsets.values())
 
     def mostly_noun(word: str) -> bool:
         if not any(word in lemmas for lemmas in elsewhere.values()):
             return True
-        return shares.get(word, 0.0 if word in elsewhere["verb"] else 1.0) >= LEAST_NOUN_SHARE
+        found = counts[word]
+        if not found:  # too rare for a count
+            return word not in elsewhere["verb"]
+        return found["noun"] / found.total() >= LEAST_NOUN_SHARE
 
     nouns = {
         word
@@ -89,6 +92,11 @@ def _names(synsets: Iterable[Synset]) -> tuple[set[str], set[str]]:
     return {parts[0].lower() for parts in names}, {parts[-1].lower() for parts in names if parts[-1][:1].isupper()}
 
 
+def _single_names(synsets: Iterable[Synset]) -> set[str]:
+    """The names of one word, of whatever they are."""
+    return {name.lower() for synset in synsets if synset.name for name in synset.words if name[:1].isupper()}
+
+
 def _first_senses(folder: Path) -> Iterator[tuple[str, str]]:
     for fields in _lines(folder, "index.noun"):
         yield fields[0], fields[-int(fields[2])]
@@ -98,13 +106,13 @@ def _lemmas(folder: Path, part: str) -> set[str]:
     return {fields[0] for fields in _lines(folder, f"index.{part}")}
 
 
-def _noun_shares(folder: Path) -> dict[str, float]:
+def _counts(folder: Path) -> defaultdict[str, Counter[str]]:
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for line in (folder / "cntlist.rev").read_text().splitlines():
         sense, _, count = line.split()
         word, _, place = sense.partition("%")
         counts[word][_PARTS[place[0]]] += int(count)
-    return {word: found["noun"] / found.total() for word, found in counts.items()}
+    return counts
 
 
 def _irregular_plurals(folder: Path) -> dict[str, str]:
