@@ -70,6 +70,7 @@ setup(
         "transformers>=5.23,<6",
         "typer>=0.29",
         "urllib3>=2.8",
+        "wordfreq>=3.1",
     ],
     extras_require={
         "docs": DOCS,

@@ -3,7 +3,8 @@
     python -m tools.measure_letter_case pipeline/demo/pool POOL captions.txt
 
 A source is a pool or a text file with a caption a line. Each caption is judged as it is, in lower case, in upper case
-and in title case. "Without plain text" shows the same two models on the text with its case, as a comparison.
+and in title case. "Without plain text" shows lid.176 and the tagger on the text with its case, as a comparison; the
+word lists have no case.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ class Judge:
     def verdicts(self, text: str) -> tuple[bool, bool]:
         """Return whether `language` and `pos_pattern` keep a text."""
         tags = pos_pattern.tag_caption(self._tagger, text, MAX_WORDS)
-        return language.keeps(language.detect(self._detector, text)[0], ["en"]), pos_pattern.keeps(tags)
+        return language.keeps(*language.detect(self._detector, text), ["en"]), pos_pattern.keeps(tags)
 
     def verdicts_with_case(self, text: str) -> tuple[bool, bool]:
-        """Return what the two rules would say if they saw the letter case."""
+        """Return what the two rules would say if their models, lid.176 and the tagger, saw the letter case."""
         words = self._tagger.tag(pos_pattern.words_of(text, MAX_WORDS))
-        found = language._top(self._detector.model, " ".join(text.split()))
-        is_english = found[0] == "en" and found != self._detector.blank
+        found = language._probabilities(self._detector.model, " ".join(text.split()))
+        is_english = found != self._detector.blank and max(found, key=lambda label: found[label]) == "en"
         return is_english, pos_pattern.keeps(" ".join(tag for _, tag in words))
 
 

