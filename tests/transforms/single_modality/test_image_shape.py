@@ -24,7 +24,7 @@ from transforms.single_modality.image_shape import (
     original_size_px,
 )
 from transforms.single_modality.images import ImageAnnotator, ImageFeatures
-from transforms.single_modality.perceptual_hash import perceptual_hash
+from transforms.single_modality.perceptual_hash import perceptual_hash, small_copy, thumbnail
 
 STORED = (300, 200)
 
@@ -195,7 +195,7 @@ def test_a_size_that_is_not_used_is_noted(
 
 def features(sample: Sample) -> tuple[Any, ...]:
     a = sample.annotation
-    return a.key, a.original_width_px, a.original_height_px, a.image_sha256, a.perceptual_hash
+    return a.key, a.original_width_px, a.original_height_px, a.image_sha256, a.perceptual_hash, a.image_thumbnail
 
 
 def test_features_of_a_batch_and_a_sample_that_breaks() -> None:
@@ -204,11 +204,11 @@ def test_features_of_a_batch_and_a_sample_that_breaks() -> None:
     good = Sample(annotation(key="good", **known), {"original_width": 192, "original_height": 128}, jpeg(), pixels)
     bad = Sample(annotation(key="bad", **known), {}, jpeg(), np.zeros((2, 2, 7), np.uint8))
     batch = SampleBatch(Shard("s", "p", "f"), 2, True, (bad, good))
-    sha256 = hashlib.sha256(jpeg()).hexdigest()
+    sha256, small = hashlib.sha256(jpeg()).hexdigest(), small_copy(pixels)
     with beam.Pipeline("FnApiRunner") as p:
         done = p | beam.Create([batch]) | ImageFeatures()
         found = done | "Samples" >> beam.FlatMap(iter) | "Features" >> beam.Map(features)
-        assert_that(found, equal_to([("good", 192, 128, sha256, perceptual_hash(pixels))]), "features")
+        assert_that(found, equal_to([("good", 192, 128, sha256, perceptual_hash(small), thumbnail(small))]), "features")
         letters = done | "Letters" >> beam.FlatMap(lambda b: [(x.key, x.reason, x.stage) for x in b.dead_letters])
         assert_that(letters, equal_to([("bad", "image_features_failed", "single_modality")]), "letters")
         assert_that(done | "Place" >> beam.Map(lambda b: (b.index, b.last)), equal_to([(2, True)]), "place")
