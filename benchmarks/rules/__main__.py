@@ -14,10 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.rules import size
+from benchmarks.rules import near_duplicates, size
 from benchmarks.rules.figures import SHARED_DATA, Figure, Sources
 
-MEASUREMENTS: dict[str, Callable[[Sources], list[Figure]]] = {"size": size.measure}
+MEASUREMENTS: dict[str, Callable[[Sources], list[Figure]]] = {
+    "near_duplicates": near_duplicates.measure,
+    "size": size.measure,
+}
 
 HEADER = ("rule", "set", "question", "count", "share", "95 % interval", "goal")
 
