@@ -116,14 +116,19 @@ def pictures(sources: Sources, name: str) -> Iterator[tuple[str, bytes]]:
     folder, pattern = (DEMO_POOL, "*.tar") if name == "demo pool" else (sources.data, PATTERNS[name])
     seen: set[bytes] = set()
     for path in sorted(folder.glob(pattern)):
-        for key, content in _members(path) if path.suffix == ".tar" else [(path.stem, path.read_bytes())]:
+        own = path.relative_to(folder).with_suffix("").as_posix()
+        for key, content in _members(path) if path.suffix == ".tar" else _file(path):
             digest = hashlib.sha256(content).digest()
             if digest not in seen:
                 seen.add(digest)
-                yield (
-                    f"{path.relative_to(folder).with_suffix('').as_posix()}/{key}".removesuffix(f"/{path.stem}"),
-                    content,
-                )
+                yield own + key, content
+
+
+def _file(path: Path) -> list[tuple[str, bytes]]:
+    """The picture of a file; none if it is large, or one of the 1,375 star polygons that a program drew."""
+    with Image.open(path) as image:
+        is_used = image.width * image.height <= MAX_FILE_PIXELS and "stars" not in path.parts
+    return [("", path.read_bytes())] if is_used else []
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -18,7 +18,7 @@ SIDE = 32
 HASH_BITS = 64
 BANDS = 4
 GREY_CELLS, CHROMA_CELLS = 8, 4  # on each side
-GREY_STEP, CHROMA_STEP = 17, 8  # of 255 levels; black and white are in the middle of their steps
+GREY_STEP, LEAST_GREY_STEP, CHROMA_STEP = 17, 2, 8  # of 255 levels; black and white are in the middle of their steps
 THUMBNAIL_BYTES = (GREY_CELLS**2 + 2 * CHROMA_CELLS**2) // 2
 
 _FREQUENCIES = 16
@@ -50,14 +50,17 @@ def perceptual_hash(small: np.ndarray) -> str:
 
 
 def thumbnail(small: np.ndarray) -> bytes:
-    """48 bytes, two cells a byte: 64 grey levels in steps of 17, then 16 values each of Cb and Cr in steps of 8.
+    """48 bytes, two cells a byte: 64 grey cells, then 16 cells each of Cb and Cr in steps of 8.
 
-    Chroma beyond 60 of 127 counts as 60: such colours differ in the other chroma or in grey.
+    A grey step is 17 levels. In an image of low contrast, such as a drawing of thin lines, it is a third of the
+    standard deviation, around the same mean. Chroma beyond 60 of 127 counts as 60: such colours differ in the other
+    chroma or in grey.
     """
     luma, *chroma = np.moveaxis(np.asarray(Image.fromarray(small).convert("YCbCr"), np.float64), -1, 0)
-    grey = np.round(_cells(luma, GREY_CELLS) / GREY_STEP)
-    colour = [np.clip(np.round((_cells(values, CHROMA_CELLS) - 128) / CHROMA_STEP) + 8, 0, 15) for values in chroma]
-    steps = np.concatenate([grey, *colour]).astype(np.uint8)
+    mean, step = luma.mean(), np.clip(luma.std() / 3, LEAST_GREY_STEP, GREY_STEP)
+    grey = (_cells(luma, GREY_CELLS) - mean) / step + mean / GREY_STEP
+    colour = [(_cells(values, CHROMA_CELLS) - 128) / CHROMA_STEP + 8 for values in chroma]
+    steps = np.clip(np.round(np.concatenate([grey, *colour])), 0, 15).astype(np.uint8)
     return (steps[0::2] << 4 | steps[1::2]).tobytes()
 
 
