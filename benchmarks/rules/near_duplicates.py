@@ -36,6 +36,7 @@ PATTERNS = {
     "Flickr8k, 112 px": "proof/flickr8k_112px.tar",
     "openclipart": "openclipart/**/*.png",
 }
+ONLY_PAIRS = ("openclipart",)  # its pictures are those of the demo pool
 LABELS = SETS / "near_duplicates.tsv"
 
 Copy = Callable[[Image.Image], bytes]
@@ -126,8 +127,11 @@ def pictures(sources: Sources, name: str) -> Iterator[tuple[str, bytes]]:
 
 def _file(path: Path) -> list[tuple[str, bytes]]:
     """The picture of a file; none if it is large, or one of the 1,375 star polygons that a program drew."""
-    with Image.open(path) as image:
-        is_used = image.width * image.height <= MAX_FILE_PIXELS and "stars" not in path.parts
+    try:
+        with Image.open(path) as image:
+            is_used = image.width * image.height <= MAX_FILE_PIXELS and "stars" not in path.parts
+    except Image.DecompressionBombError:
+        is_used = False
     return [("", path.read_bytes())] if is_used else []
 
 
@@ -216,7 +220,8 @@ def measure(sources: Sources) -> list[Figure]:
             missing = f"{sources.data / PATTERNS[name]} (docs/benchmarks.md)"
             figures.append(Figure(RULE, name, "copies found", missing=missing, goal=">= 0.98"))
             continue
-        for kind, distances in copies_of(sources, name, chosen_on=False).items():
+        copies = {} if name in ONLY_PAIRS else copies_of(sources, name, chosen_on=False)
+        for kind, distances in copies.items():
             within = distances.within(limits)
             figures.append(Figure(RULE, name, f"found: {kind}", int(within.sum()), len(within), GOALS.get(kind, "")))
         figures.append(_precision(sources, name, limits))
