@@ -200,7 +200,9 @@ def pairs_of(sources: Sources, name: str, limits: NearDuplicateSettings) -> list
         for row in range(len(keys) - 1)
         for other in row + 1 + np.flatnonzero(np.bitwise_count(hashes[row + 1 :] ^ hashes[row]) <= limits.max_hamming)
     ]
-    within = Distances((known[one], known[other]) for one, other in close).within(limits) if close else []
+    if not close:
+        return []
+    within = Distances((known[one], known[other]) for one, other in close).within(limits)
     return [pair for pair, is_near in zip(close, within, strict=True) if is_near]
 
 
