@@ -388,7 +388,8 @@ def contrast(args: argparse.Namespace, config: dict[str, Any], minutes: float, f
                     queues[kind] = rng.sample(rows[kind].tolist(), len(rows[kind]))
                 chosen.append(queues[kind].pop())
         captions = [
-            caption_for(forms[int(data["index"][r])], str(data["kinds"][r]), str(data["texts"][r]), rng) for r in chosen
+            caption_for(forms[int(data["index"][r])], str(data["kinds"][r]), str(data["texts"][r]), rng)
+            for r in chosen
         ]
         tokens = tokenizer(captions)
         images = augment(as_tensor(data["pixels"][chosen]), generator)

@@ -37,7 +37,9 @@ def dead_by_reason(letters: Iterable[DeadLetter]) -> dict[str, tuple[int, str]]:
     return found
 
 
-def check_alive(what: str, judged: int, dead: Iterable[Mapping[str, tuple[int, str]]], max_dead_share: float) -> None:
+def check_alive(
+    what: str, judged: int, dead: Iterable[Mapping[str, tuple[int, str]]], max_dead_share: float
+) -> None:
     """Raise DeadPool if more than `max_dead_share` of the samples of `what` are dead letters for one reason.
 
     `judged` counts the samples that are none, and `dead` is what `dead_by_reason` returns for each shard. The result

@@ -51,7 +51,9 @@ class _Entry(NamedTuple):
 _Named = Iterator[tuple[MemberName, TarMember]]
 
 
-def group_members(path: str, members: Iterable[TarMember], pool: PoolSettings, reading: Reading) -> Iterator[Members]:
+def group_members(
+    path: str, members: Iterable[TarMember], pool: PoolSettings, reading: Reading
+) -> Iterator[Members]:
     """Yield the samples of the tar at `path` in the order of their images, and fill in `reading`.
 
     `members` streams the same tar. Raises BrokenTar after the samples before the damage. The sample at the damage is

@@ -160,7 +160,9 @@ class _ReadShard(beam.DoFn):
         if isinstance(sample, DeadLetter):
             return sample
         try:
-            pixels, (width, height) = decode(sample.image_bytes, self._bounds.max_image_pixels, self._draft_side_px)
+            pixels, (width, height) = decode(
+                sample.image_bytes, self._bounds.max_image_pixels, self._draft_side_px
+            )
         except UndecodableImage as error:
             return dead_letter(sample.annotation, self._pending.stage, error.reason, str(error))
         annotation = sample.annotation.with_columns(width_px=width, height_px=height)

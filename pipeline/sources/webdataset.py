@@ -113,7 +113,9 @@ class _SampleFormer:
             columns["kept_fields"] = json.dumps(kept)
         if len(captions) == 1:
             return [self._sample(members, uid, captions[0], metadata, columns)]
-        return [self._sample(members, uid, caption, metadata, columns, index) for index, caption in enumerate(captions)]
+        return [
+            self._sample(members, uid, caption, metadata, columns, index) for index, caption in enumerate(captions)
+        ]
 
     def _sample(
         self,

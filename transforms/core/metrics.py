@@ -39,7 +39,6 @@ FUNNEL_SURVIVORS = "funnel_survivors"
 FUNNEL_SAMPLES = "funnel_samples"
 FUNNEL_COPIES = "funnel_copies"
 
-
 def batch_ms(step: str) -> str:
     """Time of a feature for one batch, or of a model for one call at its fixed shape, without making its inputs."""
     return f"{step}_batch_ms"

@@ -10,7 +10,9 @@ VERSION = 1
 """Part of the cache keys: tables made with another version are computed again. Raise it when `plain_text` changes."""
 
 _MAX_NESTED_REFERENCES = 3  # captions are often escaped twice: &amp;nbsp;
-_REFERENCE = re.compile(r"&(?:#[0-9]{1,7}|#x[0-9a-f]{1,6}|([a-z][a-z0-9]*));|&(nbsp|amp|quot|lt|gt)(?![a-z0-9])")
+_REFERENCE = re.compile(
+    r"&(?:#[0-9]{1,7}|#x[0-9a-f]{1,6}|([a-z][a-z0-9]*));|&(nbsp|amp|quot|lt|gt)(?![a-z0-9])"
+)
 # Lower-case names come last, so &eacute; wins over &Eacute;. The case of their text is folded anyway.
 _NAMED = {name.lower(): text for name, text in sorted(html5.items()) if name.endswith(";")}
 

@@ -23,7 +23,9 @@ class DigitSettings(ModelSettings):
 
     only_decide = frozenset({"clip_prompts"})  # they select the samples to ask about; CLIP's score of them is apart
 
-    prompts: list[str] = Field(["Question: is there any digit or number written in the image? Answer:"], min_length=1)
+    prompts: list[str] = Field(
+        ["Question: is there any digit or number written in the image? Answer:"], min_length=1
+    )
     clip_prompts: ClipPromptsSettings | None = None
 
 

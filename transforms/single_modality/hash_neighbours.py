@@ -181,7 +181,7 @@ def _places(placed: _Placed) -> np.ndarray:
 
 
 class _Bands(beam.DoFn):
-    """Sends each signature to one bucket for each band; in a large one, to every pair of tiles that includes its own."""
+    """Sends each signature to one bucket for each band; in a large one, to every pair of tiles with its own."""
 
     def __init__(self, buckets: int, tile_hashes: int) -> None:
         self._buckets, self._tile_hashes = buckets, tile_hashes
