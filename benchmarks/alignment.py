@@ -101,6 +101,7 @@ def write_tables(pool: Pool, folder: Path) -> None:
     (folder / "pool").mkdir(parents=True)
     count = len(pool.units)
     hashes = np.random.default_rng(count).integers(0, 2**64, count, np.uint64)
+    thumbnails = np.random.default_rng(count + 1).integers(0, 2**8, (count, 48), np.uint8)
     for number, start in enumerate(range(0, count, SHARD_ROWS)):
         shard, rows = f"{number:05d}", range(start, min(start + SHARD_ROWS, count))
         (folder / "pool" / f"{shard}.tar").write_bytes(bytes(10_240))
@@ -113,6 +114,7 @@ def write_tables(pool: Pool, folder: Path) -> None:
                  "width_px": [512] * len(rows), "height_px": [384] * len(rows),
                  "original_width_px": [512] * len(rows), "original_height_px": [384] * len(rows),
                  "perceptual_hash": [f"{hashes[row]:016x}" for row in rows],
+                 "image_thumbnail": [thumbnails[row].tobytes() for row in rows],
                  "word_count": [4] * len(rows), "character_count": [26] * len(rows)},
             ),
             layout.pool_wide(shard): (

@@ -97,6 +97,7 @@ def annotation(**columns: Any) -> Annotation:
         original_height_px=480,
         image_sha256="00" * 32,
         perceptual_hash="0" * 16,
+        image_thumbnail=bytes(48),
         word_count=6,
         character_count=20,
         language="en",

@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.rules import faces, language, pattern
+from benchmarks.rules import faces, language, near_duplicates, pattern, size
 from benchmarks.rules.figures import SHARED_DATA, Figure, Sources
 
 MEASUREMENTS: dict[str, Callable[[Sources], list[Figure]]] = {
+    "near_duplicate": near_duplicates.measure,
     "language": language.measure,
     "pos_pattern": pattern.measure,
+    "min_side": size.measure,
     "face_area": faces.measure,
 }
 

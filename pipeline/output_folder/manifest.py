@@ -26,6 +26,7 @@ from transforms.models.embedding_identity import described, differences
 from transforms.models.precision import resolve
 from transforms.models.settings import ModelSettings
 from transforms.models.weights import local_path
+from transforms.single_modality import images as image_features
 from transforms.storage import files
 
 PACKAGES = (
@@ -44,7 +45,10 @@ LIBRARIES = {
 
 def computing_versions(stage: str) -> dict[str, Any]:
     """Return the versions of what computes a stage's features or scores, and of what makes their inputs."""
-    return {**{name: version(name) for name in LIBRARIES[stage]}, "pixels": images.VERSION, "text": plain_text.VERSION}
+    ours = {"pixels": images.VERSION, "text": plain_text.VERSION}
+    if stage == SINGLE_MODALITY:
+        ours["image_features"] = image_features.VERSION
+    return {**{name: version(name) for name in LIBRARIES[stage]}, **ours}
 
 
 def identities(recipe: Recipe) -> dict[str, Any]:

@@ -165,7 +165,8 @@ def read_annotations(
     if with_scores:
         names = [name for name in cross_modality_schema().names if with_embeddings or name != "embedding"]
         scores = {row["key"]: row for row in read_table(layout.cross_modality(shard), names)}
-    rows = read_table(layout.single_modality(shard), single_modality_schema().names)
+    features = [name for name in single_modality_schema().names if name != "image_thumbnail"]  # for one pass only
+    rows = read_table(layout.single_modality(shard), features)
     return [
         Annotation(**{**row, **pool_wide[row["key"]], **scores.get(row["key"], {})})
         for row in rows

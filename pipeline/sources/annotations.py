@@ -25,6 +25,7 @@ from transforms.rules import KEEP_ALL, Thresholds, first_failing, has_keep_fract
 from transforms.single_modality.captions import caption_key
 from transforms.single_modality.duplicate_groups import NOT_SCORED, FinalDuplicates, Members
 from transforms.single_modality.near_duplicate import as_contender
+from transforms.single_modality.perceptual_hash import THUMBNAIL_BYTES
 from transforms.single_modality.pool_wide import PoolRows
 
 
@@ -72,7 +73,8 @@ class _ReadPoolRows(beam.DoFn):
             keys=np.array([a.key for a in known], object),
             caption_keys=np.array([caption_key(a.caption) for a in known], "S32"),
             hashes=np.array([int(a.perceptual_hash or "", 16) for a in known], np.uint64),
-            pixels=np.array([(a.width_px or 0) * (a.height_px or 0) for a in known], np.int64),
+            thumbnails=np.array([a.image_thumbnail for a in known], f"S{THUMBNAIL_BYTES}"),
+            pixels=_original_pixels(known),
             fails=np.array([first_failing(a, self._rules) is not None for a in known], bool),
             contents=np.array([_content(a) for a in known], np.uint64),
             caption_image_counts=np.zeros(len(known), np.int64),
@@ -80,6 +82,11 @@ class _ReadPoolRows(beam.DoFn):
             keepers=np.zeros(len(known), "S32"),
             ranks=np.full(len(known), NOT_SCORED, np.int32),
         )
+
+
+def _original_pixels(annotations: Sequence[Annotation]) -> np.ndarray:
+    """int64 (n,): the pixels of the original image, where the pool gives its size, else of the stored one."""
+    return np.array([(a.original_width_px or 0) * (a.original_height_px or 0) for a in annotations], np.int64)
 
 
 def _content(annotation: Annotation) -> int:
@@ -222,7 +229,7 @@ def members_of(judged: Sequence[tuple[Annotation, bool]]) -> Members:
         visits=np.array(visits, bool),
         scored=np.array([a.near_duplicate_rank is not None for a in annotations], bool),
         survives=np.array(survives, bool),
-        pixels=np.array([(a.width_px or 0) * (a.height_px or 0) for a in annotations], np.int64),
+        pixels=_original_pixels(annotations),
         images=np.array([int((a.image_sha256 or "0")[:16], 16) for a in annotations], np.uint64),
         cosines=np.array([a.flipped_clip_cosine or 0.0 for a in annotations], np.float32),
     )
@@ -256,9 +263,7 @@ class _ReadCandidates(beam.DoFn):
     def process(self, group: tuple[str, dict[str, Any]], thresholds: Thresholds) -> Iterator[CandidateShard]:
         shard, inputs = group
         final = FinalDuplicates(inputs[ReadCandidates.CHANGES])
-        survivors = list(
-            _survivors(self._layout, self._recipe, shard, thresholds, seen_as=final, with_embeddings=True)
-        )
+        survivors = list(_survivors(self._layout, self._recipe, shard, thresholds, seen_as=final, with_embeddings=True))
         if survivors:
             write_candidates(self._work.candidates(shard), candidates_of(survivors))
             yield CandidateShard(shard, len(survivors))

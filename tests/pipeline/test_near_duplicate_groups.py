@@ -116,7 +116,7 @@ def test_three_members_in_all_orders(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[graphs.Job, dict[int, tuple[str | None, int | None]]]:
     """One pool with a group for each case, so that one run serves all tests."""
-    near, far = hash_of(3) ^ 0b111, hash_of(3) ^ 0b111111
+    near, far = hash_of(3) ^ 0b11111, hash_of(3) ^ 0b1111111111
     unscored = dict.fromkeys(("flipped_clip_cosine", "match_probability", "digit_probability"))
     rows = [
         # Equal bytes: the caption with the higher cosine stands, whatever the uids.
@@ -126,7 +126,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[graphs.Job, dict[in
         # The keeper could not be decoded in stage 2.
         row(11, 0, 2, 800, 600, 0.0).with_columns(**unscored),
         row(12, 1, 2, 640, 480, 0.3),
-        # A chain: 22 lies near 21 and 23, which are 6 bits apart. 21 fails; 22 stands, and 23 is near it.
+        # A chain: 22 lies near 21 and 23, which are 10 bits apart. 21 fails; 22 stands, and 23 is near it.
         row(21, 0, 3, 800, 600, 0.1),
         row(22, 1, 3, 640, 480, 0.3, perceptual_hash=f"{near:016x}"),
         row(23, 0, 3, 320, 240, 0.3, perceptual_hash=f"{far:016x}"),

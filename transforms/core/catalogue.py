@@ -40,6 +40,7 @@ IMAGE_COLUMNS: dict[str, ColumnType] = {
     "original_height_px": "int32",
     "image_sha256": "string",
     "perceptual_hash": "string",
+    "image_thumbnail": "binary",
 }
 SOURCE_COLUMNS: dict[str, ColumnType] = {"kept_fields": "string", "pool_notes": "string"}
 """Of stage 1's tables only. `kept_fields`: the fields of `pool.keep_columns` as a JSON object. `pool_notes`: what the

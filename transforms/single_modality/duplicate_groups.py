@@ -1,7 +1,7 @@
 """Groups of near-duplicate images: which members stage 2 scores, and which one stands afterwards.
 
-A keeper is an image that others are near-duplicates of. Each other image belongs to the group of the best-ranked image
-within `max_hamming`; a keeper that has no better image near it belongs to its own group. Only one hop is followed:
+A keeper is an image that others are near-duplicates of. Each other image belongs to the group of its best-ranked
+near-duplicate; a keeper that has no better image near it belongs to its own group. Only one hop is followed:
 
     z <- y <- x     y is near z, x is near y only: y belongs to z's group, x to y's group
 

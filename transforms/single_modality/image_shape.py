@@ -14,7 +14,6 @@ from transforms.core.settings import Settings
 if TYPE_CHECKING:
     from transforms.core.records import Annotation
 
-_ROUNDING_PX = 1  # by which a stored side may differ from the exact one
 _WHOLE_NUMBER = re.compile(r"[0-9]{1,10}(\.0*)?")
 
 SIZE_FIELDS = ("original_width", "original_height", "width", "height")
@@ -40,7 +39,7 @@ def original_size_px(metadata: Mapping[str, Any], stored: tuple[int, int]) -> tu
     `original_width` and `original_height` are used if they are whole numbers (also as 900.0 or "900") and if one of
     img2dataset's ways of resizing turns an image of that size into the stored one:
 
-    - `no`, `keep_ratio`, `keep_ratio_largest`: it has the same shape, within the rounding to whole pixels;
+    - `no`, `keep_ratio`, `keep_ratio_largest`: one side is exact, and the other is rounded to a whole number of px;
     - `border`, `center_crop`: it is square. Then `width` and `height`, where given, must be square too, or have the
       shape of the original (another tool has cropped the image since).
 
@@ -53,12 +52,12 @@ def original_size_px(metadata: Mapping[str, Any], stored: tuple[int, int]) -> tu
     original = _size_px(given)
     if original is None:
         return None
-    if _same_shape(original, stored):
+    if _is_resized(original, stored):
         return original
     if original == (stored[1], stored[0]):
         return stored
     written = _size_px((metadata.get("width"), metadata.get("height"))) or stored
-    is_of_this_image = written[0] == written[1] or _same_shape(original, written)
+    is_of_this_image = written[0] == written[1] or _is_resized(original, written)
     return original if stored[0] == stored[1] and is_of_this_image else None
 
 
@@ -78,12 +77,21 @@ def _whole_number(given: Any) -> int | None:
     return given if type(given) is int else None
 
 
-def _same_shape(original: tuple[int, int], stored: tuple[int, int]) -> bool:
-    """Whether one scale makes both stored sides of the original ones, each within the rounding."""
+def _is_resized(original: tuple[int, int], stored: tuple[int, int]) -> bool:
+    """Whether one scale makes both stored sides of the original ones.
+
+    img2dataset sets the shorter or the longer side to a given length, and rounds the other one to a whole number of px,
+    at least 1. The exact scale of the set side makes an error of at most half a px in the other one. A longer side that
+    was rounded has an even smaller relative error than a shorter one, so the bound of the shorter side holds for both.
+    """
     (width, height), (stored_width, stored_height) = original, stored
-    return (stored_width - _ROUNDING_PX) * height <= (stored_height + _ROUNDING_PX) * width and (
-        stored_height - _ROUNDING_PX
-    ) * width <= (stored_width + _ROUNDING_PX) * height
+    error = abs(stored_width * height - stored_height * width)  # of the shorter side in px, times the longer original
+    return 2 * error <= max(width, height) or _is_thin(original, stored) or _is_thin(original[::-1], stored[::-1])
+
+
+def _is_thin(original: tuple[int, int], stored: tuple[int, int]) -> bool:
+    """Whether the stored height is 1 because less than half a px would be left."""
+    return stored[1] == 1 and 2 * original[1] * stored[0] < original[0]
 
 
 def keeps_aspect_ratio(width_px: int, height_px: int, settings: AspectRatioSettings) -> bool:

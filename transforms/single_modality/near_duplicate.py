@@ -1,4 +1,4 @@
-"""Near-duplicate images: a better-ranked image's perceptual hash is within a few bits.
+"""Near-duplicate images: a better-ranked image has nearly the same perceptual hash and thumbnail.
 
 `hash_neighbours` finds them, `pool_wide.NearDuplicate` is the step, and `duplicate_groups` decides which member of a
 group stands once stage 2 has scored them. Source: paper (the rule); how is our choice.
@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 
 
 class NearDuplicateSettings(Settings):
-    """Perceptual hashes of near-duplicate images differ in at most `max_hamming` of 64 bits.
+    """Two images are near-duplicates if their hashes and their thumbnails are.
+
+    Hashes: one of the four fields of 16 bits is equal, and at most `max_hamming` of 64 bits differ. With 3 or less, a
+    field is always equal. Thumbnails: no cell differs by more than `max_cell_steps`, of 17 grey levels or 8 of chroma
+    each, besides one step by which all of the image is brighter or darker.
 
     Stage 2 scores the keeper of a group and at most `further_members` others, the best-ranked ones. If a later rule
     drops the keeper, the best of them that survives stands in its place.
     """
 
-    max_hamming: int = Field(3, ge=0, le=7)
+    max_hamming: int = Field(8, ge=0, le=16)
+    max_cell_steps: int = Field(1, ge=0, le=15)
     further_members: int = Field(4, ge=0, le=1000)
 
 
@@ -48,7 +53,7 @@ NEAR_DUPLICATE = Rule(
     name="near_duplicate",
     stage=SINGLE_MODALITY,
     settings=NearDuplicateSettings,
-    summary="no better-ranked image has a perceptual hash within 3 of 64 bits",
+    summary="no better-ranked image has nearly the same perceptual hash and thumbnail",
     source="paper: the rule; ours: the method",
     columns={"duplicate_of": "string", "near_duplicate_group": "string", "near_duplicate_rank": "int32"},
     order=10,

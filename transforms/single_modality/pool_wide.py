@@ -22,7 +22,7 @@ from transforms.core.records import DeadLetter
 from transforms.single_modality import captions
 from transforms.single_modality.captions import CaptionFrequencySettings
 from transforms.single_modality.duplicate_groups import NOT_SCORED, Contenders, best_of_groups
-from transforms.single_modality.hash_neighbours import NearDuplicates, Ranked, best_of_hashes
+from transforms.single_modality.hash_neighbours import NearDuplicates, Ranked, best_of_signatures, signatures_of
 from transforms.single_modality.near_duplicate import NearDuplicateSettings
 
 
@@ -31,11 +31,11 @@ class PoolRows(Columns):
     """The columns of samples that the pool-wide passes use.
 
     uids S32 (n,); shards bytes (n,); keys object (n,) of str; caption_keys S32 (n,), from `captions.caption_key`;
-    hashes uint64 (n,), perceptual hashes; pixels int64 (n,); fails bool (n,), whether the sample fails any stage-1 rule
-    that needs no pool-wide feature, or caption_frequency once that is computed; contents uint64 (n,), hashes of image
-    bytes and caption; caption_image_counts int64 (n,). Of near-duplicates: duplicate_of S32 (n,), the keeper, b"" where
-    there is none; keepers S32 (n,), the keeper of the group, b"" outside groups; ranks int32 (n,), those of members
-    that stage 2 scores, else `NOT_SCORED`.
+    hashes uint64 (n,), perceptual hashes; thumbnails S48 (n,); pixels int64 (n,), of the original image; fails bool
+    (n,), whether the sample fails any stage-1 rule that needs no pool-wide feature, or caption_frequency once that is
+    computed; contents uint64 (n,), hashes of image bytes and caption; caption_image_counts int64 (n,). Of
+    near-duplicates: duplicate_of S32 (n,), the keeper, b"" where there is none; keepers S32 (n,), the keeper of the
+    group, b"" outside groups; ranks int32 (n,), those of members that stage 2 scores, else `NOT_SCORED`.
     """
 
     uids: np.ndarray
@@ -43,6 +43,7 @@ class PoolRows(Columns):
     keys: np.ndarray
     caption_keys: np.ndarray
     hashes: np.ndarray
+    thumbnails: np.ndarray
     pixels: np.ndarray
     fails: np.ndarray
     contents: np.ndarray
@@ -224,12 +225,12 @@ class NearDuplicate(beam.PTransform):
 
     def expand(self, rows: beam.PCollection) -> beam.PCollection:
         ranked = rows | "Rank" >> beam.Map(_ranked)
-        winners = ranked | "Near-duplicates" >> NearDuplicates(self._settings.max_hamming, self._buckets)
-        by_hash = _by("hashes", self._buckets)
+        winners = ranked | "Near-duplicates" >> NearDuplicates(self._settings, self._buckets)
+        by_signature = functools.partial(_by_signature, buckets=self._buckets)
         return (
             {
-                "rows": rows | "By hash" >> beam.ParDo(Part(by_hash)),
-                "winners": winners | "Winners by hash" >> beam.ParDo(Part(by_hash)),
+                "rows": rows | "By signature" >> beam.ParDo(Part(by_signature)),
+                "winners": winners | "Winners by signature" >> beam.ParDo(Part(_by("signatures", self._buckets))),
             }
             | "Join duplicates" >> beam.CoGroupByKey()
             | "Duplicate on rows" >> beam.FlatMap(_duplicate_on_rows)
@@ -241,15 +242,25 @@ class NearDuplicate(beam.PTransform):
 
 
 def _ranked(rows: PoolRows) -> Ranked:
-    return best_of_hashes(Ranked(rows.hashes, rows.fails, rows.pixels, rows.uids))
+    uids = np.frombuffer(bytes.fromhex(rows.uids.tobytes().decode()), "S16")
+    return best_of_signatures(Ranked(_signatures(rows), rows.fails, rows.pixels, uids))
+
+
+def _signatures(rows: PoolRows) -> np.ndarray:
+    return signatures_of(rows.hashes, rows.thumbnails)
+
+
+def _by_signature(rows: PoolRows, buckets: int) -> np.ndarray:
+    return buckets_of(_signatures(rows), buckets)
 
 
 def _duplicate_on_rows(joined: tuple[int, dict[str, Any]]) -> Iterator[PoolRows]:
-    winners = best_of_hashes(Ranked.joined(joined[1]["winners"]))
+    winners = best_of_signatures(Ranked.joined(joined[1]["winners"]))
+    uids = np.frombuffer(winners.uids.tobytes().hex().encode(), "S32")
     for rows in joined[1]["rows"]:
-        winner = winners.uids[np.searchsorted(winners.hashes, rows.hashes)]
+        winner = uids[np.searchsorted(winners.signatures, _signatures(rows))]
         keepers = np.where(winner == rows.uids, b"", winner).astype("S32")
-        yield dataclasses.replace(rows, duplicate_of=keepers).without("caption_keys", "hashes")
+        yield dataclasses.replace(rows, duplicate_of=keepers).without("caption_keys", "hashes", "thumbnails")
 
 
 def _into_groups(rows: PoolRows) -> Iterator[PoolRows]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import apache_beam as beam
 import numpy as np
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.helpers import annotation, jpeg, picture
 from transforms.core.records import Sample, SampleBatch, Shard
@@ -20,14 +24,14 @@ from transforms.single_modality.image_shape import (
     original_size_px,
 )
 from transforms.single_modality.images import ImageAnnotator, ImageFeatures
-from transforms.single_modality.perceptual_hash import perceptual_hash
+from transforms.single_modality.perceptual_hash import perceptual_hash, small_copy, thumbnail
 
 STORED = (300, 200)
 
 
 @pytest.mark.parametrize(
     "original",
-    [(300, 200), (600, 400), (601, 400), (3000, 2000), (3010, 2000), (2**31 - 1, (2**31 - 1) * 2 // 3)],
+    [(300, 200), (600, 400), (601, 400), (3000, 2000), (3005, 2000), (2**31 - 1, (2**31 - 1) * 2 // 3)],
 )
 def test_an_original_of_the_same_shape_is_believed(original: tuple[int, int]) -> None:
     assert original_size_px({"original_width": original[0], "original_height": original[1]}, STORED) == original
@@ -42,7 +46,7 @@ def test_a_size_that_went_through_a_table_is_a_size(width: Any, height: Any) -> 
     ("width", "height"),
     [
         (600, None), (None, 400), ("600px", "400px"), ("6e2", "4e2"), (600.5, 400.5), (True, True), ([600], [400]),
-        (-600, -400), (0, 0), ("0", "0"), ("-600", "-400"), (600, 600), (200 * 3, 300 * 3), (3100, 2000),
+        (-600, -400), (0, 0), ("0", "0"), ("-600", "-400"), (600, 600), (200 * 3, 300 * 3), (3010, 2000), (3100, 2000),
         (2**31, 2**31 * 2 // 3), (10**400, 10**400), ("9" * 5000, "9" * 5000), (float("nan"), float("inf")),
     ],
 )  # fmt: skip
@@ -91,11 +95,67 @@ def test_tiny_sides_do_not_break_it(stored: tuple[int, int], original: tuple[int
     assert found in (None, original)
 
 
-def test_a_shrunk_picture_rounded_to_whole_pixels_is_believed() -> None:
-    for width, height in ((1021, 683), (4032, 3024), (977, 1999), (801, 600)):
-        scale = 256 / min(width, height)
-        stored = (round(width * scale), round(height * scale))
-        assert original_size_px({"original_width": width, "original_height": height}, stored) == (width, height)
+def resized(original: tuple[int, int], image_size: int, of_side: Callable[..., int]) -> tuple[int, int]:
+    """The size that img2dataset 1.47 stores: `keep_ratio` sets the `min` of the sides, `keep_ratio_largest` the `max`.
+
+    Its resizing (albumentations) multiplies both sides by one float and rounds each to a whole number, at least 1.
+    """
+    scale = image_size / of_side(original)
+    return max(1, round(original[0] * scale)), max(1, round(original[1] * scale))
+
+
+def sizes(original: tuple[int, int]) -> dict[str, int]:
+    return {"original_width": original[0], "original_height": original[1]}
+
+
+def all_stored(original: tuple[int, int], image_size: int) -> set[tuple[int, int]]:
+    """What each way of resizing stores: `no`, the two that keep the ratio, `border` and `center_crop`."""
+    kept = {resized(original, image_size, of_side) for of_side in (min, max)}
+    return {original, *kept, (image_size, image_size)}
+
+
+SIDES = (100, 173, 199, 200, 201, 255, 256, 333, 480, 512, 679, 1000)
+IMAGE_SIZES = (64, 224, 256, 384, 512)
+
+
+def test_what_img2dataset_stores_is_believed_at_every_ratio() -> None:
+    for side, tenths in itertools.product(SIDES, range(1000, 10_001, 37)):
+        longer = side * tenths // 1000
+        for original, image_size in itertools.product([(longer, side), (side, longer)], IMAGE_SIZES):
+            for stored in all_stored(original, image_size):
+                assert original_size_px(sizes(original), stored) == original, (original, stored)
+
+
+@given(
+    width=st.integers(1, 20_000), height=st.integers(1, 20_000), image_size=st.integers(16, 1024),
+    of_side=st.sampled_from([min, max]), turn=st.booleans(),
+)  # fmt: skip
+def test_what_img2dataset_stores_is_believed(
+    width: int, height: int, image_size: int, of_side: Callable[..., int], turn: bool
+) -> None:
+    original = (width, height) if turn else (height, width)
+    assert original_size_px(sizes(original), resized(original, image_size, of_side)) == original
+
+
+def test_only_what_img2dataset_stores_is_believed() -> None:
+    """Each size near a stored one, against all sizes that its ways of resizing can store of the original."""
+    for original in ((1806, 679), (679, 1806), (1280, 128), (999, 500), (301, 300), (40, 300), (5000, 7)):
+        possible = {resized(original, n, of_side) for n in range(1, 5001) for of_side in (min, max)}
+        for width, height in sorted(possible):
+            if 40 <= max(width, height) <= 600:
+                for stored in itertools.product(
+                    range(max(1, width - 2), width + 3), range(max(1, height - 2), height + 3)
+                ):
+                    exact_half = 2 * abs(stored[0] * original[1] - stored[1] * original[0]) == max(original)
+                    is_possible = stored in possible or stored[0] == stored[1] or exact_half
+                    believed = original_size_px(sizes(original), stored) == original
+                    assert believed == is_possible or original == stored[::-1], (original, stored)
+
+
+def test_a_wide_picture_whose_short_side_is_rounded() -> None:
+    assert original_size_px(sizes((1806, 679)), (512, 192)) == (1806, 679)
+    assert original_size_px(sizes((1806, 679)), (512, 193)) is None
+    assert original_size_px(sizes((1806, 679)), (512, 191)) is None
 
 
 @pytest.mark.parametrize(
@@ -135,7 +195,7 @@ def test_a_size_that_is_not_used_is_noted(
 
 def features(sample: Sample) -> tuple[Any, ...]:
     a = sample.annotation
-    return a.key, a.original_width_px, a.original_height_px, a.image_sha256, a.perceptual_hash
+    return a.key, a.original_width_px, a.original_height_px, a.image_sha256, a.perceptual_hash, a.image_thumbnail
 
 
 def test_features_of_a_batch_and_a_sample_that_breaks() -> None:
@@ -144,11 +204,11 @@ def test_features_of_a_batch_and_a_sample_that_breaks() -> None:
     good = Sample(annotation(key="good", **known), {"original_width": 192, "original_height": 128}, jpeg(), pixels)
     bad = Sample(annotation(key="bad", **known), {}, jpeg(), np.zeros((2, 2, 7), np.uint8))
     batch = SampleBatch(Shard("s", "p", "f"), 2, True, (bad, good))
-    sha256 = hashlib.sha256(jpeg()).hexdigest()
+    sha256, small = hashlib.sha256(jpeg()).hexdigest(), small_copy(pixels)
     with beam.Pipeline("FnApiRunner") as p:
         done = p | beam.Create([batch]) | ImageFeatures()
         found = done | "Samples" >> beam.FlatMap(iter) | "Features" >> beam.Map(features)
-        assert_that(found, equal_to([("good", 192, 128, sha256, perceptual_hash(pixels))]), "features")
+        assert_that(found, equal_to([("good", 192, 128, sha256, perceptual_hash(small), thumbnail(small))]), "features")
         letters = done | "Letters" >> beam.FlatMap(lambda b: [(x.key, x.reason, x.stage) for x in b.dead_letters])
         assert_that(letters, equal_to([("bad", "image_features_failed", "single_modality")]), "letters")
         assert_that(done | "Place" >> beam.Map(lambda b: (b.index, b.last)), equal_to([(2, True)]), "place")

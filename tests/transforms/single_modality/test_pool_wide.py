@@ -56,7 +56,8 @@ def parts(rows: list[Row], size: int = 3) -> list[PoolRows]:
         PoolRows(
             np.array(uids, "S32"), np.array(shards, "S"), np.array(keys, object),
             np.array([key_of(caption) for caption in captions], "S32"),
-            np.array([int(hash_, 16) for hash_ in hashes], np.uint64), np.array(pixels), np.array(fails),
+            np.array([int(hash_, 16) for hash_ in hashes], np.uint64), np.full(len(hashes), bytes(48), "S48"),
+            np.array(pixels), np.array(fails),
             np.array(contents, np.uint64), np.array(counts), np.array([of or "" for of in duplicate_of], "S32"),
             np.array([of or "" for of in groups], "S32"), np.array(ranks, np.int32),
         )
@@ -68,7 +69,7 @@ def parts(rows: list[Row], size: int = 3) -> list[PoolRows]:
 def rows_of(part: PoolRows) -> Iterator[Row]:
     """The rows of a part; their captions by key."""
     for values in zip(*(column.tolist() for _, column in part.columns()), strict=True):
-        own, shard, key, caption, hash_, pixels, fails, content, count, of, group, rank = values
+        own, shard, key, caption, hash_, _, pixels, fails, content, count, of, group, rank = values
         yield Row(own.decode(), shard.decode(), key, caption.decode(), f"{hash_:016x}", pixels, fails, content, count,
                   of.decode() or None, group.decode() or None, rank)  # fmt: skip
 
@@ -162,9 +163,7 @@ def test_captions_are_counted_with_distinct_images() -> None:
     rows += [row(20, "once", "0" * 16)]
     counts = {"often": 4, "reposted": 1, "once": 1}
     fails = {"often": True, "reposted": False, "once": False}
-    expected = [
-        r._replace(image_count=counts[r.caption], fails=fails[r.caption]) for r in rows
-    ]
+    expected = [r._replace(image_count=counts[r.caption], fails=fails[r.caption]) for r in rows]
     run(rows, frequency(CaptionFrequencySettings(min_images=3), 14), expected)
 
 
