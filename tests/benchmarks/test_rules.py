@@ -5,7 +5,6 @@ docs anew.
 """
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -61,7 +60,7 @@ def test_table_and_json(tmp_path, monkeypatch, capsys):
 
 
 def test_the_data_folder_may_hold_more_captions(tmp_path):
-    folder: Path = tmp_path / "captions"
+    folder = tmp_path / "captions"
     folder.mkdir()
     (folder / "de.mine.txt").write_text("\n".join(f"Ein Hund läuft durch den Garten {i}" for i in range(40)))
     found = {figure.set_name: figure for figure in MEASUREMENTS["language"](Sources(data=tmp_path))}
