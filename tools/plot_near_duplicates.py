@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=SHARED_DATA)
     parser.add_argument("--output", type=Path, default=Path("docs/assets/near-duplicates.svg"))
     options = parser.parse_args()
-    mpl.rcParams["svg.hashsalt"] = "near-duplicates"
+    mpl.rcParams |= {"svg.hashsalt": "near-duplicates", "svg.fonttype": "none"}
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     copies = copies_of(Sources(options.data), "OpenStax pool", chosen_on=False)
     for panel, name, values in zip(panels, ("max_hamming", "max_cell_steps"), (HAMMING, range(4)), strict=True):
