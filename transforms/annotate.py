@@ -54,21 +54,21 @@ class AnnotateSamples(beam.DoFn):
         self._annotator: Annotator | None = None
 
     def process(self, batch: SampleBatch) -> Iterator[SampleBatch]:
-        if not batch.samples:
-            yield batch
-            return
-        annotator = self._annotator or self._load()
+        annotator = self._annotator
+        if annotator is None and batch.samples:
+            annotator = self._load()
         with timed_ms(batch_ms(self._name)):
             annotated = functools.partial(self._annotated, annotator)
-            parts = _parts(batch.samples) if self._thread_safe else [batch.samples]
+            parts = _parts(batch.samples, THREADS if self._thread_safe else 1)
             found = list(itertools.chain.from_iterable(_threads().map(annotated, parts)))
         samples = tuple(item for item in found if isinstance(item, Sample))
         letters = tuple(item for item in found if isinstance(item, DeadLetter))
         yield batch.replace(samples, letters)
 
-    def _annotated(self, annotator: Annotator, samples: Sequence[Sample]) -> list[Sample | DeadLetter]:
+    def _annotated(self, annotator: Annotator | None, samples: Sequence[Sample]) -> list[Sample | DeadLetter]:
         found: list[Sample | DeadLetter] = []
         for sample in samples:
+            assert annotator is not None  # loaded with the first sample
             try:
                 found.append(sample.annotated(**annotator.columns(sample)))
             except MemoryError:  # not the sample's fault
@@ -90,10 +90,10 @@ class AnnotateSamples(beam.DoFn):
         return annotator
 
 
-def _parts(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
-    """Consecutive parts of a batch, one for each thread; none is empty."""
-    size = -(-len(samples) // THREADS)
-    return [samples[start : start + size] for start in range(0, len(samples), size)] if samples else []
+def _parts(samples: Sequence[Sample], count: int) -> list[Sequence[Sample]]:
+    """At most `count` consecutive parts of a batch; none is empty."""
+    size = max(1, -(-len(samples) // count))
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
 @functools.cache
