@@ -28,6 +28,19 @@ def cut(captions: Iterable[str], words: int) -> list[str]:
     return list(dict.fromkeys(" ".join(part[:words]) for part in parts if len(part) > words))
 
 
+def by_hash(captions: Iterable[str], name: str, column: str) -> dict[str, str]:
+    """The captions that a committed table labels, with their labels. It names them by the first 64 bits of their sha256,
+    because their texts are not part of the project."""
+    labels = {row["caption_sha256"]: row[column] for row in table(name)}
+    found = ((caption, labels.get(sha256(caption)[:16])) for caption in captions)
+    return {caption: label for caption, label in found if label is not None}
+
+
+def sha256(caption: str) -> str:
+    """The hash of a caption, in hex."""
+    return hashlib.sha256(caption.encode()).hexdigest()
+
+
 def flickr8k(data: Path, splits: Iterable[str]) -> list[str]:
     """The true captions of Flickr8k, if the folder has them."""
     rows = table("flickr8k_rows.tsv", data / "proof")

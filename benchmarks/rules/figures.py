@@ -51,8 +51,8 @@ class Figure:
 class Sources:
     """Where labelled sets are read from.
 
-    `data` is the folder of the sets that are not part of the project (docs/benchmarks.md says how to get them). A set
-    that is absent is reported as not measured.
+    `data` is the folder of the sets that are not part of the project; the pages on the rules name them. A set that is
+    absent is reported as not measured.
     """
 
     data: Path = SHARED_DATA

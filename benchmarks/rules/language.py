@@ -43,7 +43,7 @@ def figures(sources: Sources, keeps: Keeps) -> list[Figure]:
 def _committed(keeps: Keeps) -> list[Figure]:
     rows = captions.table("language_captions.tsv")
     found = []
-    for source in ("openstax", "openclipart", "own, names"):
+    for source in ("openclipart", "own, names"):
         texts = [row["caption"] for row in rows if row["language"] == "en" and row["source"] == source]
         found.append(_lost(source, texts, keeps))
     others = [row["caption"] for row in rows if row["language"] != "en"]
