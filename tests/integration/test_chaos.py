@@ -69,6 +69,7 @@ def test_undisturbed_run_covers_every_outcome(reference: Reference) -> None:
     assert len({row["uid"] for row in rows}) == len(rows) == funnel["in"] - sum(funnel["dead_letters"].values())
 
 
+@pytest.mark.slow
 def test_run_killed_in_every_stage_has_the_outputs_of_an_undisturbed_run(
     case: Case, reference: Reference, tmp_path: Path
 ) -> None:

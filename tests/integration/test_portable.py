@@ -35,6 +35,7 @@ def at_work(output: Path, stage: str = "*") -> None:
     wait_for(lambda: list(output.glob(f".progress/{stage}/*.count")), 300)  # the stage has started
 
 
+@pytest.mark.slow
 def test_two_workers_of_a_pool_give_the_bytes_of_a_local_run(
     case: Case, reference: Reference, pool: Pool, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import apache_beam as beam
@@ -15,6 +16,7 @@ from pipeline.output_folder.layout import Layout
 from tests.helpers import recipe
 from transforms.core.recipe import CROSS_MODALITY, SINGLE_MODALITY, STAGES, Recipe
 from transforms.core.records import Shard
+from transforms.models import score
 
 SHARDS = tuple(Shard(f"{n:05d}", f"/p/{n:05d}.tar", f"{n}") for n in range(3))
 NOTHING: dict[str, Any] = {stage: {} for stage in STAGES}
@@ -134,9 +136,14 @@ def test_read_decode_score_and_write_are_one_fused_stage(stage: str) -> None:
     assert in_one_stage(graph(stage), PER_SHARD[stage])
 
 
-@pytest.mark.parametrize(("stage", "step"), [(SINGLE_MODALITY, "Annotate"), (CROSS_MODALITY, "ScoreByModel")])
-def test_shuffle_in_between_is_detected(stage: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = getattr(graphs, step)
+@pytest.mark.parametrize(
+    ("stage", "module", "step"),
+    [(SINGLE_MODALITY, graphs, "Annotate"), (CROSS_MODALITY, score, "ScoreByModel")],
+)
+def test_shuffle_in_between_is_detected(
+    stage: str, module: ModuleType, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = getattr(module, step)
 
     class Torn(beam.PTransform):
         def __init__(self, *settings: Any) -> None:
@@ -146,20 +153,20 @@ def test_shuffle_in_between_is_detected(stage: str, step: str, monkeypatch: pyte
         def expand(self, batches: beam.PCollection) -> beam.PCollection:
             return batches | "Tear" >> beam.Reshuffle() | "Whole" >> plain(*self._settings)
 
-    monkeypatch.setattr(graphs, step, Torn)
+    monkeypatch.setattr(module, step, Torn)
     assert not in_one_stage(graph(stage), PER_SHARD[stage])
 
 
 def test_hint_on_one_model_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another environment breaks fusion, so a hint must be on the complete stage."""
-    plain: Any = getattr(graphs, "ScoreByModel")  # noqa: B009 (the graph's own name for it)
+    plain = score.ScoreByModel
     hint = "type:nvidia-tesla-t4;count:1;install-nvidia-driver"
 
-    def hinted(score: Any, models: Any) -> Any:
-        scored = plain(score, models)
-        return scored.with_resource_hints(accelerator=hint) if score.name == "digit" else scored
+    def hinted(one: Any, models: Any, calls: int) -> Any:
+        scored = plain(one, models, calls)
+        return scored.with_resource_hints(accelerator=hint) if one.name == "digit" else scored
 
-    monkeypatch.setattr(graphs, "ScoreByModel", hinted)
+    monkeypatch.setattr(score, "ScoreByModel", hinted)
     assert not in_one_stage(graph(CROSS_MODALITY), PER_SHARD[CROSS_MODALITY])
 
 
