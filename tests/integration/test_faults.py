@@ -28,6 +28,7 @@ from tests.integration.chaos import TWO_WORKERS, Case, Reference, Run, tree
 from transforms.storage import files
 
 HANGS_SECONDS = 180.0  # on a busy machine, starting alone takes a minute
+SLOW = pytest.mark.slow  # run by `make test-slow`
 LONG = pytest.mark.chaos  # run by `make chaos`
 
 
@@ -70,7 +71,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
     raise AssertionError("it never came to that")
 
 
-@pytest.mark.parametrize("when", [pytest.param("at work", marks=pytest.mark.slow), pytest.param("before it works", marks=LONG)])
+@pytest.mark.parametrize("when", [pytest.param("at work", marks=SLOW), pytest.param("before it works", marks=LONG)])
 def test_killed_worker(case: Case, reference: Reference, tmp_path: Path, when: str) -> None:
     output = tmp_path / "out"
     run = Run(dataclasses.replace(case, beam_options=TWO_WORKERS), output)
@@ -119,7 +120,9 @@ def fill_disk(left_bytes: int) -> None:
     files.create = lambda path: FailingFile(path, "wb")
 
 
-@pytest.mark.parametrize("share", [pytest.param(0.25, marks=pytest.mark.slow), *(pytest.param(share, marks=LONG) for share in (0.0, 0.6, 0.95))])
+@pytest.mark.parametrize(
+    "share", [pytest.param(0.25, marks=SLOW), *(pytest.param(share, marks=LONG) for share in (0.0, 0.6, 0.95))]
+)
 def test_a_full_disk(case: Case, reference: Reference, tmp_path: Path, share: float) -> None:
     output = tmp_path / "out"
     written = [path for path in reference.output.rglob("*") if path.is_file() and not path.is_symlink()]
