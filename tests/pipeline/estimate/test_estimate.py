@@ -133,7 +133,7 @@ def test_extrapolated_figures_are_marked() -> None:
     assert shown.exit_code == 0, shown.stderr
     words = " ".join(shown.stdout.split())
     assert "extrapolated, never measured: ViT-L-14 on nvidia-l4" in words
-    assert "worker hours ~1,100 worker h" in words and "worker hours 439.7 worker h" in words
+    assert "worker hours ~1,100 worker h" in words and "worker hours 239.3 worker h" in words
     assert plan().is_extrapolated("total/cost") and not plan().is_extrapolated("single_modality/cost")
     assert plan().figures["cross_modality/rate/digit"].kind == EXTRAPOLATED
     assert not any(f.kind == "measured" and "nvidia" in name for name, f in plan().figures.items())
