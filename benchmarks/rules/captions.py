@@ -29,8 +29,8 @@ def cut(captions: Iterable[str], words: int) -> list[str]:
 
 
 def by_hash(captions: Iterable[str], name: str, column: str) -> dict[str, str]:
-    """The captions that a committed table labels, with their labels. It names them by the first 64 bits of their sha256,
-    because their texts are not part of the project."""
+    """The captions that a committed table labels, with their labels. It names them by 64 bits of their sha256, because
+    their texts are not part of the project."""
     labels = {row["caption_sha256"]: row[column] for row in table(name)}
     found = ((caption, labels.get(sha256(caption)[:16])) for caption in captions)
     return {caption: label for caption, label in found if label is not None}
