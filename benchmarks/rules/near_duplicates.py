@@ -219,7 +219,7 @@ def measure(sources: Sources) -> list[Figure]:
     figures = []
     for name in ("demo pool", *PATTERNS):
         if name != "demo pool" and not any(sources.data.glob(PATTERNS[name])):
-            missing = f"{sources.data / PATTERNS[name]} (docs/benchmarks.md)"
+            missing = f"{sources.data / PATTERNS[name]} (docs/near-duplicates.md)"
             figures.append(Figure(RULE, name, "copies found", missing=missing, goal=">= 0.98"))
             continue
         copies = {} if name in ONLY_PAIRS else copies_of(sources, name, chosen_on=False)

@@ -72,7 +72,7 @@ def _sizes(original: Size) -> dict[str, int]:
 def _of_pool(folder: Path) -> list[Figure]:
     name, question = "OpenStax pool", "sizes of img2dataset believed"
     if not folder.is_dir():
-        return [Figure("original_size", name, question, missing=f"{folder} (docs/benchmarks.md)", goal="1")]
+        return [Figure("original_size", name, question, missing=f"{folder}", goal="1")]
     samples = [sample for tar in sorted(folder.glob("*.tar")) for sample in _samples(tar)]
     believed = [original_size_px(metadata, stored) is not None for metadata, stored in samples]
     settings = MinSideSettings()
