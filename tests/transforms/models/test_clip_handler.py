@@ -87,6 +87,12 @@ def test_scores_do_not_depend_on_how_many_calls_run_at_once(handler: ClipHandler
     assert len(set(expected.values())) == 13
 
 
+def test_a_call_on_a_cpu_has_one_thread(handler: ClipHandler) -> None:
+    torch.set_num_threads(2)  # the fixture restores it
+    handler.load_model()
+    assert torch.get_num_threads() == 1
+
+
 def test_a_twin_shares_the_weights(model: LoadedClip) -> None:
     twin = model.twin()
     for ours, theirs in zip(model.model.parameters(), twin.model.parameters(), strict=True):
