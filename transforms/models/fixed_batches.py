@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, NamedTuple, TypeVar
 
@@ -42,6 +42,14 @@ class Scores(NamedTuple):
     failures: list[Failure]
 
 
+def _joined(parts: Iterable[Scores]) -> Scores:
+    joined = Scores({}, [])
+    for by_row, failures in parts:
+        joined.by_row.update(by_row)
+        joined.failures.extend(failures)
+    return joined
+
+
 @dataclasses.dataclass(frozen=True)
 class FixedBatches(Generic[Prepared]):
     """Scores prepared rows, `size` at a time.
@@ -51,7 +59,7 @@ class FixedBatches(Generic[Prepared]):
     a failure) or the model is broken (RuntimeError; otherwise the whole pool would become dead letters). Out of memory
     is raised as `torch.OutOfMemoryError` or `MemoryError`.
 
-    `calls` calls of `score` run at once, each in a thread of its own.
+    `calls` calls of `score` run at once, each in a thread of its own; a single one runs in the caller's thread.
     """
 
     size: int
@@ -62,12 +70,10 @@ class FixedBatches(Generic[Prepared]):
     def __call__(self, rows: Mapping[int, Prepared]) -> Scores:
         items = list(rows.items())
         groups = (items[start : start + self.size] for start in range(0, len(items), self.size))
-        scores = Scores({}, [])
+        if self.calls == 1:
+            return _joined(map(self._scored, groups))
         with ThreadPoolExecutor(self.calls) as threads:
-            for by_row, failures in threads.map(self._scored, groups):
-                scores.by_row.update(by_row)
-                scores.failures.extend(failures)
-        return scores
+            return _joined(threads.map(self._scored, groups))
 
     def _scored(self, group: list[tuple[int, Prepared]]) -> Scores:
         scores = Scores({}, [])

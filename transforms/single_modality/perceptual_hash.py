@@ -1,6 +1,6 @@
 """What images are compared by: a hash that finds candidates, and a thumbnail that tells them apart. Our choice.
 
-Both are made from one copy of 32 x 32 px:
+Both are computed from one copy of 32 x 32 px:
 
     hash        64 bits, one for each of the lowest DCT frequencies of the grey values (after pHash)
     thumbnail   8 x 8 cells of grey and 4 x 4 cells of each chroma, in steps
