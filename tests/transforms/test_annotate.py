@@ -1,6 +1,7 @@
 """Annotating a batch in several threads."""
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -49,16 +50,24 @@ def test_threads_work_on_one_batch_and_its_order_stays(monkeypatch: pytest.Monke
     assert {letter.reason for letter in found.dead_letters} == {"caption_length_failed"}
 
 
-def test_an_annotator_that_is_not_thread_safe_meets_one_thread() -> None:
-    threads = set()
+def test_an_annotator_that_is_not_thread_safe_meets_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(annotate, "THREADS", 3)
+    annotate._threads.cache_clear()
+    inside: list[Sample] = []
+    most = 0
 
     class Alone(Counted):
         def columns(self, sample: Sample) -> dict[str, Any]:
-            threads.add(threading.get_ident())
+            nonlocal most
+            inside.append(sample)
+            time.sleep(0.01)  # lets another thread come in
+            most = max(most, len(inside))
+            inside.remove(sample)
             return {}
 
     list(AnnotateSamples("caption_length", "single_modality", Alone).process(batch_of(NAMES)))
-    assert len(threads) == 1
+    annotate._threads.cache_clear()
+    assert most == 1
 
 
 def test_running_out_of_memory_is_no_samples_fault() -> None:
